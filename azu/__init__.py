@@ -1,0 +1,1 @@
+"""azu: large language models on machines nobody has to rent."""

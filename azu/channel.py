@@ -1,0 +1,111 @@
+"""A message channel: one protocol's messages over one stream."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable
+from typing import Protocol, TypeVar
+
+from azu.errors import AzuError, InternalError, NetworkError, ProtocolError
+from azu.wire.frames import Buffer, FrameReader
+from azu.wire.messages import Codec, Message, Refused, encode_message
+
+__all__ = ["Channel", "RefusedError", "Stream", "refusal_of"]
+
+M = TypeVar("M", bound=Message)
+
+_READ_BYTES = 262_144
+
+
+class Stream(Protocol):
+    """What a channel needs of a stream; azu.overlay.OverlayStream is the real one."""
+
+    @property
+    def peer_id(self) -> str: ...
+
+    def receive_some(self, max_bytes: int = ...) -> Awaitable[bytes]: ...
+
+    def send_all(self, *buffers: Buffer) -> Awaitable[None]: ...
+
+    def send_eof(self) -> Awaitable[None]: ...
+
+    def aclose(self) -> Awaitable[None]: ...
+
+    def reset(self) -> Awaitable[None]: ...
+
+
+class Channel:
+    """Sends and receives the messages of one protocol. It does not own the stream: whoever opened it closes it.
+
+    Receiving is safe to cancel; sending is never cut inside a frame (the stream sees to that).
+    """
+
+    def __init__(self, stream: Stream, codec: Codec, *, max_body: int | None = None) -> None:
+        self.stream = stream
+        self._codec = codec
+        self._reader = FrameReader(max_body=codec.max_body if max_body is None else max_body)
+
+    @property
+    def peer_id(self) -> str:
+        """The authenticated peer at the other end."""
+        return self.stream.peer_id
+
+    def limit_body(self, max_body: int) -> None:
+        """From the next frame on, refuse bodies of more than `max_body` bytes before they are allocated."""
+        self._reader.max_body = max_body
+
+    async def send(self, message: Message, body: Buffer = b"") -> None:
+        """Write one message.
+
+        Raises:
+            NetworkError: the stream is gone, or the peer does not read.
+        """
+        await self.stream.send_all(*encode_message(message, body))
+
+    async def receive(self) -> tuple[Message, bytearray] | None:
+        """The next message with its body, or None when the peer ended or reset the stream between two frames.
+
+        Raises:
+            ProtocolError: the bytes are not this protocol's. The stream must be reset.
+            NetworkError: the stream broke inside a frame.
+        """
+        while (frame := self._reader.next_frame()) is None:
+            data = await self.stream.receive_some(_READ_BYTES)
+            if not data:
+                if self._reader.is_idle:
+                    return None
+                raise NetworkError(f"{self.peer_id} went away in the middle of a frame", code="stream_broken")
+            self._reader.receive_data(data)
+        return self._codec.decode(frame), frame.body
+
+    async def expect(self, kind: type[M]) -> tuple[M, bytearray]:
+        """The next message, which has to be a `kind`.
+
+        Raises:
+            RefusedError: the peer refused instead.
+            ProtocolError: the peer sent something else.
+            NetworkError: the peer went away.
+        """
+        received = await self.receive()
+        if received is None:
+            raise NetworkError(f"{self.peer_id} closed the stream", code="stream_closed")
+        message, body = received
+        if isinstance(message, Refused):
+            raise RefusedError(self.peer_id, message)
+        if not isinstance(message, kind):
+            raise ProtocolError(f"expected {kind.__name__}, got {type(message).__name__}", code="unexpected_message")
+        return message, body
+
+
+class RefusedError(NetworkError):
+    """A peer answered with a refusal; `code` and `remedy` are the peer's own words."""
+
+    def __init__(self, peer_id: str, refusal: Refused) -> None:
+        super().__init__(f"{peer_id} refused: {refusal.message}", code=refusal.code, remedy=refusal.remedy)
+        self.peer_id = peer_id
+
+
+def refusal_of(error: AzuError) -> Refused:
+    """An error as the refusal to send; a local fault's details stay here."""
+    if isinstance(error, InternalError):
+        return Refused(code="internal", message="internal error")
+    return Refused(code=error.code, message=error.message[:2_000], remedy=error.remedy[:2_000])

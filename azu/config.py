@@ -1,0 +1,238 @@
+"""The settings of every program, as one tree.
+
+    BaseAzuSettings          logging and --debug
+    ├── NodeSettings         azu-node
+    ├── CoordinatorSettings  azu-coordinator
+    ├── BootstrapSettings    azu-bootstrap
+    └── DhtSettings          azu-dht
+
+A value comes from, in this order: the command line, an AZU_* environment variable, a .env file in the working folder,
+the default. `azu.cli.settings_options` makes the command line from these fields, so each description is help text.
+A list in a variable is separated by commas or spaces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic_core import PydanticCustomError
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from azu.errors import InputError
+from azu.operator_input import check_device, check_multiaddr, check_peer_address, check_peer_id
+from azu.sizes import format_size, parse_size
+
+__all__ = [
+    "ENV_PREFIX",
+    "BaseAzuSettings",
+    "BootstrapSettings",
+    "CoordinatorSettings",
+    "DhtSettings",
+    "NodeSettings",
+    "format_size",
+    "parse_size",
+]
+
+ENV_PREFIX = "AZU_"
+_MAX_TOKENS = 1_000_000  # tokens; far above any context length, below what could overflow an estimate
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def _checked(check: Callable[[T], R]) -> Callable[[T], R]:
+    """The check as pydantic wants it: our InputError becomes a validation error that carries the remedy along."""
+
+    @wraps(check)
+    def validate(value: T) -> R:
+        try:
+            return check(value)
+        except InputError as error:
+            raise PydanticCustomError("azu", "{message}", {"message": error.message, "remedy": error.remedy}) from error
+
+    return validate
+
+
+def _words(value: object) -> object:
+    """A variable's text as a list; what the command line gives is one already."""
+    return tuple(value.replace(",", " ").split()) if isinstance(value, str) else value
+
+
+def _cli(*, metavar: str | None = None, option: str | None = None) -> dict[str, Any]:
+    """What azu.cli shows for this field, where its type and name do not say it well enough."""
+    return {"metavar": metavar, "option": option}
+
+
+Text = Annotated[str, Field(min_length=1, max_length=1024)]
+Words = Annotated[tuple[Text, ...], NoDecode, BeforeValidator(_words)]
+Multiaddr = Annotated[str, AfterValidator(_checked(check_multiaddr))]
+PeerAddress = Annotated[str, AfterValidator(_checked(check_peer_address))]
+PeerId = Annotated[str, AfterValidator(_checked(check_peer_id))]
+Multiaddrs = Annotated[tuple[Multiaddr, ...], NoDecode, BeforeValidator(_words)]
+PeerAddresses = Annotated[tuple[PeerAddress, ...], NoDecode, BeforeValidator(_words)]
+PeerIds = Annotated[tuple[PeerId, ...], NoDecode, BeforeValidator(_words)]
+Size = Annotated[int, BeforeValidator(_checked(parse_size))]
+Device = Annotated[str, AfterValidator(_checked(check_device))]
+Folder = Annotated[Path, AfterValidator(lambda path: path.expanduser())]
+Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+class BaseAzuSettings(BaseSettings):
+    """What every program has."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX,
+        env_file=".env",
+        env_file_encoding="utf-8",
+        env_ignore_empty=True,
+        extra="ignore",  # a .env file may hold other programs' variables
+        frozen=True,
+        validate_default=True,
+        hide_input_in_errors=True,
+    )
+
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="How much to log to stderr; debug also shows what the libraries underneath say."
+    )
+    log_json: bool = Field(default=False, description="Log one JSON object a line, for a log collector.")
+    debug: bool = Field(default=False, description="Show the stack trace when something fails.")
+
+
+class NodeSettings(BaseAzuSettings):
+    """A worker: where it joins, what it offers, where it keeps things."""
+
+    bootstrap: PeerAddresses = Field(
+        default=(),
+        description="A peer of the swarm to join through, as `azu-bootstrap run` prints it. "
+        "May be given several times.",
+        json_schema_extra=_cli(metavar="MULTIADDR"),
+    )
+    device: Device = Field(
+        default="auto",
+        description="Where to compute: auto takes the first CUDA GPU and else the CPU; or cpu, cuda:N, mps.",
+        json_schema_extra=_cli(metavar="DEVICE"),
+    )
+    vram: Size | None = Field(
+        default=None,
+        description="Memory to offer for layers and their caches, such as 8GiB. Measured on the device where omitted.",
+        json_schema_extra=_cli(metavar="SIZE"),
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto",
+        description="Number format to compute in; auto is the model's own on a GPU and float32 on a CPU.",
+    )
+    threads: int | None = Field(
+        default=None, ge=1, le=1024, description="CPU threads to compute with. All physical cores where omitted."
+    )
+    data_dir: Folder = Field(
+        default=Path("~/.azu/node"),
+        description="Holds the identity key (keep it: it is your peer id and earns your money) and the layers fetched. "
+        "Every program that runs at once needs its own.",
+        json_schema_extra=_cli(metavar="FOLDER"),
+    )
+    payout_address: Text | None = Field(
+        default=None,
+        description="The wallet that earnings are paid to. Earnings are only counted where omitted.",
+        json_schema_extra=_cli(metavar="ADDRESS"),
+    )
+    listen: Multiaddrs = Field(
+        default=("/ip4/0.0.0.0/tcp/0",),
+        description="An address to accept peers on; port 0 lets the system choose one. May be given several times.",
+        json_schema_extra=_cli(metavar="MULTIADDR"),
+    )
+    trust: PeerIds = Field(
+        default=(),
+        description="Take work from this coordinator only. May be given several times; any coordinator where omitted.",
+        json_schema_extra=_cli(metavar="PEER_ID"),
+    )
+
+
+class CoordinatorSettings(BaseAzuSettings):
+    """A coordinator: which swarm, which models, where its HTTP endpoint listens."""
+
+    bootstrap: PeerAddresses = Field(
+        default=(),
+        description="A peer of the swarm to join through, as `azu-bootstrap run` prints it. "
+        "May be given several times.",
+        json_schema_extra=_cli(metavar="MULTIADDR"),
+    )
+    models: Words = Field(
+        default=(),
+        description="A model to serve: a folder of safetensors, a .gguf file, or a hub id such as Qwen/Qwen3-0.6B. "
+        "May be given several times.",
+        json_schema_extra=_cli(metavar="PATH_OR_HUB_ID", option="--model"),
+    )
+    host: Text = Field(
+        default="127.0.0.1",
+        description="Address of the HTTP endpoint. 0.0.0.0 answers the whole network: put TLS in front of it.",
+        json_schema_extra=_cli(metavar="HOST"),
+    )
+    port: Port = Field(
+        default=8000,
+        description="Port of the HTTP endpoint; 0 lets the system choose one.",
+        json_schema_extra=_cli(metavar="PORT"),
+    )
+    default_max_tokens: int = Field(
+        default=1024,
+        ge=1,
+        le=_MAX_TOKENS,
+        description="Length limit of an answer whose request names none.",
+        json_schema_extra=_cli(metavar="TOKENS"),
+    )
+    kv_tokens: int = Field(
+        default=8192,
+        ge=1,
+        le=_MAX_TOKENS * 100,
+        description="Tokens of KV cache that each worker has to keep room for, summed over all jobs that run at once.",
+        json_schema_extra=_cli(metavar="TOKENS"),
+    )
+    data_dir: Folder = Field(
+        default=Path("~/.azu/coordinator"),
+        description="Holds the identity key, the ledger and the models cut into layers. "
+        "Every program that runs at once needs its own.",
+        json_schema_extra=_cli(metavar="FOLDER"),
+    )
+    listen: Multiaddrs = Field(
+        default=("/ip4/0.0.0.0/tcp/0",),
+        description="An address to accept peers on; port 0 lets the system choose one. May be given several times.",
+        json_schema_extra=_cli(metavar="MULTIADDR"),
+    )
+
+
+class BootstrapSettings(BaseAzuSettings):
+    """A bootstrap node: the address that newcomers are given."""
+
+    listen: Multiaddrs = Field(
+        default=("/ip4/0.0.0.0/tcp/4001",),
+        description="An address to accept peers on; port 0 lets the system choose one. May be given several times.",
+        json_schema_extra=_cli(metavar="MULTIADDR"),
+    )
+    bootstrap: PeerAddresses = Field(
+        default=(),
+        description="Another bootstrap node of the same swarm, to be joined with. May be given several times.",
+        json_schema_extra=_cli(metavar="MULTIADDR"),
+    )
+    data_dir: Folder = Field(
+        default=Path("~/.azu/bootstrap"),
+        description="Holds the identity key, so that the address stays the same across restarts.",
+        json_schema_extra=_cli(metavar="FOLDER"),
+    )
+
+
+class DhtSettings(BaseAzuSettings):
+    """A look into the swarm's DHT from outside; keeps nothing on disk."""
+
+    bootstrap: PeerAddresses = Field(
+        default=(),
+        description="A peer of the swarm to ask, as `azu-bootstrap run` prints it. May be given several times.",
+        json_schema_extra=_cli(metavar="MULTIADDR"),
+    )
+    as_json: bool = Field(
+        default=False,
+        description="Print one JSON document instead of a table.",
+        json_schema_extra=_cli(option="--json"),
+    )

@@ -1,0 +1,24 @@
+"""The overlay: the only folder of azu that knows libp2p.
+
+Behind it lie a libp2p host (TCP, Noise, Yamux), a Kademlia DHT with validated records, and streams between
+authenticated peers. No libp2p exception or type passes this border; see `azu.errors` for what does.
+"""
+
+from __future__ import annotations
+
+from azu.overlay.addresses import PeerAddress, parse_peer_multiaddr
+from azu.overlay.dht import MAX_RECORD_BYTES, RecordValidator
+from azu.overlay.host import Overlay, OverlayConfig, OverlayStatistics, open_overlay
+from azu.overlay.streams import OverlayStream
+
+__all__ = [
+    "MAX_RECORD_BYTES",
+    "Overlay",
+    "OverlayConfig",
+    "OverlayStatistics",
+    "OverlayStream",
+    "PeerAddress",
+    "RecordValidator",
+    "open_overlay",
+    "parse_peer_multiaddr",
+]

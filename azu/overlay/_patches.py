@@ -1,0 +1,220 @@
+"""The places where py-libp2p 0.8.1 is bent, each with its reason. Subclasses only, but for one constant."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import trio
+from libp2p.abc import IMuxedConn, INetConn, IRawConnection, ISecureConn
+from libp2p.identity.identify import identify
+from libp2p.io.exceptions import ConnectionClosedError
+from libp2p.io.trio import TrioTCPStream
+from libp2p.kad_dht.common import PROTOCOL_ID
+from libp2p.kad_dht.kad_dht import KadDHT
+from libp2p.network.connection.raw_connection import RawConnection
+from libp2p.network.exceptions import SwarmException
+from libp2p.network.swarm import Swarm
+from libp2p.peer.id import ID
+from libp2p.peer.peerstore import PeerStoreError
+from libp2p.stream_muxer.muxer_multistream import MuxerMultistream
+from libp2p.transport.tcp.tcp import TCP, TCPListener
+from multiaddr import Multiaddr
+
+from azu.overlay._yamux import CLOSE_SECONDS, AzuYamux
+from azu.overlay.faults import shielded
+
+__all__ = ["AzuKadDHT", "AzuMuxers", "AzuSwarm", "BufferedTCP", "quieten_libp2p", "set_agent"]
+
+logger = logging.getLogger(__name__)
+
+READ_BYTES = 256 * 1024  # one socket read; several Noise messages at once under load
+QUERY_DIAL_SECONDS = 4.0  # all addresses of one peer together, when the DHT dials it; a look-up may meet many dead ones
+MAX_AWAITING_IDENTIFY = 256  # queriers that are not in the routing table yet
+MAX_DIAL_ADDRESSES = 16  # addresses of one peer that are tried; a hostile record may list thousands
+
+
+class BufferedTCPStream(TrioTCPStream):
+    """Upstream makes two socket reads per Noise message (its length, then its body); this one makes few."""
+
+    def __init__(self, stream: trio.SocketStream) -> None:
+        super().__init__(stream)
+        self._buffer = memoryview(b"")
+
+    async def read(self, n: int | None = None) -> bytes:
+        """Up to n bytes; b"" at the end."""
+        if not self._buffer:
+            try:
+                self._buffer = memoryview(await self.stream.receive_some(READ_BYTES))
+            except trio.BrokenResourceError as error:
+                raise ConnectionClosedError(f"connection reset: {error}", transport="tcp") from error
+            except trio.ClosedResourceError:
+                return b""
+            if not self._buffer and n != 0:
+                # Upstream's read_exactly would ask a hundred times more.
+                raise ConnectionClosedError("connection closed", transport="tcp")
+        data = self._buffer if n is None else self._buffer[:n]
+        self._buffer = self._buffer[len(data) :]
+        return bytes(data)
+
+    async def write(self, data: bytes) -> None:
+        """All of data; upstream hides writes to a socket that we closed, which would look like success."""
+        try:
+            await self.stream.send_all(data)
+        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            raise ConnectionClosedError(f"connection closed: {error}", transport="tcp") from error
+
+
+class BufferedTCP(TCP):
+    """TCP whose streams read through a buffer. trio sets TCP_NODELAY on both sides already."""
+
+    async def dial(self, maddr: Multiaddr) -> IRawConnection:
+        """As upstream."""
+        connection: Any = await super().dial(maddr)
+        connection.stream = BufferedTCPStream(connection.stream.stream)
+        raw: IRawConnection = connection
+        return raw
+
+    def create_listener(self, handler_function: Any) -> TCPListener:
+        """As upstream."""
+
+        async def handler(stream: Any) -> None:
+            await handler_function(BufferedTCPStream(stream.stream))
+
+        return super().create_listener(handler)
+
+
+class AzuMuxers(MuxerMultistream):
+    """Upstream's new_conn() names its Yamux class in the code, whatever class was registered."""
+
+    async def new_conn(self, conn: ISecureConn, peer_id: ID) -> IMuxedConn:
+        """Negotiate and start our Yamux."""
+        protocol, _ = await self._selector.select(conn, conn.is_initiator, self.negotiate_timeout)
+        return self._annotate_connection(AzuYamux(conn, peer_id, conn.is_initiator), conn, protocol)
+
+
+class AzuSwarm(Swarm):
+    """Dialling and accepting, bent.
+
+    Upstream's dial_peer() tries one address per transport, drops loopback ones, waits 250 ms after each success
+    (trap 7), and refuses a peer for 60 s after a failure. Here: all addresses at once, first wins. Upstream keeps a
+    task and a slot of the inbound limit for each connection ever accepted, until the swarm stops: a node that runs
+    for long would turn everybody away.
+    """
+
+    async def _do_handle_inbound_connection(self, read_write_closer: Any, maddr: Multiaddr, failure_event: Any) -> None:
+        try:
+            muxed: Any = await self.upgrade_inbound_raw_conn(RawConnection(read_write_closer, False), maddr)
+            await muxed.event_closed.wait()
+        except Exception as error:  # strangers send what they like to an open port
+            logger.debug("inbound connection: %s", error)
+        finally:
+            with shielded(CLOSE_SECONDS):
+                await read_write_closer.close()
+
+    async def dial_peer(self, peer_id: ID, seconds: float = QUERY_DIAL_SECONDS) -> list[INetConn]:
+        """Connect to a peer whose addresses the peerstore knows; joins a dial that is under way."""
+        while True:
+            live = [each for each in self.get_connections(peer_id) if not each.is_closed]
+            if live:
+                return live
+            under_way = self._ongoing_dials.get(peer_id)
+            if under_way is None:
+                break
+            await under_way.wait()
+        done = self._ongoing_dials[peer_id] = trio.Event()
+        try:
+            return [await self._dial_any(peer_id, self.known_addresses(peer_id), seconds)]
+        finally:
+            del self._ongoing_dials[peer_id]
+            done.set()
+
+    def known_addresses(self, peer_id: ID) -> list[Multiaddr]:
+        """Addresses in the peerstore that we could dial."""
+        try:
+            known = self.peerstore.addrs(peer_id)
+        except Exception as error:  # PeerStoreError where nothing is known or all has expired
+            raise SwarmException(f"no address of {peer_id} is known") from error
+        return [each for each in known if self.transport_manager.transport_for_dialing(each) is not None]
+
+    async def _dial_any(self, peer_id: ID, addresses: Sequence[Multiaddr], seconds: float) -> INetConn:
+        """Dial the addresses in parallel; the first that proves to be `peer_id` wins, the others are cancelled."""
+        won: list[INetConn] = []
+        failed: list[Exception] = []
+
+        async def attempt(address: Multiaddr) -> None:
+            try:
+                connection = await self._dial_addr_single_attempt(address, peer_id)
+            except Exception as error:  # reported if no other address works
+                failed.append(error)
+                return
+            won.append(connection)
+            nursery.cancel_scope.cancel()
+
+        with trio.move_on_after(seconds) as scope:
+            async with trio.open_nursery() as nursery:
+                for address in addresses[:MAX_DIAL_ADDRESSES]:
+                    nursery.start_soon(attempt, address)
+        if won:
+            return won[0]
+        why = f"no answer within {seconds:g} s" if scope.cancelled_caught else "no address is known"
+        raise SwarmException(f"cannot dial {peer_id}: {why}") from (failed[0] if failed else None)
+
+
+class AzuKadDHT(KadDHT):
+    """Upstream takes whoever queries for a server and enters it into the routing table, client-mode nodes behind a
+    NAT included; look-ups then wait for them. Here an inbound querier is entered once identify has told that it
+    serves.
+    """
+
+    async def add_peer(self, peer_id: ID, *, skip_server_mode_check: bool = False) -> bool:
+        """Enter a peer; one that queries us (`skip_server_mode_check`) a little later."""
+        if not skip_server_mode_check:
+            return await super().add_peer(peer_id)
+        pending: set[ID] = self.__dict__.setdefault("_awaiting_identify", set())
+        if peer_id not in pending and len(pending) < MAX_AWAITING_IDENTIFY:
+            pending.add(peer_id)
+            self.manager.run_task(self._add_once_identified, peer_id, pending)
+        return False
+
+    async def _add_once_identified(self, peer_id: ID, pending: set[ID]) -> None:
+        try:
+            for _ in range(250):
+                protocols = self._protocols(peer_id)
+                if PROTOCOL_ID in protocols:
+                    await super().add_peer(peer_id)
+                if protocols:
+                    return
+                await trio.sleep(0.02)
+        finally:
+            pending.discard(peer_id)
+
+    def _protocols(self, peer_id: ID) -> Sequence[str]:
+        try:
+            return self.host.get_peerstore().get_protocols(peer_id) or ()
+        except PeerStoreError:
+            return ()
+
+
+def set_agent(agent: str) -> None:
+    """Upstream's identify handler reads its agent from a module constant and offers no argument for it."""
+    identify.AGENT_VERSION = agent
+
+
+def quieten_libp2p() -> None:
+    """Give libp2p's loggers a level of their own (trap 12): CRITICAL, or what AZU_LIBP2P_LOG names.
+
+    Its errors are mostly remote faults that azu reports itself. SwarmConn logs to the root logger, but at
+    debug level, or as warnings that come with a fault that azu sees too.
+    """
+    level = logging.getLevelName(os.environ.get("AZU_LIBP2P_LOG", "CRITICAL").upper())
+    if not isinstance(level, int):
+        level = logging.CRITICAL
+    parent = logging.getLogger("libp2p")
+    parent.setLevel(level)
+    parent.propagate = True  # its setup_logging() switches that off
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("libp2p."):
+            logging.getLogger(name).setLevel(logging.NOTSET)

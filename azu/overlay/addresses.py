@@ -1,0 +1,137 @@
+"""Multiaddrs: parse what operators type, expand what a wildcard listener means."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from libp2p.peer.id import ID
+from multiaddr import Multiaddr
+from multiaddr.utils import get_network_addrs
+
+from azu.errors import InputError
+
+__all__ = ["PeerAddress", "expand_addresses", "parse_dial_address", "parse_listen_address", "parse_peer_id",
+           "parse_peer_multiaddr"]
+
+_EXAMPLE = "Write it like /ip4/203.0.113.7/tcp/4001/p2p/12D3KooW... (ip4, ip6, dns4 or dns6, then tcp, then p2p)"
+_HOSTS = frozenset({"ip4", "ip6", "dns", "dns4", "dns6"})
+
+
+class PeerAddress(NamedTuple):
+    """A dialable address of a known peer: `peer_id` (base58) and `address` (multiaddr without /p2p)."""
+
+    peer_id: str
+    address: str
+
+
+def parse_peer_multiaddr(text: str) -> PeerAddress:
+    """Split a full multiaddr such as /ip4/../tcp/../p2p/.. into peer id and address.
+
+    Raises:
+        InputError: `text` is malformed, is not TCP, or names no peer.
+    """
+    parts = _parse(text)
+    names = [name for name, _ in parts]
+    if "p2p-circuit" in names or names.count("p2p") != 1 or names[-1] != "p2p":
+        raise _bad(text, "it must end in exactly one /p2p/<peer id>")
+    _require_tcp(text, parts[:-1])
+    peer_id = parts[-1][1]
+    parse_peer_id(peer_id)
+    return PeerAddress(peer_id, _join(parts[:-1]))
+
+
+def parse_dial_address(text: str, peer_id: str) -> Multiaddr:
+    """An address to dial `peer_id` at; the /p2p suffix may be missing.
+
+    Raises:
+        InputError: malformed, not TCP, or it names another peer than `peer_id`.
+    """
+    parts = _parse(text)
+    if parts[-1][0] == "p2p":
+        if parts[-1][1] != peer_id:
+            raise _bad(text, f"it names another peer than {peer_id}")
+        parts = parts[:-1]
+    _require_tcp(text, parts)
+    return Multiaddr(_join(parts))
+
+
+def parse_listen_address(text: str) -> Multiaddr:
+    """An address to listen on: /ip4 or /ip6, then /tcp.
+
+    Raises:
+        InputError: anything else.
+    """
+    parts = _parse(text)
+    if [name for name, _ in parts] not in (["ip4", "tcp"], ["ip6", "tcp"]):
+        raise _bad(text, "a listen address is /ip4/<address>/tcp/<port> or /ip6/<address>/tcp/<port>")
+    return Multiaddr(_join(parts))
+
+
+def parse_peer_id(text: str) -> ID:
+    """A peer id from its base58 text.
+
+    Raises:
+        InputError: it is not a base58 multihash.
+    """
+    try:
+        raw = ID.from_base58(text)
+    except Exception as error:  # base58 raises ValueError; py-libp2p adds its own
+        raise _bad_peer_id(text) from error
+    # An Ed25519 identity hash has 38 bytes; sha2-256 multihashes of older keys have 34.
+    if len(raw.to_bytes()) not in (34, 38) or str(raw) != text:
+        raise _bad_peer_id(text)
+    return raw
+
+
+def expand_addresses(listening: Sequence[Multiaddr]) -> list[Multiaddr]:
+    """Replace wildcard hosts by this machine's interface addresses; loopback last, link-local IPv6 left out."""
+    found: dict[str, bool] = {}
+    for address in listening:
+        (family, host), (_, port), *_ = _parts_of(address)
+        hosts = _interface_hosts(family) if ipaddress.ip_address(host).is_unspecified else [host]
+        for each in hosts:
+            found.setdefault(f"/{family}/{each}/tcp/{port}", ipaddress.ip_address(each).is_loopback)
+    return [Multiaddr(text) for text, _ in sorted(found.items(), key=lambda item: item[1])]
+
+
+def _interface_hosts(family: str) -> list[str]:
+    found = get_network_addrs(4 if family == "ip4" else 6)  # without loopback and link-local ones
+    return [*dict.fromkeys(str(each) for each in found), "127.0.0.1" if family == "ip4" else "::1"]
+
+
+def _parse(text: str) -> list[tuple[str, str]]:
+    if not text.startswith("/") or len(text) > 1024:
+        raise _bad(text[:200], "it must start with /ip4, /ip6 or /dns4")
+    try:
+        parts = _parts_of(Multiaddr(text))
+    except Exception as error:  # py-multiaddr raises a dozen types, ValueError and KeyError among them
+        raise _bad(text, str(error)) from error
+    if not parts:
+        raise _bad(text, "it is empty")
+    return parts
+
+
+def _parts_of(address: Multiaddr) -> list[tuple[str, str]]:
+    return [(protocol.name, str(value)) for protocol, value in address.items()]
+
+
+def _require_tcp(text: str, parts: Sequence[tuple[str, str]]) -> None:
+    if len(parts) != 2 or parts[0][0] not in _HOSTS or parts[1][0] != "tcp":
+        raise _bad(text, "azu speaks plain TCP only (no QUIC, WebSocket or relay addresses)")
+    if parts[1][1] == "0":
+        raise _bad(text, "port 0 cannot be dialled")
+
+
+def _join(parts: Iterable[tuple[str, str]]) -> str:
+    return "".join(f"/{name}/{value}" for name, value in parts)
+
+
+def _bad(text: str, why: str) -> InputError:
+    return InputError(f"{text!r} is not a usable address: {why}", code="bad_multiaddr", remedy=_EXAMPLE)
+
+
+def _bad_peer_id(text: str) -> InputError:
+    return InputError(f"{str(text)[:100]!r} is not a peer id", code="bad_peer_id",
+                      remedy="A peer id looks like 12D3KooW... (base58, 52 characters)")

@@ -1,0 +1,273 @@
+"""What a coordinator and its stages promise each other in writing: assignments, job tickets and receipts.
+
+All three are deterministic CBOR in a signed envelope. Checking one is pure: time and trust are arguments, and what is
+wrong with it comes back as a `Refusal`, since a refused ticket is an expected answer and not a fault.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Self
+
+from pydantic import Field, model_validator
+
+from azu.identity import Identity, Kind, open_envelope, seal
+from azu.wire.document import Digest, Document, PeerId, Tuple
+from azu.wire.messages import MAX_TOKENS, Count, JobId, TokenId
+from azu.wire.tensors import DType
+
+__all__ = [
+    "CLOCK_SKEW_S",
+    "MAX_STAGES",
+    "Assignment",
+    "JobTicket",
+    "Receipt",
+    "Refusal",
+    "Sampling",
+    "StageEntry",
+    "check_assignment",
+    "check_receipt",
+    "check_ticket",
+    "open_assignment",
+    "open_receipt",
+    "open_ticket",
+    "sign_assignment",
+    "sign_receipt",
+    "sign_ticket",
+]
+
+# No published model has more layers, and a stage has at least one.
+MAX_STAGES = 1_000
+# Clocks of home machines are off by a few seconds; more than this is a clock to be set.
+CLOCK_SKEW_S = 30
+
+Layer = Annotated[int, Field(ge=0, le=MAX_STAGES)]
+UnixTime = Annotated[int, Field(ge=0, lt=2**40)]
+# Grows with each version that one signer signs; unix milliseconds do, over restarts too.
+Sequence = Annotated[int, Field(ge=0, lt=2**63)]
+Unit = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why something signed is not accepted."""
+
+    code: str
+    message: str
+    remedy: str = ""
+
+
+class Sampling(Document):
+    """How the last stage picks tokens. Defaults are greedy and neutral.
+
+    `temperature` 0 is greedy. `top_k` 0, `top_p` 1 and `min_p` 0 keep every token. `repetition_penalty` divides
+    positive (and multiplies negative) logits of tokens seen in prompt or output (CTRL, arXiv:1909.05858);
+    `presence_penalty` and `frequency_penalty` are subtracted for tokens of the output alone, as in OpenAI's API.
+    """
+
+    temperature: Annotated[float, Field(ge=0.0, le=2.0)] = 0.0
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    top_k: Annotated[int, Field(ge=0, le=2**31)] = 0
+    min_p: Unit = 0.0
+    repetition_penalty: Annotated[float, Field(gt=0.0, le=10.0)] = 1.0
+    presence_penalty: Annotated[float, Field(ge=-2.0, le=2.0)] = 0.0
+    frequency_penalty: Annotated[float, Field(ge=-2.0, le=2.0)] = 0.0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+
+
+class StageEntry(Document):
+    """One stage of a job: layers [start, end) at a peer."""
+
+    peer_id: PeerId
+    start: Layer
+    end: Layer
+
+
+class JobTicket(Document):
+    """A coordinator's order to a chain of stages to run one job, at an agreed price."""
+
+    job_id: JobId
+    epoch: Annotated[int, Field(ge=0, le=2**31)]
+    manifest: Digest
+    n_layers: Annotated[int, Field(ge=1, le=MAX_STAGES)]
+    stages: Annotated[Tuple[StageEntry], Field(min_length=1, max_length=MAX_STAGES)]
+    dtype: DType
+    prompt_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)]
+    max_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)]
+    stop_tokens: Annotated[Tuple[TokenId], Field(max_length=64)]
+    sampling: Sampling
+    price: Annotated[int, Field(ge=0, lt=2**63)]  # smallest units per token-layer
+    issued_at: UnixTime
+    expires_at: UnixTime
+    coordinator: PeerId
+
+    @model_validator(mode="after")
+    def _stages_cover_the_model(self) -> Self:
+        position = 0
+        for stage in self.stages:
+            if stage.start != position or stage.end <= stage.start:
+                raise ValueError("stages do not cover the layers one after the other")
+            position = stage.end
+        if position != self.n_layers:
+            raise ValueError("stages do not cover every layer")
+        return self
+
+    @property
+    def total_tokens(self) -> int:
+        """The most positions that a stage's KV cache will hold for this job."""
+        return self.prompt_tokens + self.max_tokens
+
+    def stage_of(self, peer_id: str) -> int | None:
+        """The index of a peer's stage, or None. A peer has at most one stage of a job (see check_ticket)."""
+        return next((index for index, stage in enumerate(self.stages) if stage.peer_id == peer_id), None)
+
+
+class Assignment(Document):
+    """A coordinator's request to a worker to load layers [start, end) of a model and keep them."""
+
+    worker: PeerId
+    coordinator: PeerId
+    manifest: Digest
+    start: Layer
+    end: Layer
+    dtype: DType
+    kv_tokens: Annotated[int, Field(ge=1, le=2**40)]  # positions of KV cache to keep room for
+    sequence: Sequence  # so that an old one cannot be replayed
+    expires_at: UnixTime
+
+
+class Receipt(Document):
+    """A stage's statement of what it did for a job."""
+
+    job_id: JobId
+    epoch: Annotated[int, Field(ge=0, le=2**31)]
+    stage: Annotated[int, Field(ge=0, le=MAX_STAGES)]
+    peer_id: PeerId
+    start: Layer
+    end: Layer
+    tokens: Count  # positions that went through its layers
+    first_input: Digest  # SHA-256 of the first body that it computed on
+    last_output: Digest  # SHA-256 of the last body (or token id) that it sent on
+    issued_at: UnixTime
+
+
+def sign_ticket(identity: Identity, ticket: JobTicket) -> bytes:
+    """The ticket in its coordinator's envelope."""
+    return seal(identity, Kind.JOB_TICKET, ticket.to_cbor())
+
+
+def sign_assignment(identity: Identity, assignment: Assignment) -> bytes:
+    """The assignment in its coordinator's envelope."""
+    return seal(identity, Kind.ASSIGNMENT, assignment.to_cbor())
+
+
+def sign_receipt(identity: Identity, receipt: Receipt) -> bytes:
+    """The receipt in its stage's envelope."""
+    return seal(identity, Kind.RECEIPT, receipt.to_cbor())
+
+
+def open_ticket(data: bytes) -> tuple[str, JobTicket]:
+    """The signer's peer id and the ticket. Whether it is to be honoured, `check_ticket` says.
+
+    Raises:
+        TrustError: the signature does not hold.
+        ProtocolError: the content is not a ticket.
+    """
+    signed = open_envelope(data, Kind.JOB_TICKET)
+    return signed.peer_id, JobTicket.from_cbor(signed.payload)
+
+
+def open_assignment(data: bytes) -> tuple[str, Assignment]:
+    """The signer's peer id and the assignment; raises as `open_ticket` does."""
+    signed = open_envelope(data, Kind.ASSIGNMENT)
+    return signed.peer_id, Assignment.from_cbor(signed.payload)
+
+
+def open_receipt(data: bytes) -> tuple[str, Receipt]:
+    """The signer's peer id and the receipt; raises as `open_ticket` does."""
+    signed = open_envelope(data, Kind.RECEIPT)
+    return signed.peer_id, Receipt.from_cbor(signed.payload)
+
+
+def check_ticket(
+    ticket: JobTicket,
+    *,
+    signer: str,
+    sender: str,
+    me: str,
+    now: float,
+    is_trusted: Callable[[str], bool],
+    loaded: tuple[str, int, int, str] | None,
+) -> Refusal | None:
+    """Whether the worker `me` honours a ticket that `signer` signed and `sender` handed over.
+
+    `loaded` is what the worker has in memory: (manifest digest, start, end, dtype). None means accepted.
+    """
+    own = [stage for stage in ticket.stages if stage.peer_id == me]
+    if signer != ticket.coordinator or sender != signer:
+        return Refusal("wrong_signer", "the ticket was not signed and sent by the coordinator that it names")
+    if not is_trusted(signer):
+        return Refusal(
+            "untrusted_coordinator",
+            f"this worker does not serve coordinator {signer}",
+            f"Its owner can allow it: azu-node join --trust {signer}",
+        )
+    if (timing := _check_times(ticket.issued_at, ticket.expires_at, now)) is not None:
+        return timing
+    if len(own) != 1:
+        return Refusal("not_my_stage", f"the ticket has {len(own)} stages for {me}, not one")
+    if loaded is None or loaded[0] != ticket.manifest:
+        return Refusal("not_loaded", f"model {ticket.manifest[:12]} is not loaded here")
+    if (own[0].start, own[0].end) != loaded[1:3]:
+        return Refusal("wrong_range", f"layers {own[0].start}-{own[0].end - 1} are not what is loaded here")
+    if ticket.dtype != loaded[3]:
+        return Refusal("wrong_dtype", f"this worker runs {loaded[3]}, the ticket wants {ticket.dtype}")
+    return None
+
+
+def check_assignment(
+    assignment: Assignment,
+    *,
+    signer: str,
+    sender: str,
+    me: str,
+    now: float,
+    is_trusted: Callable[[str], bool],
+    last_sequence: int,
+) -> Refusal | None:
+    """Whether the worker `me` follows an assignment that `signer` signed and `sender` handed over; None means yes."""
+    if signer != assignment.coordinator or sender != signer:
+        return Refusal("wrong_signer", "the assignment was not signed and sent by the coordinator that it names")
+    if assignment.worker != me:
+        return Refusal("not_for_me", f"the assignment is for {assignment.worker}")
+    if not is_trusted(signer):
+        return Refusal(
+            "untrusted_coordinator",
+            f"this worker does not serve coordinator {signer}",
+            f"Its owner can allow it: azu-node join --trust {signer}",
+        )
+    if assignment.sequence <= last_sequence:
+        return Refusal("stale", "a newer assignment was given before")
+    if assignment.end <= assignment.start:
+        return Refusal("wrong_range", "the assignment names no layer")
+    return _check_times(0, assignment.expires_at, now)
+
+
+def check_receipt(receipt: Receipt, *, signer: str, ticket: JobTicket, stage: int) -> Refusal | None:
+    """Whether a receipt is the given stage's, for the given ticket; None means yes. Counts are the meter's business."""
+    entry = ticket.stages[stage]
+    claimed = (receipt.job_id, receipt.epoch, receipt.stage, receipt.peer_id, receipt.start, receipt.end)
+    if claimed != (ticket.job_id, ticket.epoch, stage, entry.peer_id, entry.start, entry.end):
+        return Refusal("wrong_receipt", "the receipt is for another job, epoch or stage")
+    if signer != entry.peer_id:
+        return Refusal("wrong_signer", "the receipt was not signed by the stage's peer")
+    return None
+
+
+def _check_times(issued_at: int, expires_at: int, now: float) -> Refusal | None:
+    if now > expires_at:
+        return Refusal("expired", "it has expired", "Compare the clocks of both machines (NTP)")
+    if issued_at > now + CLOCK_SKEW_S:
+        return Refusal("from_the_future", "it was issued in the future", "Compare the clocks of both machines (NTP)")
+    return None

@@ -1,0 +1,278 @@
+"""The messages of azu's protocols. docs/protocol.md tells their order; here are their fields and limits.
+
+/azu/control/1   anyone -> worker        what it is, and (from a coordinator) which range to load
+/azu/layers/1    anyone -> any holder    a signed manifest, or a file by digest
+/azu/job/1       coordinator -> stage    one job's ticket, prompt, tokens and end
+/azu/ring/1      stage -> next stage     activations on, token ids from the last stage back to the first
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from azu.errors import ProtocolError
+from azu.wire.document import Digest, Document, PeerId, decode_cbor, encode_cbor, reason
+from azu.wire.frames import MAX_HEADER_BYTES, Buffer, Frame, encode_frame
+from azu.wire.tensors import TensorHeader
+
+__all__ = [
+    "CONTROL",
+    "CONTROL_PROTOCOL",
+    "JOB",
+    "JOB_PROTOCOL",
+    "LAYERS",
+    "LAYERS_PROTOCOL",
+    "MAX_PART_BYTES",
+    "MAX_TOKENS",
+    "RING",
+    "RING_PROTOCOL",
+    "Accepted",
+    "Assign",
+    "BlobPart",
+    "Chunk",
+    "Codec",
+    "Credit",
+    "End",
+    "Failed",
+    "GetBlob",
+    "GetManifest",
+    "GetStatus",
+    "Hello",
+    "ManifestReply",
+    "Message",
+    "Next",
+    "Open",
+    "Ping",
+    "Prompt",
+    "Ready",
+    "ReceiptReply",
+    "Refused",
+    "Status",
+    "Token",
+    "encode_message",
+]
+
+CONTROL_PROTOCOL = "/azu/control/1"
+LAYERS_PROTOCOL = "/azu/layers/1"
+JOB_PROTOCOL = "/azu/job/1"
+RING_PROTOCOL = "/azu/ring/1"
+
+# The longest context of any published model is 10M tokens (Llama 4 Scout); ids of 1M are 4 MiB, enough for one job.
+MAX_TOKENS = 1_048_576
+# A file travels in parts, so that neither side holds more than this of it in memory.
+MAX_PART_BYTES = 1_048_576
+_MAX_SIGNED_BYTES = 65_536
+_MAX_FILE_BYTES = 2**44
+
+Count = Annotated[int, Field(ge=0, le=MAX_TOKENS)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+JobId = Annotated[bytes, Field(min_length=16, max_length=16)]
+Text = Annotated[str, Field(max_length=2_000)]
+Code = Annotated[str, Field(pattern=r"^[a-z0-9_]{1,64}$")]
+
+
+class Message(Document):
+    """A frame's header. `max_body` is the largest body in bytes that may come with it."""
+
+    max_body: ClassVar[int] = 0
+
+
+class Refused(Message):
+    """No, and why; the stream ends after it."""
+
+    t: Literal["refused"] = "refused"
+    code: Code
+    message: Text
+    remedy: Text = ""
+
+
+class GetStatus(Message):
+    """Ask a worker for its newest record."""
+
+    t: Literal["get-status"] = "get-status"
+
+
+class Status(Message):
+    """Body: the worker's signed record."""
+
+    max_body: ClassVar[int] = _MAX_SIGNED_BYTES
+    t: Literal["status"] = "status"
+
+
+class Assign(Message):
+    """Body: an assignment signed by a coordinator."""
+
+    max_body: ClassVar[int] = _MAX_SIGNED_BYTES
+    t: Literal["assign"] = "assign"
+
+
+class Accepted(Message):
+    """The assignment is taken (or was already fulfilled)."""
+
+    t: Literal["accepted"] = "accepted"
+
+
+class GetManifest(Message):
+    """Ask for the signed manifest with this digest."""
+
+    t: Literal["get-manifest"] = "get-manifest"
+    digest: Digest
+
+
+class ManifestReply(Message):
+    """Body: the manifest in its publisher's envelope."""
+
+    max_body: ClassVar[int] = 1_200_000
+    t: Literal["manifest"] = "manifest"
+
+
+class GetBlob(Message):
+    """Ask for a file's bytes from `offset` to its end."""
+
+    t: Literal["get-blob"] = "get-blob"
+    digest: Digest
+    offset: Annotated[int, Field(ge=0, le=_MAX_FILE_BYTES)]
+
+
+class BlobPart(Message):
+    """Body: the file's bytes from `offset`; `size` is the whole file's. The last part ends at `size`."""
+
+    max_body: ClassVar[int] = MAX_PART_BYTES
+    t: Literal["blob-part"] = "blob-part"
+    offset: Annotated[int, Field(ge=0, le=_MAX_FILE_BYTES)]
+    size: Annotated[int, Field(ge=0, le=_MAX_FILE_BYTES)]
+
+
+class Open(Message):
+    """Body: the signed job ticket."""
+
+    max_body: ClassVar[int] = _MAX_SIGNED_BYTES
+    t: Literal["open"] = "open"
+
+
+class Ready(Message):
+    """The ticket holds, memory is reserved, and the next stage was reached."""
+
+    t: Literal["ready"] = "ready"
+
+
+class Prompt(Message):
+    """Body: the prompt's token ids, little-endian int32."""
+
+    max_body: ClassVar[int] = 4 * MAX_TOKENS
+    t: Literal["prompt"] = "prompt"
+
+
+class Token(Message):
+    """The `index`-th sampled token (from 0); `finish` is set on the last one."""
+
+    t: Literal["token"] = "token"
+    index: Count
+    token: TokenId
+    finish: Literal["", "stop", "length"] = ""
+
+
+class Ping(Message):
+    """A sign of life, sent by both ends of a job stream."""
+
+    t: Literal["ping"] = "ping"
+
+
+class End(Message):
+    """The coordinator is done with the job (finished or cancelled): free it and answer with the receipt."""
+
+    t: Literal["end"] = "end"
+
+
+class Failed(Message):
+    """A stage cannot go on; `peer_id` is the peer whose fault it seems."""
+
+    t: Literal["failed"] = "failed"
+    code: Code
+    message: Text
+    peer_id: PeerId
+
+
+class ReceiptReply(Message):
+    """Body: the stage's signed receipt."""
+
+    max_body: ClassVar[int] = _MAX_SIGNED_BYTES
+    t: Literal["receipt"] = "receipt"
+
+
+class Hello(Message):
+    """First on a ring stream: which job, and which of its stages is speaking."""
+
+    t: Literal["hello"] = "hello"
+    job_id: JobId
+    epoch: Annotated[int, Field(ge=0, le=2**31)]
+    stage: Annotated[int, Field(ge=0, le=1_000)]
+
+
+class Chunk(Message):
+    """Body: hidden states [n, hidden] of positions `position` .. `position + n - 1`.
+
+    `sample` is set where the last stage has to sample after the chunk's last position.
+    """
+
+    # The job's stage lowers this to what its model and ticket allow.
+    max_body: ClassVar[int] = 67_108_864
+    t: Literal["chunk"] = "chunk"
+    position: Count
+    tensor: TensorHeader
+    sample: bool
+
+
+class Next(Message):
+    """From the last stage to the first: the `index`-th sampled token, which starts the next step."""
+
+    t: Literal["next"] = "next"
+    index: Count
+    token: TokenId
+
+
+class Credit(Message):
+    """The receiver has room for `frames` more chunks."""
+
+    t: Literal["credit"] = "credit"
+    frames: Annotated[int, Field(ge=1, le=1_024)]
+
+
+class Codec:
+    """Decodes the messages of one protocol and refuses all others."""
+
+    def __init__(self, name: str, *messages: type[Message]) -> None:
+        self.name = name
+        self.max_body = max(message.max_body for message in messages)
+        union: Any = messages[0]
+        for message in messages[1:]:
+            union = union | message
+        self._adapter: TypeAdapter[Message] = TypeAdapter(Annotated[union, Field(discriminator="t")])
+
+    def decode(self, frame: Frame) -> Message:
+        """The message in a frame's header.
+
+        Raises:
+            ProtocolError: it is not one of this protocol's messages, or its body is larger than the message allows.
+        """
+        values = decode_cbor(frame.header, limit=MAX_HEADER_BYTES)
+        try:
+            message = self._adapter.validate_python(values)
+        except ValidationError as error:
+            raise ProtocolError(f"not a {self.name} message: {reason(error)}", code="bad_message") from error
+        if len(frame.body) > message.max_body:
+            raise ProtocolError(f"a body of {len(frame.body)} bytes with a {type(message).__name__}", code="too_large")
+        return message
+
+
+def encode_message(message: Message, body: Buffer = b"") -> tuple[Buffer, ...]:
+    """The buffers to write for one message and its body."""
+    return encode_frame(encode_cbor(message.model_dump()), body)
+
+
+CONTROL = Codec("control", GetStatus, Status, Assign, Accepted, Refused)
+LAYERS = Codec("layers", GetManifest, ManifestReply, GetBlob, BlobPart, Refused)
+JOB = Codec("job", Open, Prompt, Ping, End, Ready, Token, Failed, ReceiptReply, Refused)
+RING = Codec("ring", Hello, Chunk, Next, Credit, Refused)

@@ -1,0 +1,103 @@
+"""The coordinator's HTTP application: OpenAI's routes, and every error in OpenAI's shape."""
+
+from __future__ import annotations
+
+import secrets
+from contextvars import ContextVar
+from http import HTTPStatus
+from typing import Any
+
+import trio
+from hypercorn.typing import ASGISendCallable
+from quart import Request, Response, json, request
+from quart_trio import QuartTrio
+from quart_trio.asgi import TrioASGIHTTPConnection
+from werkzeug.exceptions import HTTPException
+
+from coordinator.api.completions import Completions, find_model
+from coordinator.api.errors import ApiError, from_exception, from_http_exception
+from coordinator.api.jobs import InFlight
+from coordinator.api.responses import health_object, model_object
+from coordinator.api.settings import ApiSettings
+from coordinator.generation import GenerationService
+
+__all__ = ["ApiApp", "create_app"]
+
+# The nursery of the connection that a handler's task serves.
+_nursery: ContextVar[trio.Nursery] = ContextVar("azu_connection_nursery")
+
+
+class _Connection(TrioASGIHTTPConnection):
+    """Shows a handler the nursery that quart-trio runs it in, and cancels when the client hangs up."""
+
+    async def handle_request(  # type: ignore[override]  # quart-trio's own signature, which differs from Quart's
+        self, nursery: trio.Nursery, request: Request, send: ASGISendCallable
+    ) -> None:
+        _nursery.set(nursery)
+        await super().handle_request(nursery, request, send)
+
+
+class ApiApp(QuartTrio):
+    """A Quart application that knows which jobs it runs."""
+
+    asgi_http_class = _Connection
+
+    def __init__(self, import_name: str) -> None:
+        super().__init__(import_name, static_folder=None)
+        self.in_flight = InFlight()
+        self.url_map.strict_slashes = False
+        # Answers take as long as they take; read_body has its own limits of size and time.
+        self.config |= {"RESPONSE_TIMEOUT": None, "BODY_TIMEOUT": None, "MAX_CONTENT_LENGTH": None}
+
+
+def create_app(service: GenerationService, settings: ApiSettings) -> ApiApp:
+    """The application over a generation service; serve it with `serve_http`."""
+    app = ApiApp(__name__)
+    _add_error_handlers(app, settings)
+    _add_routes(app, service, settings)
+
+    @app.after_request
+    async def add_request_id(response: Response) -> Response:
+        response.headers["x-request-id"] = f"req_{secrets.token_hex(12)}"
+        return response
+
+    return app
+
+
+def _add_routes(app: ApiApp, service: GenerationService, settings: ApiSettings) -> None:
+    completions = Completions(service, settings, app.in_flight)
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions() -> Response | dict[str, Any]:
+        return await completions.answer(request, _nursery.get())
+
+    @app.get("/v1/models")
+    async def list_models() -> dict[str, Any]:
+        return {"object": "list", "data": [model_object(model) for model in service.models()]}
+
+    @app.get("/v1/models/<path:model_id>")
+    async def retrieve_model(model_id: str) -> dict[str, Any]:
+        return model_object(find_model(service, model_id))
+
+    @app.get("/healthz")
+    async def healthz() -> tuple[dict[str, Any], int]:
+        models = service.health()
+        able = any(model.covered for model in models)
+        body = {"status": "ok" if able else "degraded", "models": [health_object(model) for model in models]}
+        return body, HTTPStatus.OK if able else HTTPStatus.SERVICE_UNAVAILABLE
+
+
+def _add_error_handlers(app: ApiApp, settings: ApiSettings) -> None:
+    @app.errorhandler(HTTPException)
+    async def on_http_exception(error: HTTPException) -> Response:
+        return _error_response(from_http_exception(error, request.method, request.path[:300]))
+
+    @app.errorhandler(Exception)
+    async def on_exception(error: Exception) -> Response:
+        return _error_response(from_exception(error, settings))
+
+
+def _error_response(error: ApiError) -> Response:
+    return Response(
+        json.dumps(error.body()), status=error.status, headers=error.headers, content_type="application/json"
+    )

@@ -1,0 +1,199 @@
+"""POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TypeVar
+
+import trio
+from quart import Request, Response
+
+from azu.wire.messages import MAX_TOKENS
+from coordinator.api.errors import ApiError
+from coordinator.api.jobs import ChatJob, Delta, Event, Finished, InFlight, run_job
+from coordinator.api.requests import ChatRequest, parse_chat_request
+from coordinator.api.responses import Answer
+from coordinator.api.settings import ApiSettings
+from coordinator.api.stream import BUFFERED_EVENTS, EventBody, EventEncoder, produce, wait_for_first
+from coordinator.chat import ChatFormat
+from coordinator.generation import GenerationRequest, GenerationService, ServedModel
+
+__all__ = ["Completions", "find_model"]
+
+T = TypeVar("T")
+
+_STREAM_HEADERS = {
+    "Content-Type": "text/event-stream; charset=utf-8",
+    "Cache-Control": "no-cache",
+    "X-Accel-Buffering": "no",  # nginx would hold the stream back
+}
+
+
+class Completions:
+    """Answers chat completion requests; one for the app."""
+
+    def __init__(self, service: GenerationService, settings: ApiSettings, in_flight: InFlight) -> None:
+        self._service = service
+        self._settings = settings
+        self._in_flight = in_flight
+        # Big prompts take seconds to parse and tokenise: not on the event loop, and not on every core either.
+        self._limiter = trio.CapacityLimiter(settings.cpu_threads)
+        self._formats: dict[str, ChatFormat] = {}  # by manifest digest, as many as are served
+
+    async def answer(self, request: Request, nursery: trio.Nursery) -> Response | dict[str, object]:
+        """The whole answer, or a stream whose job runs in `nursery`, the connection's own.
+
+        Raises:
+            ApiError: there is no answer.
+        """
+        body = await read_body(request, self._settings)
+        asked = await self._in_thread(lambda: parse_chat_request(body, max_choices=self._settings.max_choices))
+        model = find_model(self._service, asked.model)
+        chat = await self._format(model)
+        prompt = await self._in_thread(lambda: chat.encode(asked.template_messages()))
+        job = plan_job(asked, model, chat, prompt, self._settings)
+        if asked.stream:
+            include_usage = asked.stream_options is not None and asked.stream_options.include_usage
+            return await self._stream(job, nursery, include_usage=include_usage)
+        return await self._whole(job)
+
+    async def _whole(self, job: ChatJob) -> dict[str, object]:
+        texts = [""] * len(job.requests)
+        finished: dict[int, Finished] = {}
+
+        async def collect(event: Event) -> None:
+            if isinstance(event, Delta):
+                texts[event.index] += event.text
+            elif isinstance(event, Finished):
+                finished[event.index] = event
+
+        await run_job(self._service, job, self._settings, self._in_flight, collect)
+        ends = [finished[index] for index in range(len(texts))]
+        choices = [(text, end.reason) for text, end in zip(texts, ends, strict=True)]
+        return Answer(job.model).completion(choices, [end.report for end in ends])
+
+    async def _stream(self, job: ChatJob, nursery: trio.Nursery, *, include_usage: bool) -> Response:
+        send, receive = trio.open_memory_channel[Event](BUFFERED_EVENTS)
+        nursery.start_soon(produce, self._service, job, self._settings, self._in_flight, send)
+        head = await wait_for_first(receive, self._settings.keep_alive_s)
+        encoder = EventEncoder(Answer(job.model), len(job.requests), include_usage=include_usage)
+        return Response(EventBody(encoder, head, receive, self._settings.keep_alive_s), headers=_STREAM_HEADERS)
+
+    async def _format(self, model: ServedModel) -> ChatFormat:
+        digest = model.manifest.digest
+        if digest not in self._formats:
+            self._formats[digest] = await self._in_thread(lambda: ChatFormat(model))
+        return self._formats[digest]
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        return await trio.to_thread.run_sync(work, abandon_on_cancel=True, limiter=self._limiter)
+
+
+async def read_body(request: Request, settings: ApiSettings) -> bytes:
+    """A request's JSON body.
+
+    Raises:
+        ApiError: it is no JSON by its header (415), too large (413) or too slow (408).
+    """
+    # Strictly: a web page of another origin can send any other type to a coordinator on loopback without being asked.
+    if not request.is_json:
+        raise ApiError(
+            f"The body's type is {(request.mimetype or 'unknown')[:100]}, not JSON",
+            status=415,
+            code="unsupported_media_type",
+            remedy="Send the header Content-Type: application/json.",
+        )
+    data = bytearray()
+    with trio.move_on_after(settings.body_timeout_s) as timeout:
+        async for part in request.body:
+            data += part
+            if len(data) > settings.max_body_bytes:
+                await _drain(request, settings)
+                raise _too_large(settings)
+    if timeout.cancelled_caught:
+        raise ApiError(
+            f"The request's body did not arrive within {settings.body_timeout_s:.0f} s",
+            status=408,
+            code="request_timeout",
+            remedy="Send it again.",
+        )
+    return bytes(data)
+
+
+async def _drain(request: Request, settings: ApiSettings) -> None:
+    # A connection closed on unread data is reset, and the client would not see why.
+    with trio.move_on_after(settings.drain_s):
+        async for _ in request.body:
+            pass
+
+
+def _too_large(settings: ApiSettings) -> ApiError:
+    return ApiError(
+        f"The request's body is larger than {settings.max_body_bytes} bytes",
+        status=413,
+        code="request_too_large",
+        remedy="Send fewer or shorter messages.",
+    )
+
+
+def find_model(service: GenerationService, model_id: str) -> ServedModel:
+    """The served model of that name.
+
+    Raises:
+        ApiError: status 404, naming those that are served.
+    """
+    models = {model.model_id: model for model in service.models()}
+    if model_id not in models:
+        available = ", ".join(sorted(models)) or "none yet"
+        raise ApiError(
+            f"The model '{model_id[:300]}' does not exist here",
+            status=404,
+            code="model_not_found",
+            param="model",
+            remedy=f"Available: {available}.",
+        )
+    return models[model_id]
+
+
+def plan_job(
+    asked: ChatRequest, model: ServedModel, chat: ChatFormat, prompt: tuple[int, ...], settings: ApiSettings
+) -> ChatJob:
+    """What to ask of the swarm.
+
+    Raises:
+        ApiError: code "context_length_exceeded".
+    """
+    context = min(model.manifest.context_length, MAX_TOKENS)
+    wanted = asked.max_completion_tokens or asked.max_tokens
+    _check_context(len(prompt), wanted, context)
+    seed = secrets.randbits(63) if asked.seed is None else asked.seed
+    request = GenerationRequest(
+        model=model,
+        prompt=prompt,
+        max_tokens=wanted or min(settings.default_max_tokens, context - len(prompt)),
+        sampling=asked.sampling(seed),
+        stop_tokens=chat.stop_tokens,
+    )
+    # Choices differ by their seed alone.
+    requests = tuple(replace(request, sampling=asked.sampling(seed + index)) for index in range(asked.n))
+    return ChatJob(model, chat, requests, tuple(asked.stop))
+
+
+def _check_context(prompt: int, wanted: int | None, context: int) -> None:
+    limit = f"This model's maximum context length is {context} tokens. However, "
+    if prompt >= context:
+        raise ApiError(
+            f"{limit}your messages resulted in {prompt} tokens",
+            code="context_length_exceeded",
+            param="messages",
+            remedy="Please reduce the length of the messages; at least one token has to be left for the answer.",
+        )
+    if wanted is not None and prompt + wanted > context:
+        raise ApiError(
+            f"{limit}you requested {prompt + wanted} tokens ({prompt} in the messages, {wanted} in the completion)",
+            code="context_length_exceeded",
+            param="messages",
+            remedy=f"Please reduce the length of the messages or completion: it has {context - prompt} tokens left.",
+        )

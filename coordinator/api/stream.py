@@ -1,0 +1,147 @@
+"""A streamed answer: events in, server-sent events out.
+
+The job runs in a task of the connection's nursery, and the response's body only reads what it sends. So the body holds
+no scope across a yield, and a client that hangs up cancels the nursery and with it the job.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Any, Self
+
+import trio
+from quart.wrappers.response import ResponseBody
+
+from coordinator.api.errors import ApiError
+from coordinator.api.jobs import ChatJob, Delta, Event, Failed, Finished, InFlight, Started, run_job
+from coordinator.api.responses import Answer
+from coordinator.api.settings import ApiSettings
+from coordinator.generation import GenerationService, JobReport
+
+__all__ = ["EventBody", "EventEncoder", "produce", "wait_for_first"]
+
+KEEP_ALIVE = b": keep-alive\n\n"
+# Tokens that wait for a slow reader before its job waits too.
+BUFFERED_EVENTS = 64
+
+
+async def produce(
+    service: GenerationService,
+    job: ChatJob,
+    settings: ApiSettings,
+    in_flight: InFlight,
+    events: trio.MemorySendChannel[Event],
+) -> None:
+    """Run a job and send its events; the last is `Failed` where it fails. Closes the channel."""
+    async with events:
+        try:
+            await run_job(service, job, settings, in_flight, events.send)
+        except ApiError as error:
+            await events.send(Failed(error))
+
+
+async def wait_for_first(events: trio.MemoryReceiveChannel[Event], timeout_s: float) -> list[Event]:
+    """The events up to the first text, or those of `timeout_s` seconds: until then a failure can still be a status.
+
+    Raises:
+        ApiError: the job failed.
+    """
+    head: list[Event] = []
+    with trio.move_on_after(timeout_s):
+        async for event in events:
+            if isinstance(event, Failed):
+                raise event.error
+            head.append(event)
+            if not isinstance(event, Started):
+                break
+    return head
+
+
+class EventEncoder:
+    """Events to the bytes of OpenAI's stream; knows no time and does no IO."""
+
+    def __init__(self, answer: Answer, choices: int, *, include_usage: bool) -> None:
+        self._answer = answer
+        self._include_usage = include_usage
+        self._reports: list[JobReport | None] = [None] * choices
+        self._job_id = ""  # one id for all chunks: that of the job which started first
+        self.ended = False
+
+    def encode(self, event: Event) -> bytes:
+        """The chunks of one event; sets `ended` with the last."""
+        match event:
+            case Started():
+                self._job_id = self._job_id or event.job_id
+                return self._chunk(event.index, {"role": "assistant", "content": "", "refusal": None})
+            case Delta():
+                return self._chunk(event.index, {"content": event.text})
+            case Finished():
+                self._reports[event.index] = event.report
+                return self._chunk(event.index, {}, event.reason) + self._end()
+            case Failed():
+                # No [DONE]: nobody shall take this for a complete answer.
+                self.ended = True
+                return _frame(event.error.body())
+
+    def _chunk(self, index: int, delta: dict[str, Any], reason: str | None = None) -> bytes:
+        chunk = self._answer.chunk(self._job_id, index, delta, reason)
+        return _frame({**chunk, "usage": None} if self._include_usage else chunk)
+
+    def _end(self) -> bytes:
+        reports = [report for report in self._reports if report is not None]
+        if len(reports) < len(self._reports):
+            return b""
+        self.ended = True
+        usage = _frame(self._answer.usage_chunk(reports)) if self._include_usage else b""
+        return usage + b"data: [DONE]\n\n"
+
+
+class EventBody(ResponseBody):
+    """The body of a streamed response: what came before it was made, then what comes."""
+
+    def __init__(
+        self,
+        encoder: EventEncoder,
+        head: Iterable[Event],
+        events: trio.MemoryReceiveChannel[Event],
+        keep_alive_s: float,
+    ) -> None:
+        self._encoder = encoder
+        self._head = deque(head)
+        self._events = events
+        self._keep_alive_s = keep_alive_s
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_value: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        # The channel is left to the nursery, which is cancelled next: closing it here would fail a job that sends.
+        return None
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> bytes:
+        if self._head:
+            return self._encoder.encode(self._head.popleft())
+        if self._encoder.ended:
+            raise StopAsyncIteration
+        try:
+            with trio.move_on_after(self._keep_alive_s):
+                return self._encoder.encode(await self._events.receive())
+        except trio.EndOfChannel:
+            raise StopAsyncIteration from None
+        return KEEP_ALIVE
+
+
+def _frame(value: dict[str, Any]) -> bytes:
+    # ASCII: some clients take U+2028 or U+0085 for the end of a line.
+    return b"data: " + json.dumps(value, separators=(",", ":")).encode() + b"\n\n"

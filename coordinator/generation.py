@@ -1,0 +1,128 @@
+"""What the HTTP side and the swarm side of the coordinator know of each other.
+
+The HTTP side turns a request into token ids and a `GenerationRequest`; the swarm side runs it through the stages and
+hands back token ids and, at the end, who did what.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+from azu.models.manifest import Manifest
+from azu.tickets import Sampling
+
+__all__ = [
+    "Generation",
+    "GenerationRequest",
+    "GenerationService",
+    "JobReport",
+    "ModelHealth",
+    "SampledToken",
+    "ServedModel",
+    "StageReport",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """A published model that this coordinator plans for."""
+
+    manifest: Manifest
+    tokenizer_files: dict[str, Path]  # as in Manifest.tokenizer, checked on disk
+    config: dict[str, object]
+    created: int  # unix seconds
+
+    @property
+    def model_id(self) -> str:
+        return self.manifest.model_id
+
+
+@dataclass(frozen=True, slots=True)
+class ModelHealth:
+    """How well the swarm covers a model right now."""
+
+    model_id: str
+    covered: bool
+    missing: tuple[tuple[int, int], ...]  # [start, end) ranges of layers that no live worker has loaded
+    workers: int  # live workers with loaded layers of it
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One job for the swarm. `len(prompt) + max_tokens` never exceeds the model's context length."""
+
+    model: ServedModel
+    prompt: tuple[int, ...]
+    max_tokens: int
+    sampling: Sampling
+    stop_tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """A token id; `finish` is set on the last: "stop" (a stop token, this one) or "length"."""
+
+    token: int
+    finish: Literal["", "stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class StageReport:
+    """What one stage did for a job, and what it earned; amounts in the chain's smallest unit."""
+
+    peer_id: str
+    start: int
+    end: int
+    tokens: int  # positions that went through its layers
+    token_layers: int
+    earned: int
+    state: Literal["credited", "held"]  # held: no receipt, or one that disagrees with the coordinator's own count
+
+
+@dataclass(frozen=True, slots=True)
+class JobReport:
+    """The meter's reading of one ended job."""
+
+    job_id: str
+    prompt_tokens: int
+    completion_tokens: int
+    token_layers: int
+    cost: int
+    stages: tuple[StageReport, ...]
+
+
+class Generation(Protocol):
+    """A running job. Leaving its context ends it in every stage, whatever the reason."""
+
+    @property
+    def job_id(self) -> str: ...
+
+    def tokens(self) -> AsyncIterator[SampledToken]:
+        """Token ids as they are sampled; ends after the one with `finish` set.
+
+        Raises:
+            NetworkError: a stage was lost.
+        """
+
+    async def finish(self) -> JobReport:
+        """End the job in every stage (early if tokens are still coming), and return who did what."""
+
+
+class GenerationService(Protocol):
+    """The swarm, as the HTTP side sees it."""
+
+    def models(self) -> Sequence[ServedModel]: ...
+
+    def health(self) -> Sequence[ModelHealth]: ...
+
+    def generate(self, request: GenerationRequest) -> AbstractAsyncContextManager[Generation]:
+        """Start a job.
+
+        Raises:
+            CapacityError: code "model_not_covered" (message names the missing layers) or "no_capacity".
+            NetworkError: a stage could not be reached or refused.
+        """

@@ -1,0 +1,154 @@
+"""Running jobs: admission, the ticket, one stream to each stage, tokens out, receipts in."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+
+import trio
+
+from azu.errors import CapacityError
+from azu.identity import Identity
+from azu.overlay import Overlay
+from azu.records import WorkerRecord
+from azu.tickets import JobTicket
+from coordinator.generation import GenerationRequest
+from coordinator.job import RunningJob
+from coordinator.meter import Meter
+from coordinator.placement import missing_layers, views_for
+from coordinator.planner import Placement, route
+from coordinator.swarm import SwarmView
+
+__all__ = ["JobRunner"]
+
+logger = logging.getLogger(__name__)
+
+# How long, and how many, requests may wait for KV cache to become free.
+_WAIT_S = 30.0
+_MAX_WAITING = 256
+# A ticket lives this long, and for this much longer per token: a bound on what an orphaned job can hold on to.
+_TICKET_LIFE_S = 600
+_TICKET_LIFE_PER_TOKEN_S = 2
+_TICKET_MAX_LIFE_S = 86_400
+
+
+class JobRunner:
+    """Runs generations over the workers that the swarm view shows."""
+
+    def __init__(self, identity: Identity, overlay: Overlay, swarm: SwarmView, meter: Meter, *, price: int) -> None:
+        self._identity = identity
+        self._overlay = overlay
+        self._swarm = swarm
+        self._meter = meter
+        self._price = price
+        self._reserved: Counter[str] = Counter()  # positions of KV cache that our running jobs hold, by peer id
+        self._running: Counter[str] = Counter()
+        self._waiting = 0
+        self._freed = trio.Condition()
+
+    @asynccontextmanager
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[RunningJob]:
+        """Run a job; see `coordinator.generation.GenerationService.generate`."""
+        chain, dtype = await self._admit(request)
+        ticket = self._ticket(request, chain, dtype)
+        job = RunningJob(self._identity, self._overlay, ticket, request.prompt, self._meter, on_lost=self._swarm.drop)
+        with self._reserve(ticket):
+            try:
+                async with job.running():
+                    yield job
+            finally:
+                with trio.CancelScope(shield=True):
+                    async with self._freed:
+                        self._freed.notify_all()
+
+    async def _admit(self, request: GenerationRequest) -> tuple[tuple[Placement, ...], str]:
+        """A chain of workers with room for the job, waiting for one to get room if need be."""
+        deadline = trio.current_time() + _WAIT_S
+        while (found := self._route(request)) is None:
+            manifest = request.model.manifest
+            if missing := missing_layers(manifest, self._swarm.workers()):
+                raise not_covered(manifest.model_id, missing)
+            if self._waiting >= _MAX_WAITING or trio.current_time() >= deadline:
+                raise CapacityError(
+                    "all workers' KV caches are full",
+                    remedy="Try again in a moment, send a smaller max_tokens, or let more workers join",
+                )
+            self._waiting += 1
+            try:
+                with trio.move_on_after(1.0):
+                    async with self._freed:
+                        await self._freed.wait()
+            finally:
+                self._waiting -= 1
+        return found
+
+    def _route(self, request: GenerationRequest) -> tuple[tuple[Placement, ...], str] | None:
+        tokens = len(request.prompt) + request.max_tokens
+        manifest = request.model.manifest
+        workers = [self._adjusted(worker) for worker in self._swarm.workers()]
+        # Activations travel in the stages' own dtype, so a chain is of one dtype throughout.
+        for dtype in sorted({worker.dtype for worker in workers}):
+            alike = views_for(manifest, (worker for worker in workers if worker.dtype == dtype))
+            if (chain := route(manifest.n_layers, alike, tokens)) is not None:
+                return chain, dtype
+        return None
+
+    def _adjusted(self, worker: WorkerRecord) -> WorkerRecord:
+        """A record with our own running jobs counted in, which may be newer than the record."""
+        free = min(worker.kv_tokens - self._reserved[worker.peer_id], worker.kv_tokens_free + self._counted(worker))
+        jobs = max(worker.jobs, self._running[worker.peer_id])
+        return worker.model_copy(update={"kv_tokens_free": max(free, 0), "jobs": jobs})
+
+    def _counted(self, worker: WorkerRecord) -> int:
+        """Positions that the record shows as reserved and that are ours: they are subtracted through `_reserved`."""
+        return min(self._reserved[worker.peer_id], worker.kv_tokens - worker.kv_tokens_free)
+
+    @contextmanager
+    def _reserve(self, ticket: JobTicket) -> Iterator[None]:
+        peers = [stage.peer_id for stage in ticket.stages]
+        for peer_id in peers:
+            self._reserved[peer_id] += ticket.total_tokens
+            self._running[peer_id] += 1
+        try:
+            yield
+        finally:
+            for peer_id in peers:
+                self._reserved[peer_id] -= ticket.total_tokens
+                self._running[peer_id] -= 1
+
+    def _ticket(self, request: GenerationRequest, chain: tuple[Placement, ...], dtype: str) -> JobTicket:
+        now = int(time.time())
+        tokens = len(request.prompt) + request.max_tokens
+        life = min(_TICKET_LIFE_S + _TICKET_LIFE_PER_TOKEN_S * tokens, _TICKET_MAX_LIFE_S)
+        return JobTicket.model_validate(
+            {
+                "job_id": os.urandom(16),
+                "epoch": 0,
+                "manifest": request.model.manifest.digest,
+                "n_layers": request.model.manifest.n_layers,
+                "stages": [{"peer_id": p.peer_id, "start": p.start, "end": p.end} for p in chain],
+                "dtype": dtype,
+                "prompt_tokens": len(request.prompt),
+                "max_tokens": request.max_tokens,
+                "stop_tokens": request.stop_tokens,
+                "sampling": request.sampling,
+                "price": self._price,
+                "issued_at": now,
+                "expires_at": now + life,
+                "coordinator": self._identity.peer_id,
+            }
+        )
+
+
+def not_covered(model_id: str, missing: tuple[tuple[int, int], ...]) -> CapacityError:
+    """The error for a model that the swarm does not cover, naming the layers that are missing."""
+    layers = ", ".join(f"{start}-{end - 1}" if end - start > 1 else str(start) for start, end in missing)
+    return CapacityError(
+        f"the swarm does not cover {model_id}: no worker has layers {layers} loaded",
+        code="model_not_covered",
+        remedy="Wait until workers have loaded them, or let more workers join",
+    )

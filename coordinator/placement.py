@@ -1,0 +1,123 @@
+"""Keeping each published model covered: plan, sign assignments, hand them out, and again when something changed."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable
+from functools import partial
+
+import trio
+
+from azu.channel import RefusedError
+from azu.errors import AzuError
+from azu.identity import Identity
+from azu.logs import log
+from azu.models.manifest import Manifest
+from azu.models.memory import kv_bytes, weights_bytes
+from azu.records import WorkerRecord
+from azu.tickets import Assignment, sign_assignment
+from coordinator.planner import ModelShape, Placement, WorkerView, holes, place
+from coordinator.swarm import SwarmView
+
+__all__ = ["Placer", "missing_layers", "views_for"]
+
+logger = logging.getLogger(__name__)
+
+_TICK_S = 1.0
+_ASSIGNMENT_LIFE_S = 60
+# A worker that refused or did not answer is left out of plans for this long.
+_AFTER_REFUSAL_S = 15.0
+
+
+def views_for(manifest: Manifest, workers: Iterable[WorkerRecord]) -> list[WorkerView]:
+    """Workers as the planner sees them for one model; those busy with another model are left out."""
+    views: list[WorkerView] = []
+    for worker in workers:
+        active = [held for held in worker.ranges if held.state != "cached"]
+        if any(held.manifest != manifest.digest for held in active):
+            continue
+        held = next(((held.start, held.end) for held in active), None)
+        views.append(
+            WorkerView(
+                peer_id=worker.peer_id,
+                vram=worker.vram_total,
+                held=held,
+                ready=worker.range_in("loaded", manifest.digest) is not None,
+                cached=worker.range_in("cached", manifest.digest),
+                jobs=worker.jobs,
+                kv_tokens_free=worker.kv_tokens_free,
+            )
+        )
+    return views
+
+
+def missing_layers(manifest: Manifest, workers: Iterable[WorkerRecord]) -> tuple[tuple[int, int], ...]:
+    """The [start, end) stretches of a model's layers that no live worker has loaded."""
+    loaded = (worker.range_in("loaded", manifest.digest) for worker in workers)
+    return holes(manifest.n_layers, [range_ for range_ in loaded if range_ is not None])
+
+
+class Placer:
+    """Gives out assignments. `run()` owns its tasks."""
+
+    def __init__(self, identity: Identity, swarm: SwarmView, manifests: Iterable[Manifest], *, kv_tokens: int) -> None:
+        self._identity = identity
+        self._swarm = swarm
+        self._manifests = tuple(manifests)
+        self._kv_tokens = kv_tokens
+        self._sequence = 0
+        self._left_out: dict[str, float] = {}
+
+    async def run(self) -> None:
+        """Plan every second until cancelled."""
+        while True:
+            await self._tick()
+            await trio.sleep(_TICK_S)
+
+    async def _tick(self) -> None:
+        now = trio.current_time()
+        workers = [worker for worker in self._swarm.workers() if now >= self._left_out.get(worker.peer_id, 0.0)]
+        async with trio.open_nursery() as nursery:
+            for manifest in self._manifests:
+                for dtype in sorted({worker.dtype for worker in workers}):
+                    alike = [worker for worker in workers if worker.dtype == dtype]
+                    placements = place(self._shape(manifest, dtype), views_for(manifest, alike))
+                    for placement in placements:
+                        nursery.start_soon(self._assign, manifest, dtype, placement)
+                    placed = {placement.peer_id for placement in placements}
+                    workers = [worker for worker in workers if worker.peer_id not in placed]
+
+    def _shape(self, manifest: Manifest, dtype: str) -> ModelShape:
+        def stage_bytes(start: int, end: int) -> int:
+            cache = kv_bytes(manifest, end - start, self._kv_tokens, dtype)
+            return weights_bytes(manifest, start, end, dtype) + cache
+
+        return ModelShape(manifest.n_layers, stage_bytes)
+
+    async def _assign(self, manifest: Manifest, dtype: str, placement: Placement) -> None:
+        now = time.time()
+        self._sequence = max(self._sequence + 1, int(now * 1000))
+        assignment = Assignment.model_validate(
+            {
+                "worker": placement.peer_id,
+                "coordinator": self._identity.peer_id,
+                "manifest": manifest.digest,
+                "start": placement.start,
+                "end": placement.end,
+                "dtype": dtype,
+                "kv_tokens": self._kv_tokens,
+                "sequence": self._sequence,
+                "expires_at": int(now) + _ASSIGNMENT_LIFE_S,
+            }
+        )
+        tell = partial(log, logger, peer=placement.peer_id, layers=f"{placement.start}-{placement.end - 1}")
+        # Whatever it answers, its next record is waited for before it is planned with again.
+        self._left_out[placement.peer_id] = trio.current_time() + 2 * _TICK_S
+        try:
+            await self._swarm.assign(placement.peer_id, sign_assignment(self._identity, assignment))
+            tell(logging.INFO, "layers assigned", model=manifest.model_id)
+        except (AzuError, trio.TooSlowError) as error:
+            self._left_out[placement.peer_id] = trio.current_time() + _AFTER_REFUSAL_S
+            level = logging.INFO if isinstance(error, RefusedError) else logging.WARNING
+            tell(level, "assignment not taken", reason=str(error) or "no answer")

@@ -1,0 +1,30 @@
+"""The azu-node program."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from azu.cli import program, run_program, settings_options
+from azu.config import NodeSettings
+
+__all__ = ["main"]
+
+
+@program(
+    "azu-node",
+    examples=[
+        "azu-node join /ip4/203.0.113.7/tcp/4001/p2p/12D3KooW... --vram 8GiB",
+        "azu-node join /dns4/boot.example.org/tcp/4001/p2p/12D3KooW... --device cuda:1 --payout-address 0x...",
+    ],
+)
+def main() -> None:
+    """Lend this machine to a swarm: it loads some layers of a model, serves them, and earns per token-layer."""
+
+
+@main.command()
+@settings_options(NodeSettings, positional="bootstrap")
+def join(settings: NodeSettings) -> None:
+    """Join a swarm and serve layers until stopped (Ctrl-C, or SIGTERM)."""
+    from node.service import serve  # torch and libp2p load here, so that --help is fast
+
+    run_program(partial(serve, settings), settings=settings)

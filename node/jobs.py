@@ -1,0 +1,172 @@
+"""All jobs of a worker: who is let in, how much KV cache they may hold, and which ring stream belongs to which job."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import trio
+
+from azu.channel import Channel, refusal_of
+from azu.errors import AzuError, NetworkError
+from azu.identity import Identity
+from azu.logs import log
+from azu.overlay import Overlay, OverlayStream
+from azu.tickets import JobTicket, Refusal, check_ticket, open_ticket
+from azu.wire.messages import JOB, RING, Hello, Open, Refused
+from node.engine.device import DeviceThread
+from node.engine.stage import LoadedStage
+from node.job import StageJob
+
+__all__ = ["Jobs", "Loaded"]
+
+logger = logging.getLogger(__name__)
+
+# A peer that opened a stream has this long to say why.
+_FIRST_MESSAGE_S = 10.0
+# A ring stream may come before its job's ticket does, by the difference of two peers' distance from the coordinator.
+_TICKET_LAG_S = 10.0
+_MAX_TICKET_BYTES = 65_536
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What this worker has in memory, and the positions of KV cache that fit beside it."""
+
+    manifest: str
+    start: int
+    end: int
+    stage: LoadedStage
+    kv_tokens: int
+    layer_us: int
+
+
+class Jobs:
+    """The job table. `loaded` is set by the worker, and only while no job runs."""
+
+    def __init__(
+        self,
+        identity: Identity,
+        overlay: Overlay,
+        device: DeviceThread,
+        *,
+        is_trusted: Callable[[str], bool],
+    ) -> None:
+        self.loaded: Loaded | None = None
+        self._identity = identity
+        self._overlay = overlay
+        self._device = device
+        self._is_trusted = is_trusted
+        self._jobs: dict[bytes, StageJob] = {}
+        self._reserved = 0
+        self._arrived = trio.Condition()
+
+    @property
+    def count(self) -> int:
+        """Jobs that are running."""
+        return len(self._jobs)
+
+    @property
+    def kv_tokens_free(self) -> int:
+        """Positions of KV cache that new jobs may still reserve."""
+        return self.loaded.kv_tokens - self._reserved if self.loaded else 0
+
+    async def handle_job(self, stream: OverlayStream) -> None:
+        """Serve a /azu/job/1 stream: one job, until the coordinator ends it."""
+        channel = Channel(stream, JOB, max_body=_MAX_TICKET_BYTES)
+        with _deadline(_FIRST_MESSAGE_S, stream.peer_id):
+            _, body = await channel.expect(Open)
+        try:
+            signer, ticket = open_ticket(bytes(body))
+        except AzuError as error:
+            await channel.send(refusal_of(error))
+            raise
+        loaded = self.loaded
+        refusal = self._check(ticket, signer, stream.peer_id)
+        index = ticket.stage_of(self._identity.peer_id)
+        if refusal is not None or loaded is None or index is None:
+            refusal = refusal or Refusal("not_loaded", "nothing is loaded here")
+            log(logger, logging.INFO, "job refused", job=ticket.job_id.hex(), code=refusal.code)
+            await channel.send(Refused(code=refusal.code, message=refusal.message, remedy=refusal.remedy))
+            return
+        channel.limit_body(4 * ticket.prompt_tokens)
+        job = StageJob(
+            ticket,
+            index,
+            identity=self._identity,
+            overlay=self._overlay,
+            device=self._device,
+            stage=loaded.stage,
+            coordinator=channel,
+        )
+        with self._admitted(job):
+            async with self._arrived:
+                self._arrived.notify_all()
+            with trio.move_on_after(ticket.expires_at - time.time()) as expiry:
+                await job.run()
+            if expiry.cancelled_caught:
+                log(logger, logging.WARNING, "job expired", job=ticket.job_id.hex())
+
+    async def handle_ring(self, stream: OverlayStream) -> None:
+        """Serve a /azu/ring/1 stream: hand it to the job that it names."""
+        channel = Channel(stream, RING, max_body=0)
+        with _deadline(_FIRST_MESSAGE_S, stream.peer_id):
+            hello, _ = await channel.expect(Hello)
+        job = await self._job(hello.job_id)
+        if job is None:
+            await channel.send(Refused(code="unknown_job", message="no ticket for this job came here"))
+            return
+        await job.receive_from(channel, hello)
+
+    async def _job(self, job_id: bytes) -> StageJob | None:
+        with trio.move_on_after(_TICKET_LAG_S):
+            async with self._arrived:
+                while job_id not in self._jobs:
+                    await self._arrived.wait()
+        return self._jobs.get(job_id)
+
+    def _check(self, ticket: JobTicket, signer: str, sender: str) -> Refusal | None:
+        loaded = self.loaded
+        refusal = check_ticket(
+            ticket,
+            signer=signer,
+            sender=sender,
+            me=self._identity.peer_id,
+            now=time.time(),
+            is_trusted=self._is_trusted,
+            loaded=(loaded.manifest, loaded.start, loaded.end, loaded.stage.dtype) if loaded else None,
+        )
+        if refusal is not None:
+            return refusal
+        if ticket.job_id in self._jobs:
+            return Refusal("duplicate_job", "this job is already running here")
+        if ticket.total_tokens > self.kv_tokens_free:
+            return Refusal(
+                "no_capacity",
+                f"the job may need {ticket.total_tokens} positions of KV cache, {self.kv_tokens_free} are free",
+                "Try again when other jobs have ended, or with a smaller max_tokens",
+            )
+        return None
+
+    @contextmanager
+    def _admitted(self, job: StageJob) -> Iterator[None]:
+        tokens = job.ticket.total_tokens
+        self._jobs[job.ticket.job_id] = job
+        self._reserved += tokens
+        try:
+            yield
+        finally:
+            del self._jobs[job.ticket.job_id]
+            self._reserved -= tokens
+
+
+@contextmanager
+def _deadline(seconds: float, peer_id: str) -> Iterator[None]:
+    try:
+        with trio.fail_after(seconds):
+            yield
+    except trio.TooSlowError:
+        raise NetworkError(f"{peer_id} said nothing for {seconds:g} s", code="peer_silent") from None

@@ -1,0 +1,68 @@
+"""`azu-node join`: one worker process, from settings to a clean end."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import trio
+
+from azu.config import NodeSettings
+from azu.datadir import open_data_dir
+from azu.distribution import Library
+from azu.errors import InputError
+from azu.joining import stay_joined
+from azu.logs import log
+from azu.overlay import OverlayConfig, open_overlay
+from azu.records import VALIDATORS
+from azu.sizes import format_size
+from node.engine.device import open_device_thread
+from node.engine.stage import find_device
+from node.trust import Trust
+from node.worker import AGENT, Worker
+
+__all__ = ["serve"]
+
+logger = logging.getLogger(__name__)
+
+
+async def serve(settings: NodeSettings) -> None:
+    """Join the swarm and serve until cancelled.
+
+    Raises:
+        InputError: a setting that cannot work, such as a missing bootstrap address or device.
+    """
+    if not settings.bootstrap:
+        raise InputError(
+            "no bootstrap address was given",
+            code="no_bootstrap",
+            remedy="Run: azu-node join MULTIADDR, with an address that `azu-bootstrap run` or another node prints",
+        )
+    device = find_device(settings.device, settings.vram, settings.threads or len(os.sched_getaffinity(0)))
+    dtype = device.native_dtype if settings.dtype == "auto" else settings.dtype
+    with open_data_dir(settings.data_dir) as identity:
+        library = Library(settings.data_dir)
+        config = OverlayConfig(seed=identity.seed, listen=settings.listen, agent=AGENT, validators=VALIDATORS)
+        async with open_overlay(config) as overlay, open_device_thread() as thread, trio.open_nursery() as nursery:
+            log(
+                logger,
+                logging.INFO,
+                "worker starting",
+                peer=identity.peer_id,
+                addrs=overlay.addrs,
+                device=device.label,
+                vram=format_size(device.vram),
+                dtype=dtype,
+            )
+            worker = Worker(
+                identity,
+                overlay,
+                thread,
+                device,
+                library,
+                dtype=dtype,
+                trust=Trust(settings.trust),
+                payout_address=settings.payout_address or "",
+            )
+            nursery.start_soon(stay_joined, overlay, settings.bootstrap)
+            nursery.start_soon(worker.run)

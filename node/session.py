@@ -1,0 +1,126 @@
+"""What one stage of a job may do next. Pure: it checks what the neighbours send against the ticket and keeps count.
+
+    prompt ids ─► first ─► chunk ─► ... ─► chunk ─► last ─► token ─► (finish? end : next ─► first)
+
+A stage runs positions 0, 1, 2, ... of its job without gap or repetition: first those of the prompt, in chunks, then one
+for each sampled token but the last. The last stage samples after the prompt's last chunk and after every position
+that follows.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+
+from azu.errors import ProtocolError
+from azu.tickets import JobTicket
+from azu.wire.messages import Chunk, Next, Token
+from azu.wire.tensors import ITEMSIZE
+
+__all__ = ["StageSession", "chunk_rows"]
+
+# A chunk of a prompt: large enough that the device is busy, small enough that stages overlap and buffers stay small.
+_MAX_CHUNK_ROWS = 256
+_MAX_CHUNK_BYTES = 4_194_304
+
+
+def chunk_rows(hidden_size: int, dtype: str) -> int:
+    """The most positions that travel in one chunk; a function of the model alone, so that both ends agree."""
+    return max(1, min(_MAX_CHUNK_ROWS, _MAX_CHUNK_BYTES // (hidden_size * ITEMSIZE[dtype])))
+
+
+class StageSession:
+    """The state of stage `index` of a ticket's job.
+
+    Args:
+        hidden_size: width of the hidden states.
+        vocab_size: token ids are below this.
+    """
+
+    def __init__(self, ticket: JobTicket, index: int, *, hidden_size: int, vocab_size: int) -> None:
+        self.ticket = ticket
+        self.index = index
+        self.is_first = index == 0
+        self.is_last = index == len(ticket.stages) - 1
+        self.hidden_size = hidden_size
+        self.vocab_size = vocab_size
+        self.rows = chunk_rows(hidden_size, ticket.dtype)
+        self.position = 0  # positions accepted so far
+        self._sampled = 0  # tokens sampled (last stage) or received (first stage)
+
+    @property
+    def max_body(self) -> int:
+        """The largest body in bytes that the previous stage may send."""
+        return 0 if self.is_first else self.rows * self.hidden_size * ITEMSIZE[self.ticket.dtype]
+
+    @property
+    def needs_prompt(self) -> bool:
+        """Whether this stage must see the prompt's token ids: the first to run them, the last to penalise them."""
+        return self.is_first or (self.is_last and self.ticket.sampling.repetition_penalty != 1.0)
+
+    def accept_prompt(self, body: bytearray) -> tuple[int, ...]:
+        """The prompt's token ids out of a message body.
+
+        Raises:
+            ProtocolError: they are not as many as the ticket says, or not of this vocabulary.
+        """
+        if len(body) != 4 * self.ticket.prompt_tokens:
+            raise ProtocolError("the prompt is not as long as the ticket says", code="bad_prompt")
+        prompt = struct.unpack(f"<{self.ticket.prompt_tokens}I", body)
+        if max(prompt) >= self.vocab_size:
+            raise ProtocolError("a token id is outside the vocabulary", code="bad_prompt")
+        return prompt
+
+    def prompt_chunks(self, prompt: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], bool]]:
+        """First stage: the prompt in chunks, each with whether the last stage has to sample after it."""
+        for start in range(0, len(prompt), self.rows):
+            ids = prompt[start : start + self.rows]
+            self.position += len(ids)
+            yield ids, start + len(ids) == len(prompt)
+
+    def accept_chunk(self, chunk: Chunk, body_length: int) -> int:
+        """Later stages: check a chunk from the previous stage and return its rows.
+
+        Raises:
+            ProtocolError: it is not what comes next in this job.
+        """
+        if self.is_first:
+            raise ProtocolError("the first stage takes no hidden states", code="unexpected_message")
+        rows = chunk.tensor.check(body_length, dtype=self.ticket.dtype, width=self.hidden_size, max_rows=self.rows)
+        end = self.position + rows
+        prompt = self.ticket.prompt_tokens
+        if chunk.position != self.position:
+            raise ProtocolError(f"position {chunk.position} came, {self.position} is next", code="bad_position")
+        in_prompt = end <= prompt
+        if not in_prompt and (self.position < prompt or rows != 1 or end > self.ticket.total_tokens - 1):
+            raise ProtocolError("a chunk reaches past the ticket's tokens", code="bad_position")
+        if chunk.sample != (end >= prompt):
+            raise ProtocolError("a chunk asks to sample where the ticket does not", code="bad_position")
+        self.position = end
+        return rows
+
+    def accept_next(self, message: Next) -> int:
+        """First stage: check a token from the last stage and return it.
+
+        Raises:
+            ProtocolError: it is not the token that comes next.
+        """
+        if not self.is_first:
+            raise ProtocolError("only the first stage takes token ids", code="unexpected_message")
+        if message.index != self._sampled or self.position != self.ticket.prompt_tokens + self._sampled:
+            raise ProtocolError(f"token {message.index} came out of turn", code="bad_position")
+        if self.position >= self.ticket.total_tokens - 1:
+            raise ProtocolError("a token came past the ticket's max_tokens", code="bad_position")
+        if message.token >= self.vocab_size:
+            raise ProtocolError("a token id is outside the vocabulary", code="bad_token")
+        self._sampled += 1
+        self.position += 1
+        return message.token
+
+    def sampled(self, token: int) -> Token:
+        """Last stage: note a sampled token and return the message for the coordinator."""
+        index = self._sampled
+        self._sampled += 1
+        if token in self.ticket.stop_tokens:
+            return Token(index=index, token=token, finish="stop")
+        return Token(index=index, token=token, finish="length" if self._sampled == self.ticket.max_tokens else "")

@@ -1,0 +1,301 @@
+"""The worker: stays joined, says what it has, loads what it is assigned, and serves jobs and layers."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from functools import partial
+
+import trio
+
+from azu.channel import Channel, refusal_of
+from azu.distribution import Library, fetch_blobs, fetch_manifest, serve_layers
+from azu.errors import AzuError, CapacityError, ModelError, NetworkError, ProtocolError, TrustError
+from azu.identity import Identity
+from azu.logs import log
+from azu.models.manifest import Manifest
+from azu.models.memory import kv_bytes, weights_bytes
+from azu.models.splice import StageSpec, stage_tensor_names
+from azu.overlay import Overlay, OverlayStream
+from azu.records import WORKERS_KEY, HeldRange, WorkerRecord, sign_worker_record, worker_key
+from azu.sizes import format_size
+from azu.tickets import Assignment, Refusal, check_assignment, open_assignment
+from azu.wire.messages import (
+    CONTROL,
+    CONTROL_PROTOCOL,
+    JOB_PROTOCOL,
+    LAYERS_PROTOCOL,
+    RING_PROTOCOL,
+    Accepted,
+    Assign,
+    GetStatus,
+    Refused,
+    Status,
+)
+from azu.wire.tensors import DType
+from node.engine.device import DeviceThread
+from node.engine.stage import Device, load_stage
+from node.jobs import Jobs, Loaded
+from node.trust import Trust
+
+__all__ = ["Worker"]
+
+logger = logging.getLogger(__name__)
+
+AGENT = "azu-node/0.1.0"
+_PROTOCOLS = (CONTROL_PROTOCOL, LAYERS_PROTOCOL, JOB_PROTOCOL, RING_PROTOCOL)
+# A record outlives three refreshes, so that one lost in the network does not make a worker vanish.
+_REFRESH_S = 15.0
+_RECORD_LIFE_S = 60
+# Provider records live for 48 hours; this renews them long before, also at nodes that joined since.
+_PROVIDE_S = 600.0
+_MAX_ADDRS = 16
+
+
+class Worker:
+    """One worker in the swarm. `run()` owns all its tasks."""
+
+    def __init__(
+        self,
+        identity: Identity,
+        overlay: Overlay,
+        thread: DeviceThread,
+        device: Device,
+        library: Library,
+        *,
+        dtype: DType,
+        trust: Trust,
+        payout_address: str,
+    ) -> None:
+        self.dtype = dtype
+        self.jobs = Jobs(identity, overlay, thread, is_trusted=trust)
+        self._identity = identity
+        self._overlay = overlay
+        self._thread = thread
+        self._device = device
+        self._library = library
+        self._trust = trust
+        self._payout_address = payout_address
+        self._cached: tuple[HeldRange, ...] = ()
+        self._loading: HeldRange | None = None
+        self._sequence = 0
+        self._assigned_sequence = 0
+        self._changed = trio.Event()
+        self._orders_in, self._orders = trio.open_memory_channel[Assignment](1)
+
+    async def run(self) -> None:
+        """Serve until cancelled, then withdraw the record."""
+        self._note_cached()
+        self._overlay.handle(CONTROL_PROTOCOL, self._handle_control)
+        self._overlay.handle(LAYERS_PROTOCOL, partial(serve_layers, self._library))
+        self._overlay.handle(JOB_PROTOCOL, self.jobs.handle_job)
+        self._overlay.handle(RING_PROTOCOL, self.jobs.handle_ring)
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._advertise)
+                nursery.start_soon(self._provide)
+                await self._follow_orders()
+        finally:
+            with trio.move_on_after(2, shield=True):
+                await self._publish(self.record(life=0))
+
+    def record(self, life: int = _RECORD_LIFE_S) -> bytes:
+        """This worker's signed record as of now, in force for `life` seconds."""
+        now = time.time()
+        self._sequence = max(self._sequence + 1, int(now * 1000))
+        loaded = self.jobs.loaded
+        ranges = list(self._cached)
+        if self._loading is not None:
+            ranges.append(self._loading)
+        if loaded is not None:
+            ranges.append(HeldRange(manifest=loaded.manifest, start=loaded.start, end=loaded.end, state="loaded"))
+        record = WorkerRecord(
+            peer_id=self._identity.peer_id,
+            sequence=self._sequence,
+            issued_at=int(now),
+            expires_at=int(now) + life,
+            agent=AGENT,
+            protocols=_PROTOCOLS,
+            addrs=self._overlay.addrs[:_MAX_ADDRS],
+            device=self._device.label[:128],
+            dtype=self.dtype,
+            vram_total=self._device.vram,
+            vram_free=0 if loaded is not None else self._device.vram,
+            kv_tokens=loaded.kv_tokens if loaded else 0,
+            kv_tokens_free=self.jobs.kv_tokens_free,
+            jobs=self.jobs.count,
+            layer_us=loaded.layer_us if loaded else 0,
+            ranges=tuple(ranges[-64:]),
+            payout_address=self._payout_address,
+        )
+        return sign_worker_record(self._identity, record)
+
+    async def _advertise(self) -> None:
+        while True:
+            await self._publish(self.record())
+            self._changed = trio.Event()
+            with trio.move_on_after(_REFRESH_S):
+                await self._changed.wait()
+
+    async def _publish(self, record: bytes) -> None:
+        try:
+            await self._overlay.put_record(worker_key(self._identity.peer_id), record)
+        except NetworkError as error:
+            log(logger, logging.DEBUG, "record not published", reason=error.message)
+
+    async def _provide(self) -> None:
+        """Make this worker findable: as a worker, and as a holder of the models that it has layers of."""
+        provided: dict[bytes, float] = {}
+        while True:
+            keys = {WORKERS_KEY, *(bytes.fromhex(held.manifest) for held in self._cached)}
+            for key in keys:
+                if trio.current_time() < provided.get(key, -_PROVIDE_S) + _PROVIDE_S:
+                    continue
+                try:
+                    await self._overlay.provide(key)
+                    provided[key] = trio.current_time()
+                except NetworkError as error:
+                    log(logger, logging.DEBUG, "not provided", reason=error.message)
+            await trio.sleep(1)
+
+    async def _handle_control(self, stream: OverlayStream) -> None:
+        channel = Channel(stream, CONTROL)
+        while (received := await channel.receive()) is not None:
+            message, body = received
+            if isinstance(message, GetStatus):
+                await channel.send(Status(), self.record())
+            elif isinstance(message, Assign):
+                refusal = self._take_order(bytes(body), stream.peer_id)
+                await channel.send(Accepted() if refusal is None else refusal)
+            else:
+                raise ProtocolError(f"{type(message).__name__} is not a request", code="unexpected_message")
+
+    def _take_order(self, envelope: bytes, sender: str) -> Refused | None:
+        try:
+            signer, assignment = open_assignment(envelope)
+        except (TrustError, ProtocolError) as error:
+            self._overlay.count_violation(sender)
+            return refusal_of(error)
+        refusal = check_assignment(
+            assignment,
+            signer=signer,
+            sender=sender,
+            me=self._identity.peer_id,
+            now=time.time(),
+            is_trusted=self._trust,
+            last_sequence=self._assigned_sequence,
+        ) or self._check_state(assignment)
+        if refusal is not None:
+            return Refused(code=refusal.code, message=refusal.message, remedy=refusal.remedy)
+        self._assigned_sequence = assignment.sequence
+        self._trust.follow(signer)
+        if not self._is_fulfilled(assignment):
+            self.jobs.loaded = None
+            self._loading = HeldRange(
+                manifest=assignment.manifest, start=assignment.start, end=assignment.end, state="loading"
+            )
+            self._orders_in.send_nowait(assignment)
+        return None
+
+    def _check_state(self, assignment: Assignment) -> Refusal | None:
+        if self._loading is not None:
+            return Refusal("loading", f"layers {self._loading.start}-{self._loading.end - 1} are being loaded")
+        if self.jobs.count and not self._is_fulfilled(assignment):
+            return Refusal("busy", f"{self.jobs.count} jobs are running on the layers loaded now")
+        if assignment.dtype != self.dtype:
+            return Refusal("wrong_dtype", f"this worker runs {self.dtype}, the assignment wants {assignment.dtype}")
+        return None
+
+    def _is_fulfilled(self, assignment: Assignment) -> bool:
+        loaded = self.jobs.loaded
+        wanted = (assignment.manifest, assignment.start, assignment.end)
+        return loaded is not None and (loaded.manifest, loaded.start, loaded.end) == wanted
+
+    async def _follow_orders(self) -> None:
+        async for assignment in self._orders:
+            self._changed.set()
+            layers = f"{assignment.start}-{assignment.end - 1}"
+            try:
+                self.jobs.loaded = await self._load(assignment)
+                log(
+                    logger,
+                    logging.INFO,
+                    "stage ready",
+                    layers=layers,
+                    kv_tokens=self.jobs.loaded.kv_tokens,
+                    layer_us=self.jobs.loaded.layer_us,
+                )
+            except AzuError as error:
+                log(logger, logging.ERROR, "cannot load the assigned layers", layers=layers, reason=str(error))
+            self._loading = None
+            self._note_cached()
+            self._changed.set()
+
+    async def _load(self, assignment: Assignment) -> Loaded:
+        manifest = await self._manifest(assignment)
+        kv_tokens = self._kv_tokens(manifest, assignment)
+        peers = [assignment.coordinator]
+        peers += [p for p in await self._overlay.providers(bytes.fromhex(manifest.digest)) if p not in peers]
+        await fetch_blobs(self._overlay, peers, self._library.store, [manifest.config])
+        spec = StageSpec(
+            config=json.loads(self._library.store.path(manifest.config.digest).read_bytes()),
+            start=assignment.start,
+            end=assignment.end,
+            n_layers=manifest.n_layers,
+        )
+        _, shared = await self._thread.run(partial(stage_tensor_names, spec))
+        blobs = manifest.blobs_for(spec.start, spec.end, shared)
+        total = sum(blob.size for blob in blobs.values())
+        log(
+            logger,
+            logging.INFO,
+            "fetching layers",
+            model=manifest.model_id,
+            layers=f"{spec.start}-{spec.end - 1}",
+            size=format_size(total),
+        )
+        await fetch_blobs(self._overlay, peers, self._library.store, blobs.values())
+        files = {name: self._library.store.path(blob.digest) for name, blob in blobs.items()}
+        stage = await self._thread.run(
+            partial(load_stage, spec, self.dtype, self._device, files, vocab_size=manifest.vocab_size)
+        )
+        layer_us = await self._thread.run(stage.measure_layer_us)
+        return Loaded(manifest.digest, spec.start, spec.end, stage, kv_tokens, layer_us)
+
+    async def _manifest(self, assignment: Assignment) -> Manifest:
+        known = dict(self._library.manifests()).get(assignment.manifest)
+        if known is not None:
+            return known
+        envelope, publisher, manifest = await fetch_manifest(
+            self._overlay, [assignment.coordinator], assignment.manifest
+        )
+        if not self._trust(publisher):
+            raise TrustError(f"the manifest is signed by {publisher}, whom this worker does not serve")
+        self._library.keep(assignment.manifest, envelope)
+        return manifest
+
+    def _kv_tokens(self, manifest: Manifest, assignment: Assignment) -> int:
+        """Positions of KV cache that fit beside the weights: at least what the assignment asks for."""
+        if assignment.end > manifest.n_layers:
+            raise ModelError(f"{manifest.model_id} has {manifest.n_layers} layers", code="wrong_range")
+        weights = weights_bytes(manifest, assignment.start, assignment.end, self.dtype)
+        per_token = kv_bytes(manifest, assignment.end - assignment.start, 1, self.dtype)
+        fitting = (self._device.vram - weights) // per_token
+        if fitting < assignment.kv_tokens:
+            needed = weights + per_token * assignment.kv_tokens
+            raise CapacityError(
+                f"layers {assignment.start}-{assignment.end - 1} need {format_size(needed)} "
+                f"with a KV cache of {assignment.kv_tokens} tokens, {format_size(self._device.vram)} are offered",
+                code="not_enough_vram",
+                remedy="Offer more with --vram",
+            )
+        return fitting
+
+    def _note_cached(self) -> None:
+        cached = ((digest, self._library.cached_range(manifest)) for digest, manifest in self._library.manifests())
+        self._cached = tuple(
+            HeldRange(manifest=digest, start=found[0], end=found[1], state="cached")
+            for digest, found in cached
+            if found
+        )

@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import json
+import socket
+from functools import partial
+
+import httpx
+import openai
+import pytest
+import trio
+
+from azu.errors import InputError
+from coordinator.api import ApiSettings, create_app, serve_http
+from tests.coordinator.api.conftest import in_thread
+from tests.coordinator.api.twin import MODEL_ID, Twin
+
+BODY = {"model": MODEL_ID, "messages": [{"role": "user", "content": "Hello"}]}
+
+
+async def send_request(url: str, **changes: object) -> trio.SocketStream:
+    host, port = url.removeprefix("http://").split(":")
+    stream = await trio.open_tcp_stream(host, int(port))
+    body = json.dumps({**BODY, **changes}).encode()
+    head = ["POST /v1/chat/completions HTTP/1.1", "Host: x", "Content-Type: application/json"]
+    head += [f"Content-Length: {len(body)}", "", ""]
+    await stream.send_all("\r\n".join(head).encode() + body)
+    return stream
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("tokens", [0, 5])
+async def test_a_client_that_hangs_up_cancels_the_job(url: str, twin: Twin, stream: bool, tokens: int) -> None:
+    twin.stall_after = tokens
+    connection = await send_request(url, stream=stream, n=2)
+    with trio.fail_after(10):
+        await twin.stalled.wait()
+        if stream and tokens:
+            assert b"200" in await connection.receive_some()
+    await connection.aclose()
+    with trio.fail_after(1):
+        await twin.left_one.wait()
+        while twin.left < 2:
+            await trio.sleep(0.01)
+    assert twin.finished == 0
+
+
+async def test_closing_the_openai_stream_cancels_the_job(client: openai.OpenAI, twin: Twin) -> None:
+    twin.stall_after = 8
+
+    def ask() -> None:
+        with client.chat.completions.create(**BODY, stream=True) as chunks:  # type: ignore[call-overload]
+            next(chunks)
+            next(chunks)
+
+    await in_thread(ask)
+    with trio.fail_after(1):
+        await twin.left_one.wait()
+
+
+async def test_a_slow_reader_slows_only_its_own_job(url: str, twin: Twin) -> None:
+    twin.answer = "Hello there " * 20
+    slow = await send_request(url, stream=True)
+    response = await in_thread(lambda: httpx.post(f"{url}/v1/chat/completions", json=BODY))
+    assert response.status_code == 200
+    await slow.aclose()
+
+
+async def test_port_in_use(twin: Twin) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(InputError, match=r"in use.*port 0") as caught:
+        await serve_http(create_app(twin, ApiSettings()), "127.0.0.1", taken.getsockname()[1])
+    assert caught.value.code == "cannot_listen"
+
+
+@pytest.mark.parametrize(("host", "port"), [("203.0.113.7", 0), ("no.such.host.invalid", 0), ("127.0.0.1", 99_999)])
+async def test_bad_addresses(twin: Twin, host: str, port: int) -> None:
+    with pytest.raises(InputError, match="cannot listen on"):
+        await serve_http(create_app(twin, ApiSettings()), host, port)
+
+
+async def test_wildcard_is_reported_as_loopback(nursery: trio.Nursery, twin: Twin) -> None:
+    url = await nursery.start(partial(serve_http, create_app(twin, ApiSettings()), "0.0.0.0", 0))
+    assert url.startswith("http://127.0.0.1:")
+    response = await in_thread(lambda: httpx.get(f"{url}/healthz"))
+    assert response.status_code == 200
+
+
+async def test_stopping_lets_short_answers_end_and_cuts_long_ones_with_a_word(twin: Twin) -> None:
+    stop = trio.Event()
+    app = create_app(twin, ApiSettings())
+    texts: list[str] = []
+
+    async def read(stream: trio.SocketStream) -> None:
+        texts.append((b"".join([part async for part in stream])).decode())
+
+    async with trio.open_nursery() as nursery:
+        url = await nursery.start(partial(serve_http, app, "127.0.0.1", 0, stop=stop, grace_s=0.5))
+        twin.pause_s, twin.answer = 0.02, "Hello there"
+        nursery.start_soon(read, await send_request(url, stream=True))
+        await trio.sleep(0.05)
+        stop.set()
+        with trio.fail_after(5):
+            while not texts:
+                await trio.sleep(0.01)
+    assert texts[0].count("[DONE]") == 1
+
+    stop = trio.Event()
+    async with trio.open_nursery() as nursery:
+        url = await nursery.start(partial(serve_http, app, "127.0.0.1", 0, stop=stop, grace_s=0.2))
+        twin.stall_after = 3
+        nursery.start_soon(read, await send_request(url, stream=True))
+        nursery.start_soon(read, await send_request(url))
+        await twin.stalled.wait()
+        await trio.sleep(0.1)
+        started = trio.current_time()
+        stop.set()
+    assert trio.current_time() - started < 3
+    assert sum("shutting_down" in text for text in texts[1:]) == 2
+    assert not any("[DONE]" in text for text in texts[1:])
+    assert any(text.startswith("HTTP/1.1 503") for text in texts[1:])
+
+
+async def test_cancelling_ends_at_once(twin: Twin) -> None:
+    twin.stall_after = 3
+    with trio.fail_after(2):
+        async with trio.open_nursery() as nursery:
+            url = await nursery.start(partial(serve_http, create_app(twin, ApiSettings()), "127.0.0.1", 0))
+            connection = await send_request(url, stream=True)
+            await twin.stalled.wait()
+            nursery.cancel_scope.cancel()
+    await connection.aclose()
+    assert twin.left == 1

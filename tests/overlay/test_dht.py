@@ -1,0 +1,147 @@
+"""Records and providers across real nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from typing import Any
+
+import pytest
+import trio
+
+from azu.errors import InputError, NetworkError, ProtocolError, TrustError
+from azu.overlay import MAX_RECORD_BYTES, Overlay, dht, open_overlay
+from azu.overlay.addresses import parse_peer_id
+from tests.overlay.conftest import LIMIT, config
+
+Swarm = Callable[[int], AbstractAsyncContextManager[list[Overlay]]]
+KEY = "/test-ns/worker"
+
+
+async def test_newer_record_is_seen_by_who_holds_an_older_copy(swarm: Swarm) -> None:
+    with trio.fail_after(LIMIT):
+        async with swarm(5) as nodes:
+            await nodes[1].put_record(KEY, b"1:old")
+            assert [await each.get_record(KEY) for each in nodes] == [b"1:old"] * 5
+            await nodes[1].put_record(KEY, b"2:new")
+            assert [await each.get_record(KEY) for each in nodes] == [b"2:new"] * 5  # trap 8
+            await nodes[3].put_record(KEY, b"2:new")  # a renewal of the same value is taken
+            with pytest.raises(InputError) as caught:
+                await nodes[1].put_record(KEY, b"1:old")
+            assert caught.value.code == "stale_record"
+            assert await nodes[4].get_record("/test-ns/nobody") is None
+
+
+async def test_unacceptable_records_are_refused_locally(pair: tuple[Overlay, Overlay]) -> None:
+    _, client = pair
+    for value, kind in ((b"no number", ProtocolError), (b"1:bad", TrustError),
+                        (b"1:" + bytes(MAX_RECORD_BYTES), TrustError)):
+        with pytest.raises(kind):
+            await client.put_record(KEY, value)
+    for key in ("/other/x", "/pk/x", "/ipns/x", "plain", "/test-ns", "//x", ""):
+        with pytest.raises(InputError):
+            await client.put_record(key, b"1:x")
+        with pytest.raises(InputError):
+            await client.get_record(key)
+
+
+async def test_a_server_stores_and_a_reader_returns_validated_values_only(swarm: Swarm) -> None:
+    with trio.fail_after(LIMIT):
+        async with swarm(3) as (server, liar, reader):
+            for key, value in ((KEY, b"1:bad"), (KEY, b"junk"), (KEY, b"1:bug"), (KEY, b"1:" + bytes(20_000)),
+                               ("/other/x", b"1:x"), ("plain", b"1:x"), (KEY + "x" * 200, b"1:x")):
+                assert not await _send(liar, server, key, value)
+            assert not _stored(server)
+            _stored(liar)[KEY.encode()] = _forged(liar, KEY, b"9:bad")  # the liar serves it all the same
+            assert await reader.get_record(KEY) is None
+            await server.put_record(KEY, b"3:good")
+            assert await reader.get_record(KEY) == b"3:good"
+
+
+async def test_older_value_does_not_replace_a_newer_one_at_a_server(swarm: Swarm) -> None:
+    with trio.fail_after(LIMIT):
+        async with swarm(2) as (server, other):
+            assert await _send(other, server, KEY, b"5:x")
+            assert not await _send(other, server, KEY, b"4:x")
+            assert await _send(other, server, KEY, b"5:x")
+            assert await server.get_record(KEY) == b"5:x"
+
+
+async def test_client_mode_nodes_stay_out_of_routing_tables(pair: tuple[Overlay, Overlay]) -> None:
+    server, client = pair
+    async with open_overlay(config(9)) as third:
+        for each in (client, third):
+            await each.bootstrap(server.addrs)
+            assert await each.get_record(KEY) is None
+        while server.statistics().routing_table == 0:
+            await trio.sleep(0.02)
+        await trio.sleep(0.2)
+        table = server._dht.service.routing_table
+        assert table.peer_in_table(parse_peer_id(third.peer_id))
+        assert not table.peer_in_table(parse_peer_id(client.peer_id))
+
+
+async def test_put_alone_says_that_nobody_stored_it() -> None:
+    async with open_overlay(config(1)) as node:
+        with pytest.raises(NetworkError) as caught:
+            await node.put_record(KEY, b"1:x")
+        assert caught.value.code == "not_stored"
+        assert await node.get_record(KEY) == b"1:x"
+        with pytest.raises(NetworkError):
+            await node.provide(bytes(32))
+
+
+async def test_providers_are_deduplicated(swarm: Swarm) -> None:
+    with trio.fail_after(LIMIT):
+        async with swarm(5) as nodes:
+            digest = bytes(range(32))
+            await nodes[1].provide(digest)
+            await nodes[2].provide(digest)
+            both = sorted([nodes[1].peer_id, nodes[2].peer_id])
+            for asker in (nodes[0], nodes[3], nodes[4]):
+                assert sorted(await asker.providers(digest)) == both
+            assert await nodes[1].providers(digest) == (nodes[2].peer_id,)
+            assert await nodes[1].providers(bytes(32)) == ()
+            with pytest.raises(InputError):
+                await nodes[1].provide(b"short")
+
+
+async def test_provides_are_paced_below_what_servers_drop(swarm: Swarm, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert dht.PROVIDES_PER_WINDOW < 10
+    assert dht.PROVIDE_WINDOW > 10
+    monkeypatch.setattr(dht, "PROVIDE_WINDOW", 1.5)
+    with trio.fail_after(LIMIT):
+        async with swarm(2) as (_, node):
+            started = trio.current_time()
+            for number in range(dht.PROVIDES_PER_WINDOW + 1):
+                await node.provide(bytes([number]) * 32)
+            assert trio.current_time() - started >= 1.5
+
+
+async def test_find_a_peer_by_id_alone(swarm: Swarm) -> None:
+    with trio.fail_after(LIMIT):
+        async with swarm(4) as nodes:
+            await nodes[2].disconnect(nodes[3].peer_id)
+            await nodes[2].connect(nodes[3].peer_id)
+            assert nodes[2].is_connected(nodes[3].peer_id)
+            stranger = "12D3KooWK99VoVxNE7XzyBwXEzW7xhK7Gpv85r9F3V3fyKSUKPH5"
+            with pytest.raises(NetworkError):
+                await nodes[2].connect(stranger)
+
+
+async def _send(source: Overlay, target: Overlay, key: str, value: bytes) -> bool:
+    """PUT_VALUE without the local checks: what a hostile node would send."""
+    store = source._dht.service.value_store
+    done: bool = await store._store_at_peer(parse_peer_id(target.peer_id), key.encode(), value)
+    return done
+
+
+def _stored(node: Overlay) -> dict[bytes, Any]:
+    store: dict[bytes, Any] = node._dht.service.value_store.store
+    return store
+
+
+def _forged(node: Overlay, key: str, value: bytes) -> Any:
+    store = node._dht.service.value_store
+    store.put(key.encode(), value)
+    return store.store.pop(key.encode())
