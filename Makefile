@@ -4,8 +4,8 @@
 VENV ?= $(CURDIR)/.venv
 BIN := $(VENV)/bin
 ARGS ?=
-SOURCES := azu node coordinator bootstrap benchmarks tests tools
-TYPED := azu node coordinator bootstrap benchmarks tools
+SOURCES := azu node coordinator bootstrap benchmarks tests .ci
+TYPED := azu node coordinator bootstrap benchmarks .ci
 RUFF_CHECK := $(BIN)/ruff check $(SOURCES)
 RUFF_FORMAT := $(BIN)/ruff format $(SOURCES)
 MYPY := $(BIN)/mypy $(TYPED)
@@ -23,7 +23,7 @@ help: ## show this list
 setup: ## make .venv with everything in it, unless it is there already
 	@for python in "$(PYTHON)" python3.11 python3.12 python3.13 python3; do \
 		"$$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null || continue; \
-		exec "$$python" tools/setup_venv.py; \
+		exec "$$python" .ci/setup_venv.py; \
 	done; \
 	echo 'setup: error: no Python of 3.11 to 3.13 found' >&2; \
 	echo '  remedy: install one (Debian: apt-get install python3 python3-venv python3-dev), or name it: make PYTHON=/path/to/python3.11 ...' >&2; \

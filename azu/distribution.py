@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import trio
@@ -221,7 +222,11 @@ async def _fetch_from(
 
 
 async def _fetch_blob(channel: Channel, store: LayerStore, blob: Blob, progress: Callable[[int], None] | None) -> bool:
-    with store.writer(blob.digest, blob.size) as writer:
+    """Bring one file into the store, from where an earlier attempt left off; False if the peer does not have it."""
+    with ExitStack() as stack:
+        # In a thread, since it hashes what is there already.
+        writer = await trio.to_thread.run_sync(stack.enter_context, store.writer(blob.digest, blob.size))
+        resumed = writer.offset > 0
         await channel.send(GetBlob(digest=blob.digest, offset=writer.offset))
         while True:
             with trio.fail_after(_STALL_S):
@@ -233,15 +238,22 @@ async def _fetch_blob(channel: Channel, store: LayerStore, blob: Blob, progress:
                 return False
             if not isinstance(message, BlobPart) or message.offset != writer.offset or message.size != blob.size:
                 raise ProtocolError(f"{channel.peer_id} sent another part than asked for", code="bad_part")
-            await trio.to_thread.run_sync(writer.write, memoryview(body))
+            await trio.to_thread.run_sync(writer.write, body)
             if progress is not None:
                 progress(len(body))
             if writer.offset >= blob.size:
                 break
             if not body:
                 raise ProtocolError(f"{channel.peer_id} sent an empty part", code="bad_part")
-        await trio.to_thread.run_sync(writer.commit)
-    return True
+        try:
+            await trio.to_thread.run_sync(writer.commit)
+        except TrustError:
+            if not resumed:
+                raise
+        else:
+            return True
+    # The bad bytes may be those that another peer left here: once more, and all of it from this one.
+    return await _fetch_blob(channel, store, blob, progress)
 
 
 def _note_fault(overlay: Overlay, faults: list[str], peer_id: str, error: Exception) -> None:

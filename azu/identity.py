@@ -9,6 +9,7 @@ a signed receipt can never be passed off as a ticket.
 from __future__ import annotations
 
 import os
+import secrets
 import stat
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -118,7 +119,8 @@ def load_or_create_identity(path: Path) -> Identity:
 
 def _write_new_key(path: Path) -> None:
     # Written aside and linked into place: two processes that start at once agree on one key, and a crash leaves none.
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    # The name is random: in a container every run has the same process id, and would find what a crash left.
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         with os.fdopen(descriptor, "w") as file:

@@ -38,7 +38,8 @@ async def stay_joined(
     pause = _FIRST_RETRY_S
     joined = False
     while True:
-        if overlay.connected_peers():
+        # Before the first join a connection is no sign of it: a peer may have dialled us.
+        if joined and overlay.connected_peers():
             await trio.sleep(_CHECK_S)
             continue
         try:
@@ -55,3 +56,5 @@ async def stay_joined(
         if not joined:
             joined = True
             task_status.started()
+        # Without this, a swarm whose only bootstrap node is this one would be joined for ever and ever.
+        await trio.sleep(_CHECK_S)

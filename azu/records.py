@@ -178,7 +178,7 @@ class SignedRecordValidator:
             ProtocolError: the content is not such a record.
         """
         record = _open(value, self._kind, self._record_type)
-        if key.rpartition("/")[2] != record.peer_id:
+        if key.split("/", 2)[2:] != [record.peer_id]:
             raise TrustError("a record lies under another peer's key", code="wrong_key")
 
     def select(self, key: str, values: Sequence[bytes]) -> int:

@@ -26,7 +26,7 @@ async def serve(settings: BootstrapSettings) -> None:
     with open_data_dir(settings.data_dir) as identity:
         config = OverlayConfig(seed=identity.seed, listen=settings.listen, agent=AGENT, validators=VALIDATORS)
         async with open_overlay(config) as overlay, trio.open_nursery() as nursery:
-            log(logger, logging.INFO, "bootstrap node ready", peer=identity.peer_id)
+            log(logger, logging.INFO, "bootstrap node ready", peer=identity.peer_id, addrs=overlay.addrs)
             click.echo("Join through one of these addresses:")
             for address in overlay.addrs:
                 click.echo(f"  {address}")

@@ -1,11 +1,13 @@
 """Who should hold which layers, and which workers run a job. Pure: a snapshot goes in, decisions come out.
 
 Placement covers layers 0..L with the fewest workers, since every further stage costs each token a hop, and among those
-plans takes the one whose largest stage is smallest. What is already loaded stays where it is, unless the holes cannot
-be filled by idle workers but a plan from scratch would cover the model. Workers left over hold replicas of the ranges
-that hang on the fewest workers.
+plans takes the one whose largest stage (in layers) is smallest. Both hold exactly where a model's layers are of one
+size, whatever embeddings and head weigh; where they differ, the plan fits but may be larger than need be. What is
+already loaded stays where it is, unless the holes cannot be filled by idle workers but a plan from scratch would cover
+the model; holes are filled one by one, the largest first. Workers left over hold replicas of the ranges that hang on
+the fewest workers.
 
-Complexity: O(W log W + W L log L) for W workers and L layers.
+Complexity: O(W log L) memory estimates for each number of stages that is tried, for W workers and L layers.
 """
 
 from __future__ import annotations
@@ -54,16 +56,24 @@ class Placement:
 
 def place(shape: ModelShape, workers: Sequence[WorkerView]) -> tuple[Placement, ...]:
     """The assignments to give now; empty when there is nothing to change or nothing that would help."""
+    workers = [worker for worker in workers if worker.held is None or _is_range(worker.held, shape.n_layers)]
     kept = _chain(shape.n_layers, [worker for worker in workers if worker.held])
     idle = [worker for worker in workers if worker.held is None]
     taken: list[Placement] = []
-    for start, end in holes(shape.n_layers, [range_ for worker in kept if (range_ := worker.held)]):
+    missing = holes(shape.n_layers, [range_ for worker in kept if (range_ := worker.held)])
+    for start, end in sorted(missing, key=lambda range_: range_[0] - range_[1]):
         used = {placement.peer_id for placement in taken}
         filled = _cover(shape, [worker for worker in idle if worker.peer_id not in used], start, end)
         if filled is None:
-            return tuple(_cover(shape, workers, 0, shape.n_layers) or ())
+            return _from_scratch(shape, workers)
         taken += filled
     return (*taken, *_replicate(shape, idle, taken, workers))
+
+
+def _from_scratch(shape: ModelShape, workers: Sequence[WorkerView]) -> tuple[Placement, ...]:
+    held = {worker.peer_id: worker.held for worker in workers}
+    plan = _cover(shape, workers, 0, shape.n_layers) or ()
+    return tuple(placement for placement in plan if held[placement.peer_id] != (placement.start, placement.end))
 
 
 def route(n_layers: int, workers: Sequence[WorkerView], tokens: int) -> tuple[Placement, ...] | None:
@@ -79,16 +89,21 @@ def route(n_layers: int, workers: Sequence[WorkerView], tokens: int) -> tuple[Pl
 
 
 def holes(n_layers: int, ranges: Sequence[Range]) -> tuple[Range, ...]:
-    """The [start, end) stretches of layers 0..n_layers that no range covers."""
+    """The [start, end) stretches of layers 0..n_layers that no range covers; ranges outside of them do not count."""
     missing: list[Range] = []
     position = 0
-    for start, end in sorted(ranges):
+    for start, end in sorted(range_ for range_ in ranges if _is_range(range_, n_layers)):
         if start > position:
             missing.append((position, start))
         position = max(position, end)
     if position < n_layers:
         missing.append((position, n_layers))
     return tuple(missing)
+
+
+def _is_range(range_: Range, n_layers: int) -> bool:
+    """Whether these are layers of the model at all; a worker's record could claim anything."""
+    return 0 <= range_[0] < range_[1] <= n_layers
 
 
 def _chain(n_layers: int, workers: Sequence[WorkerView]) -> list[WorkerView]:
@@ -98,7 +113,7 @@ def _chain(n_layers: int, workers: Sequence[WorkerView]) -> list[WorkerView]:
     """
     by_end: dict[int, list[WorkerView]] = {}
     for worker in sorted(workers, key=lambda worker: worker.peer_id):
-        if worker.held and 0 <= worker.held[0] < worker.held[1] <= n_layers:
+        if worker.held and _is_range(worker.held, n_layers):
             by_end.setdefault(worker.held[1], []).append(worker)
     # best[p]: (layers covered below p, -stages, -jobs) and the worker that ends the chain there, None for a gap.
     best: list[tuple[tuple[int, int, int], WorkerView | None]] = [((0, 0, 0), None)]
@@ -123,35 +138,76 @@ def _chain(n_layers: int, workers: Sequence[WorkerView]) -> list[WorkerView]:
     return chain[::-1]
 
 
+@dataclass(frozen=True, slots=True)
+class _Room:
+    """How many layers of a stretch a worker can hold, as its first, a middle or its last stage.
+
+    The model's ends weigh more than its layers: embeddings lie in the first stage, norm and head in the last.
+    """
+
+    worker: WorkerView
+    first: int
+    middle: int
+    last: int
+
+
 def _cover(shape: ModelShape, workers: Sequence[WorkerView], start: int, end: int) -> list[Placement] | None:
     """Cover layers [start, end) by the fewest of these workers with the smallest largest stage, or None."""
+    # Workers of equal memory take their ranges in the order of what they have cached, so that a restart moves nothing.
     ordered = sorted(workers, key=lambda worker: (-worker.vram, worker.cached or (shape.n_layers, 0), worker.peer_id))
-    for count in range(1, min(len(ordered), end - start) + 1):
-        if _fill(shape, ordered[:count], start, end, end - start) is None:
+    rooms = [_room(shape, worker, start, end) for worker in ordered[: end - start]]
+    for count in range(1, len(rooms) + 1):
+        plan = _fill(shape, _in_order(rooms[:count], end - start), start, end, end - start)
+        if plan is None:
             continue
         low, high = 1, end - start
         while low < high:
             middle = (low + high) // 2
-            if _fill(shape, ordered[:count], start, end, middle) is None:
+            smaller = _fill(shape, _in_order(rooms[:count], middle), start, end, middle)
+            if smaller is None:
                 low = middle + 1
             else:
-                high = middle
-        return _fill(shape, ordered[:count], start, end, high)
+                plan, high = smaller, middle
+        return plan
     return None
+
+
+def _room(shape: ModelShape, worker: WorkerView, start: int, end: int) -> _Room:
+    return _Room(
+        worker,
+        first=_largest_end(shape, worker.vram, start, end - 1) - start,
+        middle=max(0, _largest_end(shape, worker.vram, start + 1, end - 1) - (start + 1)),
+        last=end - _smallest_start(shape, worker.vram, start + 1, end),
+    )
+
+
+def _in_order(rooms: Sequence[_Room], most: int) -> list[WorkerView]:
+    """The workers in the order in which they hold the most together, if none holds more than `most` layers.
+
+    What counts is who takes the ends: there a worker loses some of the layers that it would hold in the middle.
+    """
+    indices = range(len(rooms))
+    at_first = {i: min(rooms[i].middle, most) - min(rooms[i].first, most) for i in indices if rooms[i].first}
+    at_last = {i: min(rooms[i].middle, most) - min(rooms[i].last, most) for i in indices if rooms[i].last}
+    # Two candidates for each end suffice: the best of one end may be the best of the other too.
+    firsts = sorted(at_first, key=lambda i: (at_first[i], i))[:2]
+    lasts = sorted(at_last, key=lambda i: (at_last[i], -i))[:2]
+    pairs = [(at_first[i] + at_last[j], i, -j) for i in firsts for j in lasts if i != j]
+    if not pairs:
+        return [room.worker for room in rooms]
+    _, first, last = min(pairs)
+    middle = [room.worker for i, room in enumerate(rooms) if i not in (first, -last)]
+    return [rooms[first].worker, *middle, rooms[-last].worker]
 
 
 def _fill(shape: ModelShape, workers: Sequence[WorkerView], start: int, end: int, most: int) -> list[Placement] | None:
     """Give each worker in turn as many layers as fit, at most `most`; None if layers are left over."""
-    # Workers of equal memory take their ranges in the order of what they have cached, so that a restart moves nothing.
     placements: list[Placement] = []
     position = start
     for worker in workers:
-        if position == end:
-            break
         stop = _largest_end(shape, worker.vram, position, min(end, position + most))
-        if stop == position:
-            return None
-        placements.append(Placement(worker.peer_id, position, stop))
+        if stop > position:
+            placements.append(Placement(worker.peer_id, position, stop))
         position = stop
     return placements if position == end else None
 
@@ -165,6 +221,18 @@ def _largest_end(shape: ModelShape, vram: int, start: int, limit: int) -> int:
             low = middle
         else:
             high = middle - 1
+    return low
+
+
+def _smallest_start(shape: ModelShape, vram: int, limit: int, end: int) -> int:
+    """The smallest start >= limit such that layers [start, end) fit in `vram` bytes; `end` if not even one does."""
+    low, high = limit, end
+    while low < high:
+        middle = (low + high) // 2
+        if shape.stage_bytes(middle, end) <= vram:
+            high = middle
+        else:
+            low = middle + 1
     return low
 
 

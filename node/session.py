@@ -46,7 +46,8 @@ class StageSession:
         self.vocab_size = vocab_size
         self.rows = chunk_rows(hidden_size, ticket.dtype)
         self.position = 0  # positions accepted so far
-        self._sampled = 0  # tokens sampled (last stage) or received (first stage)
+        self._sampled = 0  # tokens that this stage, as the last, sampled
+        self._received = 0  # sampled tokens that this stage, as the first, was told
 
     @property
     def max_body(self) -> int:
@@ -107,13 +108,13 @@ class StageSession:
         """
         if not self.is_first:
             raise ProtocolError("only the first stage takes token ids", code="unexpected_message")
-        if message.index != self._sampled or self.position != self.ticket.prompt_tokens + self._sampled:
+        if message.index != self._received or self.position != self.ticket.prompt_tokens + self._received:
             raise ProtocolError(f"token {message.index} came out of turn", code="bad_position")
         if self.position >= self.ticket.total_tokens - 1:
             raise ProtocolError("a token came past the ticket's max_tokens", code="bad_position")
         if message.token >= self.vocab_size:
             raise ProtocolError("a token id is outside the vocabulary", code="bad_token")
-        self._sampled += 1
+        self._received += 1
         self.position += 1
         return message.token
 

@@ -93,13 +93,13 @@ def test_make_knows(target: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-# --- tools/setup_venv.py ---
+# --- .ci/setup_venv.py ---
 
 
 @pytest.fixture
 def setup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The set-up script with another checkout and environment, and with commands only written down."""
-    spec = importlib.util.spec_from_file_location("setup_venv", ROOT / "tools/setup_venv.py")
+    spec = importlib.util.spec_from_file_location("setup_venv", ROOT / ".ci/setup_venv.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from azu.errors import ModelError
+from azu.models.manifest import MAX_LAYERS
 
 __all__ = ["ConfigFacts", "read_facts"]
 
@@ -47,9 +48,12 @@ def read_facts(config: Mapping[str, Any]) -> ConfigFacts:
     architectures = config.get("architectures")
     if not isinstance(architectures, list) or not architectures or not isinstance(architectures[0], str):
         raise _bad("it names no architecture")
+    n_layers = _positive(config, "n_layers")
+    if n_layers > MAX_LAYERS:  # before anything is laid out for them
+        raise _bad(f"it has more than {MAX_LAYERS} layers")
     return ConfigFacts(
         architecture=architectures[0],
-        n_layers=_positive(config, "n_layers"),
+        n_layers=n_layers,
         hidden_size=_positive(config, "hidden_size"),
         vocab_size=_positive(config, "vocab_size"),
         context_length=_positive(config, "context_length", _UNBOUNDED_CONTEXT),

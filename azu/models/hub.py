@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import httpx
+import httpx2  # what huggingface_hub 2 speaks HTTP with
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -60,7 +60,7 @@ def open_hub(source: str) -> Iterator[ModelSource]:
 def _download(repo: str, revision: str | None) -> Path:
     try:
         path = snapshot_download(repo, revision=revision, allow_patterns=_ALLOWED + _WEIGHTS, ignore_patterns=_IGNORED)
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, httpx.HTTPError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, httpx2.HTTPError, OSError) as error:
         raise _mapped(error, repo, revision) from error
     return Path(path)
 
@@ -76,7 +76,7 @@ def _mapped(error: Exception, repo: str, revision: str | None) -> AzuError:
         return InputError(f"{repo} is not on the hub", code="unknown_model", remedy=remedy)
     if isinstance(error, HFValidationError):
         return InputError(f"{repo!r} is no hub id", code="bad_source")
-    if isinstance(error, HfHubHTTPError | LocalEntryNotFoundError | httpx.HTTPError | ConnectionError):
+    if isinstance(error, HfHubHTTPError | LocalEntryNotFoundError | httpx2.HTTPError | ConnectionError):
         remedy = "Check the connection, HF_ENDPOINT and HF_HUB_OFFLINE, or publish a local directory."
         return NetworkError(f"{repo} cannot be fetched from the hub", code="hub_unreachable", remedy=remedy)
     return InternalError(f"{repo} cannot be stored ({error})", code="storage", remedy="Check HF_HOME and its disk.")

@@ -19,7 +19,7 @@ import cbor2
 from azu.errors import ModelError
 from azu.models.layout import is_head
 
-__all__ = ["DTYPE_BYTES", "MAX_MANIFEST_BYTES", "Blob", "Manifest", "is_digest"]
+__all__ = ["DTYPE_BYTES", "MAX_LAYERS", "MAX_MANIFEST_BYTES", "Blob", "Manifest", "is_digest"]
 
 MAX_MANIFEST_BYTES = 1 << 20  # 1 MiB: 1,000 layers and as many shared tensors take about 150 KiB
 MAX_LAYERS = 2048  # the deepest published models have about 130

@@ -72,7 +72,7 @@ def _open(source: str) -> AbstractContextManager[ModelSource]:
         return open_gguf(path)
     if path.is_absolute() or source.startswith((".", "~")) or path.suffix == ".gguf":
         raise InputError(f"{source} does not exist", code="bad_source")
-    from azu.models.hub import open_hub  # httpx and huggingface_hub: only where needed
+    from azu.models.hub import open_hub  # huggingface_hub and its HTTP client: only where needed
 
     return open_hub(source)
 

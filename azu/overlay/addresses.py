@@ -12,8 +12,14 @@ from multiaddr.utils import get_network_addrs
 
 from azu.errors import InputError
 
-__all__ = ["PeerAddress", "expand_addresses", "parse_dial_address", "parse_listen_address", "parse_peer_id",
-           "parse_peer_multiaddr"]
+__all__ = [
+    "PeerAddress",
+    "expand_addresses",
+    "parse_dial_address",
+    "parse_listen_address",
+    "parse_peer_id",
+    "parse_peer_multiaddr",
+]
 
 _EXAMPLE = "Write it like /ip4/203.0.113.7/tcp/4001/p2p/12D3KooW... (ip4, ip6, dns4 or dns6, then tcp, then p2p)"
 _HOSTS = frozenset({"ip4", "ip6", "dns", "dns4", "dns6"})
@@ -133,5 +139,8 @@ def _bad(text: str, why: str) -> InputError:
 
 
 def _bad_peer_id(text: str) -> InputError:
-    return InputError(f"{str(text)[:100]!r} is not a peer id", code="bad_peer_id",
-                      remedy="A peer id looks like 12D3KooW... (base58, 52 characters)")
+    return InputError(
+        f"{str(text)[:100]!r} is not a peer id",
+        code="bad_peer_id",
+        remedy="A peer id looks like 12D3KooW... (base58, 52 characters)",
+    )

@@ -125,8 +125,9 @@ class Dht:
         raw = key.encode()
         held = self.service.value_store.get(raw)
         if held is not None and held.value != value and adapter.select(key, [held.value, value]) == 0:
-            raise InputError(f"a newer record {key} is stored already", code="stale_record",
-                             remedy="Raise its sequence number")
+            raise InputError(
+                f"a newer record {key} is stored already", code="stale_record", remedy="Raise its sequence number"
+            )
         self.service.value_store.put(raw, value)
         stored: list[ID] = []
 
@@ -137,8 +138,11 @@ class Dht:
         with trio.move_on_after(STORE_SECONDS):
             await _each(store, await self._closest(raw))
         if not stored:
-            raise NetworkError(f"no peer stored the record {key}", code="not_stored",
-                               remedy="Check that this node is connected to a bootstrap node")
+            raise NetworkError(
+                f"no peer stored the record {key}",
+                code="not_stored",
+                remedy="Check that this node is connected to a bootstrap node",
+            )
 
     async def get_record(self, key: str, timeout: float) -> bytes | None:
         """The best value the network and this node know; see Overlay.get_record."""
@@ -173,8 +177,11 @@ class Dht:
             done = await store.provide(content)
         store._last_republish[content] = time.time()  # upstream's maintenance would send all of them at once
         if not done:
-            raise NetworkError("no peer took the provider announcement", code="not_stored",
-                               remedy="Check that this node is connected to a bootstrap node")
+            raise NetworkError(
+                "no peer took the provider announcement",
+                code="not_stored",
+                remedy="Check that this node is connected to a bootstrap node",
+            )
 
     async def providers(self, key: bytes, timeout: float) -> tuple[str, ...]:
         """Peers that announced this digest, deduplicated; see Overlay.providers."""
@@ -217,8 +224,11 @@ class Dht:
         parts = key.split("/", 2)
         if len(parts) == 3 and not parts[0] and parts[1] in self._adapters:
             return self._adapters[parts[1]]
-        raise InputError(f"{key[:60]!r} is in no namespace of this node", code="bad_record_key",
-                         remedy=f"Keys are /<namespace>/<name>; namespaces here: {', '.join(self._adapters) or 'none'}")
+        raise InputError(
+            f"{key[:60]!r} is in no namespace of this node",
+            code="bad_record_key",
+            remedy=f"Keys are /<namespace>/<name>; namespaces here: {', '.join(self._adapters) or 'none'}",
+        )
 
     def _has_room(self, key: str) -> bool:
         store = self.service.value_store.store

@@ -12,8 +12,15 @@ from azu.errors import AzuError, NetworkError
 
 __all__ = ["mapped", "reason", "settle", "shielded"]
 
-_FOREIGN = (BaseLibp2pError, OSError, EOFError, trio.BrokenResourceError, trio.ClosedResourceError,
-            trio.TooSlowError, trio.EndOfChannel)
+_FOREIGN = (
+    BaseLibp2pError,
+    OSError,
+    EOFError,
+    trio.BrokenResourceError,
+    trio.ClosedResourceError,
+    trio.TooSlowError,
+    trio.EndOfChannel,
+)
 _FOREIGN_MODULES = ("libp2p", "multiaddr", "noise", "cryptography", "google.protobuf")
 
 

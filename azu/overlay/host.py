@@ -114,6 +114,10 @@ async def open_overlay(config: OverlayConfig) -> AsyncIterator[Overlay]:
                         yield overlay
                     except Exception as error:  # carried past the nurseries, which would wrap it in groups
                         from_body = error
+                    except BaseExceptionGroup as group:  # errors together with a cancellation
+                        from_body, rest = group.split(Exception)
+                        if rest is not None:
+                            raise rest from None
             finally:
                 with trio.CancelScope(shield=True):
                     await overlay._close()

@@ -77,8 +77,11 @@ class OverlayStream:
             if not scope.cancelled_caught:
                 return
             await self.reset()
-            raise NetworkError(f"{self.peer_id} did not read for {timeout:g} s", code="write_timeout",
-                               remedy="The peer is overloaded or cut off; choose another one")
+            raise NetworkError(
+                f"{self.peer_id} did not read for {timeout:g} s",
+                code="write_timeout",
+                remedy="The peer is overloaded or cut off; choose another one",
+            )
 
     async def send_eof(self) -> None:
         """Half-close: the remote reads b"" after what was sent. No error if the remote is gone already."""

@@ -1,12 +1,13 @@
 """Strict CBOR documents: what is sent in frames' headers and what is signed.
 
 A document is a frozen pydantic model. Encoding is deterministic (RFC 8949, section 4.2). Decoding takes hostile bytes:
-size, nesting and key types are bounded before anything is built, unknown fields and wrong types are refused, and
-nothing is coerced.
+size, nesting and key types are bounded before anything is built, tags and trailing bytes are refused, unknown fields
+and wrong types too, and nothing is coerced.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any, Self, TypeVar
 
 import cbor2
@@ -29,6 +30,20 @@ Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 PeerId = Annotated[str, Field(pattern=r"^[1-9A-HJ-NP-Za-km-z]{46,62}$")]
 
 
+def _refuse_tag(*_: object) -> object:
+    raise ValueError("tags are not allowed")
+
+
+class _NoTags(dict[int, Callable[..., object]]):
+    """Answers for every tag, built in or not: cbor2's own decoders reach regular expressions and shared references."""
+
+    def __missing__(self, tag: int) -> Callable[..., object]:
+        return _refuse_tag
+
+
+_NO_TAGS = _NoTags()
+
+
 def encode_cbor(value: Any) -> bytes:
     """Deterministic CBOR of plain values."""
     encoded: bytes = cbor2.dumps(value, canonical=True)
@@ -39,21 +54,27 @@ def decode_cbor(data: bytes | bytearray | memoryview, *, limit: int) -> Any:
     """Plain values out of hostile CBOR of at most `limit` bytes.
 
     Raises:
-        ProtocolError: the bytes are over the limit, malformed, too deeply nested or have odd keys.
+        ProtocolError: the bytes are over the limit, malformed, not deterministic, too deeply nested, or have tags or
+            odd keys.
     """
     if len(data) > limit:
         raise ProtocolError(f"a document of {len(data)} bytes is over the limit of {limit}", code="too_large")
     try:
-        return cbor2.loads(
+        value = cbor2.loads(
             data,
+            semantic_decoders=_NO_TAGS,
+            tag_hook=_refuse_tag,
             max_depth=_MAX_DEPTH,
             allow_indefinite=False,
             allow_duplicate_keys=False,
             strict_hashable_types=True,
         )
-    # Built-in tag decoders (dates, decimals) raise errors of their own; to the caller it is all bad CBOR.
-    except (cbor2.CBORError, ValueError, TypeError, ArithmeticError) as error:
+    except (cbor2.CBORError, ValueError, TypeError, ArithmeticError, RecursionError) as error:
         raise ProtocolError(f"malformed CBOR: {error}", code="bad_cbor") from error
+    # One value has one encoding; cbor2 also ignores what comes after the value.
+    if encode_cbor(value) != data:
+        raise ProtocolError("CBOR that is not deterministic, or is followed by other bytes", code="bad_cbor")
+    return value
 
 
 def reason(error: ValidationError) -> str:

@@ -40,9 +40,9 @@ class Answer:
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
         return {**self._head(job_id, "chat.completion.chunk"), "choices": [choice]}
 
-    def usage_chunk(self, reports: Sequence[JobReport]) -> dict[str, Any]:
+    def usage_chunk(self, job_id: str, reports: Sequence[JobReport]) -> dict[str, Any]:
         """The last piece of a streamed answer whose client asked for usage."""
-        head = self._head(reports[0].job_id, "chat.completion.chunk")
+        head = self._head(job_id, "chat.completion.chunk")
         return {**head, "choices": [], "usage": usage_object(reports)}
 
     def _head(self, job_id: str, kind: str) -> dict[str, Any]:

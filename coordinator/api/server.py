@@ -15,6 +15,7 @@ from coordinator.api.app import ApiApp
 
 __all__ = ["serve_http"]
 
+MAX_PORT = 65_535
 BACKLOG = 256  # connections that wait to be accepted
 # httpx keeps idle connections for 5 s; a server that closes first makes its next request fail.
 IDLE_S = 75.0
@@ -44,7 +45,7 @@ async def serve_http(
     Raises:
         InputError: code "cannot_listen", where the address is not ours or in use.
     """
-    stop = stop or trio.Event()
+    stop = trio.Event() if stop is None else stop
     listener = await _listen(host, port)
     url = _url(listener)
     async with trio.open_nursery() as nursery:
@@ -67,6 +68,8 @@ async def _cut_after_grace(app: ApiApp, stop: trio.Event, grace_s: float) -> Non
 
 async def _listen(host: str, port: int) -> socket.socket:
     try:
+        if not 0 <= port <= MAX_PORT:  # the resolver would take its last 16 bits
+            raise OverflowError("a port lies between 0 and 65535")
         found = await trio.socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, _, _, _, address = found[0]
         listener = socket.socket(family, socket.SOCK_STREAM)

@@ -95,7 +95,7 @@ class EventEncoder:
         if len(reports) < len(self._reports):
             return b""
         self.ended = True
-        usage = _frame(self._answer.usage_chunk(reports)) if self._include_usage else b""
+        usage = _frame(self._answer.usage_chunk(self._job_id, reports)) if self._include_usage else b""
         return usage + b"data: [DONE]\n\n"
 
 

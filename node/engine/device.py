@@ -63,15 +63,15 @@ class DeviceThread:
 
     def _work(self) -> None:
         while (work := self._queue.get()) is not None:
-            if work.abandoned:
-                continue
-            result = outcome.capture(work.call)
-            try:
-                self._trio.run_sync_soon(_deliver, work, result)
-            except trio.RunFinishedError:
-                return
+            if not work.abandoned:
+                result = outcome.capture(work.call)
+                try:
+                    self._trio.run_sync_soon(_deliver, work, result)
+                except trio.RunFinishedError:
+                    return
+                del result
             # Held over the next wait, these would keep a freed job's cache alive.
-            del work, result
+            del work
 
 
 def _deliver(work: _Work, result: outcome.Outcome[Any]) -> None:

@@ -82,7 +82,8 @@ def save_tiny(tmp_path: Path) -> Callable[..., Path]:
         torch.manual_seed(0)
         config = getattr(transformers, config_name)(**{**TINY, **changes})
         directory = tmp_path / f"tiny-{config.model_type}"
-        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(directory, max_shard_size=max_shard_size)
+        auto: Any = transformers.AutoModelForCausalLM
+        auto.from_config(config).save_pretrained(directory, max_shard_size=max_shard_size)
         return directory
 
     return save

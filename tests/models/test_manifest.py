@@ -66,7 +66,7 @@ def test_round_trip(manifest: Manifest) -> None:
 
 
 def test_the_digest_does_not_depend_on_the_order_of_names(manifest: Manifest) -> None:
-    backwards = dict(reversed(manifest.shared.items()))
+    backwards = dict(reversed(list(manifest.shared.items())))
     assert dataclasses.replace(manifest, shared=backwards).digest == manifest.digest
 
 

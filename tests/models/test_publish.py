@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -231,7 +231,12 @@ def snapshot(save_tiny: SaveTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         blob.write_bytes(path.read_bytes())
         (place / path.name).symlink_to(blob)
     asked: dict[str, Any] = {}
-    monkeypatch.setattr(hub, "snapshot_download", lambda repo, **how: asked.update(how, repo=repo) or str(place))
+
+    def download(repo: str, **how: Any) -> str:
+        asked.update(how, repo=repo)
+        return str(place)
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
     monkeypatch.setattr(hub, "asked", asked, raising=False)
     return place
 
@@ -255,8 +260,8 @@ def test_a_file_that_is_not_what_the_hub_announced(snapshot: Path, store: LayerS
     assert store.digests() == set()
 
 
-def response(status: int) -> httpx.Response:
-    return httpx.Response(status, request=httpx.Request("GET", "http://127.0.0.1/"))
+def response(status: int) -> httpx2.Response:
+    return httpx2.Response(status, request=httpx2.Request("GET", "http://127.0.0.1/"))
 
 
 @pytest.mark.parametrize(
@@ -266,7 +271,7 @@ def response(status: int) -> httpx.Response:
         (RepositoryNotFoundError("x", response=response(404)), InputError, "unknown_model"),
         (RevisionNotFoundError("x", response=response(404)), InputError, "unknown_revision"),
         (LocalEntryNotFoundError("x"), NetworkError, "hub_unreachable"),
-        (httpx.ConnectError("x"), NetworkError, "hub_unreachable"),
+        (httpx2.ConnectError("x"), NetworkError, "hub_unreachable"),
         (OSError(28, "No space left on device"), AzuError, "storage"),
     ],
 )

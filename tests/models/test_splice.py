@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def tiny(save_tiny: SaveTiny, store: LayerStore, name: str = "LlamaConfig", **ch
 
 def reference(source: Path, ids: torch.Tensor, steps: int) -> list[torch.Tensor]:
     """Logits [1, vocab] of the prompt's last token and of each greedy step, by the unsplit model."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     for parameter in model.parameters():  # out of the file's mapping, whose alignment changes the last bit
         parameter.data = parameter.data.clone()
     cache = transformers.DynamicCache(config=model.config)
@@ -78,7 +79,8 @@ def in_stages(stages: list[Stage], ids: torch.Tensor, steps: int, chunk: int = 1
     logits: list[torch.Tensor] = []
     position = 0
     for _ in range(steps):
-        for part in ids.split(chunk):
+        hidden = ids
+        for part in torch.split(ids, chunk):
             hidden = part
             for stage, cache in zip(stages, caches, strict=True):
                 hidden = stage.forward(hidden, cache, position)
@@ -95,7 +97,7 @@ def test_every_cut_gives_the_same_bits(family: str, save_tiny: SaveTiny, store: 
     expected = reference(published.source, ids, STEPS)
     built: dict[tuple[int, int], Stage] = {}
     for cut in CUTS:
-        ranges = list(zip(cut, cut[1:], strict=False))
+        ranges = list(pairwise(cut))
         for start, end in ranges:
             if (start, end) not in built:
                 built[start, end] = build(published, start, end)
@@ -164,7 +166,8 @@ def test_half_precision(save_tiny: SaveTiny, store: LayerStore, dtype: torch.dty
     assert got[0].dtype == dtype
     whole = in_stages([build(published, 0, 4, dtype)], torch.tensor([3, 4, 5]), 2)
     assert got[0].equal(whole[0])
-    rotary = stages[1].model.base_model.rotary_emb.inv_freq
+    model: Any = stages[1].model
+    rotary = model.base_model.rotary_emb.inv_freq
     assert rotary.dtype == torch.float32
     assert rotary[0] == 1.0
 
@@ -243,6 +246,6 @@ def test_smollm2_in_three_stages_answers_as_generate_does(smollm2: Published) ->
     assert tokenizer.decode(tokens) == "The capital of France is Paris."
     assert tokens[-1] == 2
 
-    whole = build(smollm2, 0, 30).model
+    whole: Any = build(smollm2, 0, 30).model
     answer = whole.generate(ids[None], attention_mask=torch.ones_like(ids)[None], max_new_tokens=20, do_sample=False)
     assert answer[0, len(ids) :].tolist() == tokens

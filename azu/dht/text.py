@@ -1,0 +1,72 @@
+"""Strangers' text made fit for a terminal, and the few forms that all of azu-dht's output shares."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterable, Sequence
+
+__all__ = ["clip", "duration", "printable", "short_digest", "short_ids", "spans", "stretches"]
+
+_SHORTEST_ID = 8  # characters of a peer id's end; the beginning is the same in all of them
+_DIGEST_CHARS = 12
+
+
+def printable(text: str) -> str:
+    """The text with every control, direction, zero-width and combining character written out as an escape.
+
+    What is left neither moves the cursor nor changes how its neighbours are shown. It may still look like rich markup,
+    so it belongs into a `rich.text.Text`, which does not read any.
+    """
+    return "".join(_shown(char) for char in unicodedata.normalize("NFC", text))
+
+
+def _shown(char: str) -> str:
+    if char.isprintable() and not unicodedata.category(char).startswith("M"):
+        return char
+    return char.encode("unicode_escape").decode()
+
+
+def clip(text: str, longest: int | None) -> str:
+    """At most `longest` characters, if that is given; what is cut off shows as an ellipsis."""
+    return text if longest is None or len(text) <= longest else f"{text[: longest - 1]}…"
+
+
+def short_ids(peer_ids: Iterable[str]) -> dict[str, str]:
+    """Each peer id's end, as long as it takes to tell these ids apart."""
+    distinct = set(peer_ids)
+    length = _SHORTEST_ID
+    while len({each[-length:] for each in distinct}) < len(distinct):
+        length += 1
+    return {each: f"…{each[-length:]}" if len(each) > length else each for each in distinct}
+
+
+def short_digest(digest: str) -> str:
+    """A digest's beginning."""
+    return digest[:_DIGEST_CHARS]
+
+
+def stretches(flags: Sequence[bool]) -> tuple[tuple[int, int], ...]:
+    """The [start, end) of each run of true flags."""
+    edges = [index for index in range(len(flags) + 1) if _at(flags, index) != _at(flags, index - 1)]
+    return tuple(zip(edges[::2], edges[1::2], strict=True))
+
+
+def _at(flags: Sequence[bool], index: int) -> bool:
+    return 0 <= index < len(flags) and flags[index]
+
+
+def spans(ranges: Iterable[tuple[int, int]], most: int | None = None) -> str:
+    """Ranges [start, end) as people count layers, last one included: "0-11, 15"; at most `most` of them."""
+    texts = [f"{start}-{end - 1}" if end - start > 1 else str(start) for start, end in ranges]
+    if most is not None and len(texts) > most:
+        texts[most:] = [f"{len(texts) - most} more"]
+    return ", ".join(texts)
+
+
+def duration(seconds: float) -> str:
+    """A record's age: "12 s", "3 min", "5 h", "2 d"."""
+    whole = max(0, int(seconds))
+    for unit, size in (("d", 86_400), ("h", 3_600), ("min", 60)):
+        if whole >= 2 * size:
+            return f"{whole // size} {unit}"
+    return f"{whole} s"
