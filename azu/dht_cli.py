@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -94,7 +95,7 @@ def _show_peers(snapshot: Snapshot, settings: DhtSettings, wide: bool) -> None:
         return
     is_roomy = console.is_terminal and console.width >= ROOMY
     show_rows(console, peer_rows(snapshot, wide=wide or is_roomy), optional=("AGENT", "ADDRESSES"))
-    click.echo(f"\n{summary(snapshot)}")
+    click.echo(summary(snapshot))
 
 
 def _show_models(snapshot: Snapshot, settings: DhtSettings, wide: bool) -> None:
@@ -140,7 +141,8 @@ def _no_model(settings: DhtSettings) -> str:
 
 
 def _print_json(document: dict[str, Any]) -> None:
-    click.echo(json.dumps(document, indent=2))  # ASCII: control characters in strangers' text stay escaped
+    text = json.dumps(document, indent=2)  # ASCII: control characters in strangers' text stay escaped
+    click.echo(re.sub(r"\[\n[\d,\s]+\]", lambda found: f"[{' '.join(found[0][1:-1].split())}]", text))  # on one line
 
 
 def _never_fail_on_encoding() -> None:

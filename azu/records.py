@@ -18,7 +18,7 @@ from azu.identity import Identity, Kind, open_envelope, seal
 from azu.tickets import CLOCK_SKEW_S, Layer, UnixTime
 from azu.tickets import Sequence as SequenceNumber
 from azu.wire.document import Digest, Document, PeerId, Tuple
-from azu.wire.tensors import DType
+from azu.wire.tensors import ITEMSIZE, DType
 
 __all__ = [
     "COORDINATORS_KEY",
@@ -102,6 +102,12 @@ class ModelOffer(Document):
     model_id: Annotated[str, Field(min_length=1, max_length=256)]
     manifest: Digest
     n_layers: Layer
+    least_bytes_32: Bytes  # the smallest stage that is ever assigned, in float32, with its KV cache
+    least_bytes_16: Bytes  # the same in a 16-bit dtype
+
+    def least_bytes(self, dtype: DType) -> int:
+        """The memory in bytes below which a worker cannot hold a single layer."""
+        return self.least_bytes_32 if ITEMSIZE[dtype] == 4 else self.least_bytes_16
 
 
 class CoordinatorRecord(Record):

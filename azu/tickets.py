@@ -113,6 +113,12 @@ class JobTicket(Document):
             raise ValueError("stages do not cover every layer")
         return self
 
+    @model_validator(mode="after")
+    def _positions_can_be_counted(self) -> Self:
+        if self.total_tokens > MAX_TOKENS:  # what a chunk's position and a receipt's tokens go up to
+            raise ValueError(f"prompt_tokens and max_tokens together are more than {MAX_TOKENS}")
+        return self
+
     @property
     def total_tokens(self) -> int:
         """The most positions that a stage's KV cache will hold for this job."""

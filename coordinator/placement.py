@@ -20,7 +20,7 @@ from azu.tickets import Assignment, sign_assignment
 from coordinator.planner import ModelShape, Placement, WorkerView, holes, place
 from coordinator.swarm import SwarmView
 
-__all__ = ["Placer", "missing_layers", "views_for"]
+__all__ = ["Placer", "missing_layers", "shape_of", "views_for"]
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +58,15 @@ def missing_layers(manifest: Manifest, workers: Iterable[WorkerRecord]) -> tuple
     return holes(manifest.n_layers, [range_ for range_ in loaded if range_ is not None])
 
 
+def shape_of(manifest: Manifest, dtype: str, kv_tokens: int) -> ModelShape:
+    """A model as the planner sees it, for stages in `dtype` with room for `kv_tokens` positions of KV cache."""
+
+    def stage_bytes(start: int, end: int) -> int:
+        return weights_bytes(manifest, start, end, dtype) + kv_bytes(manifest, end - start, kv_tokens, dtype)
+
+    return ModelShape(manifest.n_layers, stage_bytes)
+
+
 class Placer:
     """Gives out assignments. `run()` owns its tasks."""
 
@@ -82,18 +91,11 @@ class Placer:
             for manifest in self._manifests:
                 for dtype in sorted({worker.dtype for worker in workers}):
                     alike = [worker for worker in workers if worker.dtype == dtype]
-                    placements = place(self._shape(manifest, dtype), views_for(manifest, alike))
+                    placements = place(shape_of(manifest, dtype, self._kv_tokens), views_for(manifest, alike))
                     for placement in placements:
                         nursery.start_soon(self._assign, manifest, dtype, placement)
                     placed = {placement.peer_id for placement in placements}
                     workers = [worker for worker in workers if worker.peer_id not in placed]
-
-    def _shape(self, manifest: Manifest, dtype: str) -> ModelShape:
-        def stage_bytes(start: int, end: int) -> int:
-            cache = kv_bytes(manifest, end - start, self._kv_tokens, dtype)
-            return weights_bytes(manifest, start, end, dtype) + cache
-
-        return ModelShape(manifest.n_layers, stage_bytes)
 
     async def _assign(self, manifest: Manifest, dtype: str, placement: Placement) -> None:
         now = time.time()

@@ -19,6 +19,7 @@ from azu.errors import InputError, NetworkError
 from azu.identity import Identity
 from azu.joining import stay_joined
 from azu.logs import log
+from azu.models.manifest import Manifest
 from azu.models.publish import publish
 from azu.overlay import Overlay, OverlayConfig, open_overlay
 from azu.records import (
@@ -35,7 +36,7 @@ from coordinator.api import ApiSettings, create_app, serve_http
 from coordinator.generation import Generation, GenerationRequest, ModelHealth, ServedModel
 from coordinator.jobs import JobRunner
 from coordinator.meter import Meter
-from coordinator.placement import Placer, missing_layers
+from coordinator.placement import Placer, missing_layers, shape_of
 from coordinator.swarm import SwarmView
 
 __all__ = ["Service", "serve"]
@@ -93,7 +94,8 @@ async def serve(settings: CoordinatorSettings) -> None:
             nursery.start_soon(stay_joined, overlay, settings.bootstrap)
             nursery.start_soon(swarm.run)
             nursery.start_soon(Placer(identity, swarm, manifests, kv_tokens=settings.kv_tokens).run)
-            nursery.start_soon(_advertise, identity, overlay, models)
+            offers = [_offer(manifest, settings.kv_tokens) for manifest in manifests]
+            nursery.start_soon(_advertise, identity, overlay, offers)
             app = create_app(
                 Service(models, swarm, runner), ApiSettings(default_max_tokens=settings.default_max_tokens)
             )
@@ -118,11 +120,8 @@ async def _publish(identity: Identity, library: Library, source: str) -> ServedM
     )
 
 
-async def _advertise(identity: Identity, overlay: Overlay, models: Sequence[ServedModel]) -> None:
+async def _advertise(identity: Identity, overlay: Overlay, offers: Sequence[ModelOffer]) -> None:
     """Keep this coordinator and its models findable in the DHT."""
-    offers = tuple(
-        ModelOffer(model_id=m.model_id, manifest=m.manifest.digest, n_layers=m.manifest.n_layers) for m in models
-    )
     keys = [COORDINATORS_KEY, *(bytes.fromhex(offer.manifest) for offer in offers)]
     provided = -_PROVIDE_S
     while True:
@@ -135,7 +134,7 @@ async def _advertise(identity: Identity, overlay: Overlay, models: Sequence[Serv
             agent=AGENT,
             protocols=(LAYERS_PROTOCOL,),
             addrs=overlay.addrs[:16],
-            models=offers,
+            models=tuple(offers),
         )
         try:
             await overlay.put_record(coordinator_key(identity.peer_id), sign_coordinator_record(identity, record))
@@ -148,6 +147,20 @@ async def _advertise(identity: Identity, overlay: Overlay, models: Sequence[Serv
             await trio.sleep(1)
             continue
         await trio.sleep(_REFRESH_S)
+
+
+def _offer(manifest: Manifest, kv_tokens: int) -> ModelOffer:
+    def least(dtype: str) -> int:
+        shape = shape_of(manifest, dtype, kv_tokens)
+        return min(shape.stage_bytes(layer, layer + 1) for layer in range(manifest.n_layers))
+
+    return ModelOffer(
+        model_id=manifest.model_id,
+        manifest=manifest.digest,
+        n_layers=manifest.n_layers,
+        least_bytes_32=least("float32"),
+        least_bytes_16=least("bfloat16"),
+    )
 
 
 def _health(model: ServedModel, missing: tuple[tuple[int, int], ...], workers: Sequence[WorkerRecord]) -> ModelHealth:

@@ -188,7 +188,7 @@ class StageJob:
             await self._fail(error, blamed)
 
     async def _fail(self, error: AzuError, peer_id: str) -> None:
-        # A neighbour that got the job's end first closes its stream first: the coordinator knows whether that is a loss.
+        # A neighbour that got the job's end first closes its stream first: only the coordinator knows if it is a loss.
         level = logging.DEBUG if isinstance(error, NetworkError) else logging.WARNING
         log(logger, level, "job cannot go on", job=self.ticket.job_id.hex(), code=error.code, reason=str(error))
         message = "internal error" if isinstance(error, InternalError) else error.message[:2_000]

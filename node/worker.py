@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from functools import partial
@@ -10,16 +9,12 @@ from functools import partial
 import trio
 
 from azu.channel import Channel, refusal_of
-from azu.distribution import Library, fetch_blobs, fetch_manifest, serve_layers
-from azu.errors import AzuError, CapacityError, ModelError, NetworkError, ProtocolError, TrustError
+from azu.distribution import Library, serve_layers
+from azu.errors import AzuError, NetworkError, ProtocolError, TrustError
 from azu.identity import Identity
 from azu.logs import log
-from azu.models.manifest import Manifest
-from azu.models.memory import kv_bytes, weights_bytes
-from azu.models.splice import StageSpec, stage_tensor_names
 from azu.overlay import Overlay, OverlayStream
 from azu.records import WORKERS_KEY, HeldRange, WorkerRecord, sign_worker_record, worker_key
-from azu.sizes import format_size
 from azu.tickets import Assignment, Refusal, check_assignment, open_assignment
 from azu.wire.messages import (
     CONTROL,
@@ -35,8 +30,10 @@ from azu.wire.messages import (
 )
 from azu.wire.tensors import DType
 from node.engine.device import DeviceThread
-from node.engine.stage import Device, load_stage
-from node.jobs import Jobs, Loaded
+from node.engine.stage import Device
+from node.idle import explain_idleness
+from node.jobs import Jobs
+from node.loader import Loader
 from node.trust import Trust
 
 __all__ = ["Worker"]
@@ -72,10 +69,10 @@ class Worker:
         self.jobs = Jobs(identity, overlay, thread, is_trusted=trust)
         self._identity = identity
         self._overlay = overlay
-        self._thread = thread
         self._device = device
         self._library = library
         self._trust = trust
+        self._loader = Loader(overlay, library, thread, device, trust)
         self._payout_address = payout_address
         self._cached: tuple[HeldRange, ...] = ()
         self._loading: HeldRange | None = None
@@ -95,6 +92,15 @@ class Worker:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._advertise)
                 nursery.start_soon(self._provide)
+                nursery.start_soon(
+                    partial(
+                        explain_idleness,
+                        self._overlay,
+                        vram=self._device.vram,
+                        dtype=self.dtype,
+                        is_busy=lambda: self._loading is not None or self.jobs.loaded is not None,
+                    )
+                )
                 await self._follow_orders()
         finally:
             with trio.move_on_after(2, shield=True):
@@ -217,7 +223,7 @@ class Worker:
             self._changed.set()
             layers = f"{assignment.start}-{assignment.end - 1}"
             try:
-                self.jobs.loaded = await self._load(assignment)
+                self.jobs.loaded = await self._loader.load(assignment)
                 log(
                     logger,
                     logging.INFO,
@@ -231,66 +237,6 @@ class Worker:
             self._loading = None
             self._note_cached()
             self._changed.set()
-
-    async def _load(self, assignment: Assignment) -> Loaded:
-        manifest = await self._manifest(assignment)
-        kv_tokens = self._kv_tokens(manifest, assignment)
-        peers = [assignment.coordinator]
-        peers += [p for p in await self._overlay.providers(bytes.fromhex(manifest.digest)) if p not in peers]
-        await fetch_blobs(self._overlay, peers, self._library.store, [manifest.config])
-        spec = StageSpec(
-            config=json.loads(self._library.store.path(manifest.config.digest).read_bytes()),
-            start=assignment.start,
-            end=assignment.end,
-            n_layers=manifest.n_layers,
-        )
-        _, shared = await self._thread.run(partial(stage_tensor_names, spec))
-        blobs = manifest.blobs_for(spec.start, spec.end, shared)
-        total = sum(blob.size for blob in blobs.values())
-        log(
-            logger,
-            logging.INFO,
-            "fetching layers",
-            model=manifest.model_id,
-            layers=f"{spec.start}-{spec.end - 1}",
-            size=format_size(total),
-        )
-        await fetch_blobs(self._overlay, peers, self._library.store, blobs.values())
-        files = {name: self._library.store.path(blob.digest) for name, blob in blobs.items()}
-        stage = await self._thread.run(
-            partial(load_stage, spec, self.dtype, self._device, files, vocab_size=manifest.vocab_size)
-        )
-        layer_us = await self._thread.run(stage.measure_layer_us)
-        return Loaded(manifest.digest, spec.start, spec.end, stage, kv_tokens, layer_us)
-
-    async def _manifest(self, assignment: Assignment) -> Manifest:
-        known = dict(self._library.manifests()).get(assignment.manifest)
-        if known is not None:
-            return known
-        envelope, publisher, manifest = await fetch_manifest(
-            self._overlay, [assignment.coordinator], assignment.manifest
-        )
-        if not self._trust(publisher):
-            raise TrustError(f"the manifest is signed by {publisher}, whom this worker does not serve")
-        self._library.keep(assignment.manifest, envelope)
-        return manifest
-
-    def _kv_tokens(self, manifest: Manifest, assignment: Assignment) -> int:
-        """Positions of KV cache that fit beside the weights: at least what the assignment asks for."""
-        if assignment.end > manifest.n_layers:
-            raise ModelError(f"{manifest.model_id} has {manifest.n_layers} layers", code="wrong_range")
-        weights = weights_bytes(manifest, assignment.start, assignment.end, self.dtype)
-        per_token = kv_bytes(manifest, assignment.end - assignment.start, 1, self.dtype)
-        fitting = (self._device.vram - weights) // per_token
-        if fitting < assignment.kv_tokens:
-            needed = weights + per_token * assignment.kv_tokens
-            raise CapacityError(
-                f"layers {assignment.start}-{assignment.end - 1} need {format_size(needed)} "
-                f"with a KV cache of {assignment.kv_tokens} tokens, {format_size(self._device.vram)} are offered",
-                code="not_enough_vram",
-                remedy="Offer more with --vram",
-            )
-        return fitting
 
     def _note_cached(self) -> None:
         cached = ((digest, self._library.cached_range(manifest)) for digest, manifest in self._library.manifests())

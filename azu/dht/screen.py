@@ -50,6 +50,7 @@ def show_rows(console: Console, rows: Sequence[Row], *, optional: Collection[str
         table = _table(rows, left_out)
         if Measurement.get(console, console.options.update(max_width=_UNBOUNDED), table).minimum <= console.width:
             console.print(table)
+            console.print()
             return
     for row in rows:
         title, kind, *fields = row

@@ -30,9 +30,11 @@ __all__ = ["AGENT", "look", "survey"]
 AGENT = "azu-dht/0.1.0"
 PARALLEL_LOOKUPS = 16  # records asked for at once; each asks up to ten peers
 PARALLEL_PINGS = 64  # connections being made at once
-LOOKUP_SECONDS = 5.0  # one record, where nobody has it and some peers are slow
+SETTLE_SECONDS = 2.0  # for meeting the neighbours, from the first connection on
+LOOKUP_SECONDS = 10.0  # one record, where nobody has it and some peers are slow
 PING_SECONDS = 2.0  # one peer, dialling included
 ALL_PINGS_SECONDS = 6.0
+_POLL_SECONDS = 0.02
 MAX_PEERS = 2_000  # of one kind; what a hostile DHT server can make us look for
 
 R = TypeVar("R", bound=Record)
@@ -52,7 +54,7 @@ async def survey(bootstrap: Sequence[str], *, with_rtt: bool) -> Snapshot:
         )
     config = OverlayConfig(os.urandom(32), listen=(), server=False, agent=AGENT, validators=VALIDATORS)
     async with open_overlay(config) as overlay:
-        reached = await overlay.bootstrap(bootstrap)
+        reached = await _join(overlay, bootstrap)
         snapshot = await look(overlay, with_rtt=with_rtt)
         if snapshot.is_empty and not overlay.statistics().routing_table:
             raise NetworkError(
@@ -61,6 +63,28 @@ async def survey(bootstrap: Sequence[str], *, with_rtt: bool) -> Snapshot:
                 remedy="Give the address of a bootstrap node, as `azu-bootstrap run` prints it",
             )
         return snapshot
+
+
+async def _join(overlay: Overlay, bootstrap: Sequence[str]) -> Sequence[str]:
+    """Join, and wait no longer for slow peers once somebody has let us in: we stay for seconds only."""
+    failed: list[AzuError] = []
+
+    async def hurry() -> None:
+        while not overlay.connected_peers():  # noqa: ASYNC110 - the overlay has no event for it
+            await trio.sleep(_POLL_SECONDS)
+        scope.deadline = trio.current_time() + SETTLE_SECONDS
+
+    async with trio.open_nursery() as nursery:
+        scope = nursery.cancel_scope
+        nursery.start_soon(hurry)
+        try:
+            await overlay.bootstrap(bootstrap)
+        except AzuError as error:  # carried out of the nursery, which would wrap it in a group
+            failed.append(error)
+        scope.cancel()
+    if failed:
+        raise failed[0]
+    return overlay.connected_peers()
 
 
 async def look(overlay: Overlay, *, with_rtt: bool) -> Snapshot:

@@ -8,8 +8,9 @@ from http import HTTPStatus
 from typing import Any
 
 import trio
-from hypercorn.typing import ASGISendCallable
+from hypercorn.typing import ASGIReceiveCallable, ASGISendCallable, ASGISendEvent
 from quart import Request, Response, json, request
+from quart.asgi import ASGIHTTPConnection
 from quart_trio import QuartTrio
 from quart_trio.asgi import TrioASGIHTTPConnection
 from werkzeug.exceptions import HTTPException
@@ -28,13 +29,31 @@ _nursery: ContextVar[trio.Nursery] = ContextVar("azu_connection_nursery")
 
 
 class _Connection(TrioASGIHTTPConnection):
-    """Shows a handler the nursery that quart-trio runs it in, and cancels when the client hangs up."""
+    """Shows a handler the nursery that quart-trio runs it in, and cancels when the client hangs up.
 
-    async def handle_request(  # type: ignore[override]  # quart-trio's own signature, which differs from Quart's
+    Hypercorn says "disconnect" at the end of every response too, in the middle of its own clean-up. quart-trio's
+    connection cancels that: the TCP connection is then neither closed when the server stops nor ever idle.
+    """
+
+    _complete = False
+
+    async def handle_messages(  # type: ignore[override]  # quart-trio's own signature, which differs from Quart's
+        self, nursery: trio.Nursery, request: Request, receive: ASGIReceiveCallable
+    ) -> None:
+        await ASGIHTTPConnection.handle_messages(self, request, receive)
+        if not self._complete:
+            nursery.cancel_scope.cancel()
+
+    async def handle_request(  # type: ignore[override]
         self, nursery: trio.Nursery, request: Request, send: ASGISendCallable
     ) -> None:
+        async def watched(event: ASGISendEvent) -> None:
+            if event["type"] == "http.response.body" and not event.get("more_body"):
+                self._complete = True
+            await send(event)
+
         _nursery.set(nursery)
-        await super().handle_request(nursery, request, send)
+        await super().handle_request(nursery, request, watched)
 
 
 class ApiApp(QuartTrio):
@@ -46,6 +65,7 @@ class ApiApp(QuartTrio):
         super().__init__(import_name, static_folder=None)
         self.in_flight = InFlight()
         self.url_map.strict_slashes = False
+        self.json.sort_keys = False  # type: ignore[attr-defined]  # the default provider's
         # Answers take as long as they take; read_body has its own limits of size and time.
         self.config |= {"RESPONSE_TIMEOUT": None, "BODY_TIMEOUT": None, "MAX_CONTENT_LENGTH": None}
 

@@ -57,11 +57,13 @@ class ApiError(InputError):
 
 def from_exception(error: BaseException, settings: ApiSettings) -> ApiError:
     """Whatever a handler raised, as the answer to give; what nobody foresaw is logged with its traceback."""
-    known = next((leaf for leaf in _leaves(error) if isinstance(leaf, AzuError)), None)
+    leaves = list(_leaves(error))
+    known = next((leaf for leaf in leaves if isinstance(leaf, AzuError)), None)
+    if any(isinstance(leaf, InternalError) or not isinstance(leaf, AzuError) for leaf in leaves):
+        logger.error("a request failed", exc_info=error)
     if isinstance(known, ApiError):
         return known
     if known is None or isinstance(known, InternalError):
-        logger.error("a request failed", exc_info=error)
         return ApiError(
             "The coordinator failed to answer this request",
             status=500,

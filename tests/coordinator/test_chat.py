@@ -26,7 +26,7 @@ def sentencepiece_tokenizer() -> Tokenizer:
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    tokenizer.add_special_tokens([AddedToken("<s>", special=True), AddedToken("</s>", special=True)])
+    tokenizer.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in words[:3]])
     return tokenizer
 
 
@@ -53,7 +53,7 @@ def test_the_prompt_invites_an_answer(chat: ChatFormat) -> None:
     "source",
     [
         "{{ bos_token }}|{{ eos_token }}|{{ unk_token }}|{{ messages[0].content }}",
-        "{% for m in messages %}\n  {% if loop.first %}{% continue %}{% endif %}\n{{ m.content | tojson }}{% endfor %}x",
+        "{% for m in messages %}\n  {% if loop.first %}{% continue %}{% endif %}\n{{ m.content | tojson }}{% endfor %}",
         "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}",
         "{{ strftime_now('%Y') }}{{ {'a': 'é<>'} | tojson(indent=2) }}",
         "{% generation %}{{ messages[0]['content'] }}{% endgeneration %}!",
@@ -74,7 +74,7 @@ MESSAGES = st.lists(
         {
             "role": st.sampled_from(["system", "user", "assistant"]),
             "content": st.text()
-            | st.lists(st.sampled_from(["<|im_end|>", "<|im_start|>", "im", "\n", " a", "<think>", "é"])).map("".join),
+            | st.lists(st.sampled_from(["<|im_end|>", "</s>", "<s>", "im", "\n", " a", "<think>", "é"])).map("".join),
         }
     ),
     min_size=1,
@@ -82,10 +82,20 @@ MESSAGES = st.lists(
 )
 
 
-@pytest.mark.parametrize("tokenizer", [BYTE_LEVEL, SENTENCEPIECE], ids=["byte level", "sentencepiece"])
-def test_ids_equal_those_of_transformers(tmp_path: Path, tokenizer: Tokenizer) -> None:
+LLAMA = "{% for m in messages %}{{ '<s>' + m.role + ' ' + m.content + ' </s>' }}{% endfor %}"
+LLAMA_NAMES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "template", "names"),
+    [(BYTE_LEVEL, CHATML, {}), (SENTENCEPIECE, LLAMA, LLAMA_NAMES)],
+    ids=["byte level", "sentencepiece"],
+)
+def test_ids_equal_those_of_transformers(
+    tmp_path: Path, tokenizer: Tokenizer, template: str, names: dict[str, str]
+) -> None:
     transformers = pytest.importorskip("transformers")
-    ours = ChatFormat(served_model(tmp_path, tokenizer=tokenizer))
+    ours = ChatFormat(served_model(tmp_path, tokenizer=tokenizer, template=template, tokenizer_config=names))
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(str(tmp_path))
     theirs.chat_control_tokens = []  # special ones only; these templates use no others
 
@@ -224,11 +234,10 @@ def test_an_emoji_comes_whole_and_a_torn_one_at_the_end(tokenizer: Tokenizer) ->
 
 
 def test_invalid_bytes_do_not_pile_up() -> None:
-    stray = SENTENCEPIECE.token_to_id("<0xFF>")
+    stray, letter = SENTENCEPIECE.encode("\xff", add_special_tokens=False).ids[-1], SENTENCEPIECE.encode("a").ids[-1]
     detokenizer = Detokenizer(SENTENCEPIECE)
     made = [detokenizer.push(stray) for _ in range(1_000)]
     assert sum(map(len, made)) > 900
-    letter = SENTENCEPIECE.token_to_id("a")
     assert (detokenizer.push(letter) + detokenizer.push(letter)).endswith("aa")
 
 

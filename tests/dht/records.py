@@ -59,7 +59,8 @@ def coordinator(number: int, *offers: ModelOffer, now: int = NOW, **changed: Any
 
 
 def offer(n_layers: int = 30, model_id: str = MODEL, manifest: str = MANIFEST) -> ModelOffer:
-    return ModelOffer(model_id=model_id, manifest=manifest, n_layers=n_layers)
+    least = {"least_bytes_32": 32 * 1024**2, "least_bytes_16": 16 * 1024**2}
+    return ModelOffer.model_validate({"model_id": model_id, "manifest": manifest, "n_layers": n_layers, **least})
 
 
 def snapshot(*records: WorkerRecord | CoordinatorRecord, expired: int = 0, silent: int = 0) -> Snapshot:

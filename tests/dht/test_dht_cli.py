@@ -121,6 +121,36 @@ async def test_a_swarm_with_a_dead_and_a_malicious_worker() -> None:
     assert took < 10  # about one second on an idle machine
 
 
+@pytest.mark.slow
+@pytest.mark.swarm
+async def test_a_worker_that_hangs_is_not_waited_for() -> None:
+    record = worker(7, now=int(time.time()))
+    async with a_swarm() as addresses, AsyncExitStack() as stack:
+        async with open_overlay(_config(7)) as peer:
+            await peer.bootstrap(addresses)
+            await _publish(peer, 7, record.model_copy(update={"addrs": peer.addrs}))
+            port = int(peer.addrs[0].split("/")[4])
+        stack.enter_context(socket.create_server(("127.0.0.1", port)))  # accepts, and never says a word
+        started = time.monotonic()
+        done = await azu_dht("peers", "--json", "--bootstrap", addresses[0])
+        took = time.monotonic() - started
+    (hanging,) = json.loads(done.stdout)["peers"]
+    assert (hanging["peer_id"], hanging["rtt_ms"]) == (identity(7).peer_id, None)
+    assert took < 45  # mostly look-ups that dial it again and again; two seconds for the ping
+
+
+@pytest.mark.swarm
+async def test_the_output_survives_its_surroundings() -> None:
+    async with a_swarm(worker(1, held(0, 2), now=int(time.time()))) as addresses:
+        done = await azu_dht("peers", "--bootstrap", addresses[0], PYTHONIOENCODING="ascii")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert f"\\u2026{identity(1).peer_id[-8:]}" in done.stdout
+        assert "worker" in done.stdout
+        command = f"{PROGRAM} peers --bootstrap {addresses[0]} | true"
+        piped = await trio.run_process(["sh", "-c", command], capture_stdout=True, capture_stderr=True)
+        assert b"Traceback" not in piped.stderr
+
+
 @pytest.mark.swarm
 async def test_an_empty_swarm_says_what_to_do() -> None:
     async with a_swarm() as addresses:

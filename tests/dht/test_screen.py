@@ -52,7 +52,8 @@ def unstyled(text: str) -> str:
 
 def test_a_pipe_gets_one_plain_line_a_peer() -> None:
     lines = shown(SWARM).splitlines()
-    assert len(lines) == 2 + 4
+    assert len(lines) == 2 + 4 + 1
+    assert lines.pop() == ""
     assert "\x1b" not in "".join(lines)
     assert lines[0].split() == [
         *("PEER", "KIND", "DEVICE", "VRAM", "FREE", "LAYERS", "JOBS", "MS/LAYER", "AGE", "RTT", "AGENT", "ADDRESSES")

@@ -6,13 +6,14 @@ import httpx
 import openai
 import pytest
 import trio
-from openai.types.chat import ChatCompletionChunk
+from openai.types.chat import ChatCompletionChunk, ChatCompletionUserMessageParam
+from tokenizers import Tokenizer
 
 from coordinator.api import ApiSettings
 from tests.coordinator.api.conftest import in_thread
 from tests.coordinator.api.twin import CONTEXT, LAYERS, MODEL_ID, PEERS, Twin
 
-QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+QUESTION: list[ChatCompletionUserMessageParam] = [{"role": "user", "content": "What is the capital of France?"}]
 EMOJI = "naïve 👩‍👩‍👧 日本 \u2028 end"
 
 
@@ -209,8 +210,6 @@ async def test_roles_and_content_parts(client: openai.OpenAI, twin: Twin) -> Non
     ]
     await in_thread(lambda: client.chat.completions.create(model=MODEL_ID, messages=messages))  # type: ignore[arg-type]
     tokenizer_file = twin.served[0].tokenizer_files["tokenizer.json"]
-    from tokenizers import Tokenizer
-
     text = Tokenizer.from_file(str(tokenizer_file)).decode(list(twin.requests[1].prompt), skip_special_tokens=False)
     assert text == (
         "<|im_start|>system\nBe brief<|im_end|>\n<|im_start|>user\nHello there<|im_end|>\n"

@@ -1,0 +1,159 @@
+"""The three-stage pipeline, through the real processes and the official client, against the unsplit model."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from openai import OpenAI
+
+from tests.local_swarm import LocalSwarm
+from tests.swarm.reference import Reference
+
+pytestmark = [pytest.mark.swarm, pytest.mark.slow]
+
+WORDS = [
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "the",
+    "lazy",
+    "dog",
+    "while",
+    "seven",
+    "wise",
+    "owls",
+    "watch",
+    "from",
+    "an",
+    "old",
+    "oak",
+    "tree",
+    "and",
+    "count",
+    "to",
+]
+
+QUESTIONS = [
+    "What is the capital of France?",
+    "Hi",
+    "2+2=",
+    "Name three colours.",
+    "Écris une phrase en français.",
+    "数を三つ挙げてください。",
+    "Write a haiku about autumn rain.",
+    "Who wrote Hamlet, and when?",
+    "What is 123456789 times 2?",
+    "Explain gravity to a child in one sentence.",
+    "def fibonacci(n):\n    ",
+    "🦊🐻🐼 Which animals are these?",
+    *(f"Repeat the last word of this text: {' '.join((WORDS * 40)[:length])}" for length in (20, 50, 100, 200, 300)),
+    *(f"Summarise: {' '.join((WORDS * 40)[:length])}" for length in (260, 500, 800)),
+]
+
+
+def test_greedy_answers_equal_the_unsplit_models(ask: Any, reference: Reference) -> None:
+    assert len(QUESTIONS) == 20
+    lengths = {len(reference.prompt_ids(question)) for question in QUESTIONS}
+    assert min(lengths) < 40 and max(lengths) > 2 * 256  # prompts of one chunk and of several
+    for question in QUESTIONS:
+        text, ids = reference.ask(question)
+        answer, finish, usage = ask(question)
+        assert (answer, finish) == (text, "stop" if ids[-1] == 2 else "length"), question
+        assert (usage.prompt_tokens, usage.completion_tokens) == (len(reference.prompt_ids(question)), len(ids))
+
+
+def test_eight_jobs_at_once_answer_as_each_would_alone(ask: Any, reference: Reference) -> None:
+    questions = QUESTIONS[5:13]
+    with ThreadPoolExecutor(len(questions)) as pool:
+        answers = list(pool.map(ask, questions))
+    for question, (answer, _, usage) in zip(questions, answers, strict=True):
+        text, ids = reference.ask(question)
+        assert answer == text, question
+        assert usage.completion_tokens == len(ids)
+
+
+def test_every_stage_is_a_different_worker_and_is_paid_for_its_own_layers(ask: Any, swarm: LocalSwarm) -> None:
+    answer, finish, usage = ask("What is the capital of France?")
+    assert (answer, finish) == ("The capital of France is Paris.", "stop")
+    azu = usage.model_extra["azu"]
+    positions = usage.prompt_tokens + usage.completion_tokens - 1
+    assert azu["token_layers"] == 30 * positions
+    assert azu["cost"] == 2 * azu["token_layers"]
+    layers = [layer for stage in azu["stages"] for layer in range(*stage["layers"])]
+    assert layers == list(range(30))
+    assert {stage["peer_id"] for stage in azu["stages"]} == {
+        worker.found("worker starting")[0]["peer"] for worker in swarm.workers
+    }
+    for stage in azu["stages"]:
+        count = stage["layers"][1] - stage["layers"][0]
+        assert count <= 12
+        assert stage["state"] == "credited"
+        assert stage["token_layers"] == count * positions
+        assert stage["earned"] == 2 * count * positions * 80 // 100
+
+
+def test_streaming_gives_the_same_text_piece_by_piece(client: OpenAI, swarm: LocalSwarm, reference: Reference) -> None:
+    stream = client.chat.completions.create(
+        model=swarm.model_id,
+        messages=[{"role": "user", "content": QUESTIONS[5]}],
+        temperature=0,
+        max_tokens=24,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    chunks = list(stream)
+    pieces = [choice.delta.content or "" for chunk in chunks for choice in chunk.choices]
+    assert "".join(pieces) == reference.ask(QUESTIONS[5])[0]
+    assert sum(map(bool, pieces)) > 3
+    usage = chunks[-1].usage
+    assert usage is not None
+    assert usage.completion_tokens == len(reference.ask(QUESTIONS[5])[1])
+
+
+def test_a_seed_repeats_a_sampled_answer(client: OpenAI, swarm: LocalSwarm) -> None:
+    def sample(seed: int, **more: Any) -> str:
+        answer = client.chat.completions.create(
+            model=swarm.model_id,
+            messages=[{"role": "user", "content": "Invent a name for a boat."}],
+            temperature=1.0,
+            top_p=0.95,
+            presence_penalty=0.5,
+            frequency_penalty=0.5,
+            max_tokens=16,
+            seed=seed,
+            extra_body={"top_k": 50, "min_p": 0.02, "repetition_penalty": 1.1, **more},
+        )
+        return answer.choices[0].message.content or ""
+
+    assert sample(7) == sample(7)
+    assert len({sample(seed) for seed in range(8, 14)}) > 1
+
+
+def test_a_stop_string_ends_the_job_early(client: OpenAI, swarm: LocalSwarm) -> None:
+    answer = client.chat.completions.create(
+        model=swarm.model_id,
+        messages=[{"role": "user", "content": "What is the capital of France?"}],
+        temperature=0,
+        max_tokens=24,
+        stop=[" is"],
+    )
+    assert answer.choices[0].message.content == "The capital of France"
+    assert answer.choices[0].finish_reason == "stop"
+
+
+def test_each_worker_stays_well_under_the_unsplit_models_memory(swarm: LocalSwarm) -> None:
+    import json
+    import subprocess
+    import sys
+
+    import psutil
+
+    command = [sys.executable, "-m", "node.engine.footprint", str(swarm.folder / "coordinator"), swarm.manifest]
+    unsplit = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)["resident_bytes"]
+    for worker in swarm.workers:
+        assert psutil.Process(worker.process.pid).memory_info().rss < 0.85 * unsplit
