@@ -23,6 +23,8 @@ from coordinator.generation import ServedModel
 
 __all__ = ["ChatFormat", "Detokenizer", "StopStrings"]
 
+# Templates test these with "is none" too.
+_NOTHING: Final = {"tools": None, "documents": None}
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # A ticket carries at most this many stop tokens; no model has more than a handful.
 _MAX_STOP_TOKENS = 64
@@ -74,11 +76,8 @@ class ChatFormat:
             InputError: code "bad_messages", where the template refuses the messages.
         """
         if self._template is None:
-            raise ModelError(
-                f"{self._model_id} has no chat template",
-                code="no_chat_template",
-                remedy="Use a chat (instruct) model.",
-            )
+            remedy = "Use a chat (instruct) model."
+            raise ModelError(f"{self._model_id} has no chat template", code="no_chat_template", remedy=remedy)
         plain = [{key: value for key, value in message.items() if value is not None} for message in messages]
         ids = self._encode_marked(self._render(self._template, self._mark(plain)))
         if not ids:
@@ -188,7 +187,7 @@ class _ChatTemplate:
             tree = environment.parse(source)
         except jinja2.TemplateError as error:
             raise ModelError(
-                f"the chat template of {model_id} is broken: {error.message}", code="bad_chat_template"
+                f"{model_id}'s chat template is broken: {error.message}", code="bad_chat_template"
             ) from error
         parts = [node.data for node in tree.find_all(jinja2.nodes.TemplateData)]
         parts += [node.value for node in tree.find_all(jinja2.nodes.Const) if isinstance(node.value, str)]
@@ -196,9 +195,7 @@ class _ChatTemplate:
         self._names = dict(names)
 
     def render(self, messages: list[Any]) -> str:
-        return self._template.render(
-            messages=messages, tools=None, documents=None, add_generation_prompt=True, **self._names
-        )
+        return self._template.render({"messages": messages, "add_generation_prompt": True, **_NOTHING, **self._names})
 
 
 class _GenerationBlock(Extension):
@@ -215,9 +212,9 @@ class _Namespace(jinja2.utils.Namespace):
     """Without names that begin with an underscore, by which a template could reach Python's internals."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:
-        if any(str(name).startswith("_") for name in dict(*args[1:], **kwargs)):
-            raise jinja2.exceptions.SecurityError("a namespace has no names that begin with an underscore")
-        jinja2.utils.Namespace.__init__(*args, **kwargs)
+        jinja2.utils.Namespace.__init__(args[0])
+        for name, value in dict(*args[1:], **kwargs).items():
+            args[0][name] = value
 
     def __setitem__(self, name: str, value: Any) -> None:
         if name.startswith("_"):
@@ -310,11 +307,7 @@ def _raise_exception(message: str) -> NoReturn:
 
 
 def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
     # jinja2's own escapes HTML, which models were not trained on.
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
@@ -352,15 +345,12 @@ def _special_ids(tokenizer: Tokenizer) -> frozenset[int]:
 def _load_tokenizer(model: ServedModel) -> Tokenizer:
     path = model.tokenizer_files.get("tokenizer.json")
     if path is None:
-        raise ModelError(
-            f"{model.model_id} was published without a tokenizer.json",
-            code="no_tokenizer",
-            remedy="Convert its tokenizer with transformers' AutoTokenizer.save_pretrained and publish it again.",
-        )
+        remedy = "Convert its tokenizer with transformers' AutoTokenizer.save_pretrained and publish it again."
+        raise ModelError(f"{model.model_id} has no tokenizer.json", code="no_tokenizer", remedy=remedy)
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises bare ones
-        raise _unusable(model, path.name, error) from error
+        raise _unusable(model, "tokenizer.json", error) from error
     tokenizer.no_truncation()  # some files carry the settings of a training run
     tokenizer.no_padding()
     return tokenizer
@@ -398,14 +388,9 @@ def _template_source(model: ServedModel, config: Mapping[str, Any]) -> str | Non
 
 
 def _special_names(config: Mapping[str, Any], fallback: Mapping[str, Any]) -> dict[str, str]:
-    names: dict[str, str] = {}
-    for name in _SPECIAL_NAMES:
-        value = config.get(name, fallback.get(name))
-        if isinstance(value, Mapping):  # an AddedToken
-            value = value.get("content")
-        if isinstance(value, str):
-            names[name] = value
-    return names
+    values = {name: config.get(name, fallback.get(name)) for name in _SPECIAL_NAMES}
+    texts = {name: value.get("content") if isinstance(value, Mapping) else value for name, value in values.items()}
+    return {name: text for name, text in texts.items() if isinstance(text, str)}
 
 
 def _ids(config: Mapping[str, Any]) -> list[int]:

@@ -119,7 +119,7 @@ class Meter:
         try:
             with closing(sqlite3.connect(self._path, timeout=10)) as db, db:
                 yield db
-        except sqlite3.Error as error:
+        except (sqlite3.Error, OverflowError) as error:  # sums past 64 bits
             raise InternalError(
                 f"the meter's file {self._path} cannot be used: {error}",
                 code="meter_failed",

@@ -1,4 +1,4 @@
-"""A real swarm on loopback for tests and benchmarks: azu's own programs as sub-processes, watched through their logs."""
+"""A real swarm on loopback for tests and benchmarks: azu's programs as sub-processes, watched through their logs."""
 
 from __future__ import annotations
 

@@ -174,7 +174,7 @@ def test_unusable_files(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"tokenizer\.json"):
         ChatFormat(model)
     del model.tokenizer_files["tokenizer.json"]
-    with pytest.raises(ModelError, match=r"without a tokenizer\.json") as caught:
+    with pytest.raises(ModelError, match=r"no tokenizer\.json") as caught:
         ChatFormat(model)
     assert caught.value.code == "no_tokenizer"
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import psutil
 import pytest
 from openai import OpenAI
 
@@ -13,30 +17,9 @@ from tests.swarm.reference import Reference
 
 pytestmark = [pytest.mark.swarm, pytest.mark.slow]
 
-WORDS = [
-    "the",
-    "quick",
-    "brown",
-    "fox",
-    "jumps",
-    "over",
-    "the",
-    "lazy",
-    "dog",
-    "while",
-    "seven",
-    "wise",
-    "owls",
-    "watch",
-    "from",
-    "an",
-    "old",
-    "oak",
-    "tree",
-    "and",
-    "count",
-    "to",
-]
+WORDS = (
+    "the quick brown fox jumps over the lazy dog while seven wise owls watch from an old oak tree and count to"
+).split()
 
 QUESTIONS = [
     "What is the capital of France?",
@@ -59,7 +42,8 @@ QUESTIONS = [
 def test_greedy_answers_equal_the_unsplit_models(ask: Any, reference: Reference) -> None:
     assert len(QUESTIONS) == 20
     lengths = {len(reference.prompt_ids(question)) for question in QUESTIONS}
-    assert min(lengths) < 40 and max(lengths) > 2 * 256  # prompts of one chunk and of several
+    assert min(lengths) < 40
+    assert max(lengths) > 2 * 256  # prompts of one chunk and of several
     for question in QUESTIONS:
         text, ids = reference.ask(question)
         answer, finish, usage = ask(question)
@@ -147,12 +131,6 @@ def test_a_stop_string_ends_the_job_early(client: OpenAI, swarm: LocalSwarm) -> 
 
 
 def test_each_worker_stays_well_under_the_unsplit_models_memory(swarm: LocalSwarm) -> None:
-    import json
-    import subprocess
-    import sys
-
-    import psutil
-
     command = [sys.executable, "-m", "node.engine.footprint", str(swarm.folder / "coordinator"), swarm.manifest]
     unsplit = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)["resident_bytes"]
     for worker in swarm.workers:

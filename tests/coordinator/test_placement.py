@@ -1,0 +1,120 @@
+"""Worker records as the planner sees them."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import pytest
+
+from azu.identity import Identity
+from azu.models.manifest import Blob, Manifest
+from azu.records import WorkerRecord
+from coordinator.placement import missing_layers, views_for
+from coordinator.planner import ModelShape, place
+
+
+def blob(number: int) -> Blob:
+    return Blob(hashlib.sha256(bytes([number])).hexdigest(), 1_000)
+
+
+MANIFEST = Manifest(
+    model_id="owner/tiny",
+    revision="main",
+    architecture="LlamaForCausalLM",
+    dtype="float16",
+    n_layers=12,
+    hidden_size=32,
+    vocab_size=64,
+    context_length=128,
+    kv_bytes_per_token_layer=64,
+    config=blob(0),
+    tokenizer={},
+    layers=tuple(blob(10 + index) for index in range(12)),
+    shared={"model.embed_tokens.weight": blob(1)},
+    sources={},
+    tied=True,
+)
+OTHER = "f" * 64
+
+
+def worker(number: int, *ranges: tuple[str, int, int, str], **changes: Any) -> WorkerRecord:
+    fields: dict[str, Any] = {
+        "peer_id": Identity(bytes([number]) * 32).peer_id,
+        "sequence": 1,
+        "issued_at": 0,
+        "expires_at": 1,
+        "agent": "test",
+        "protocols": (),
+        "addrs": (),
+        "device": "test",
+        "dtype": "float16",
+        "vram_total": 100,
+        "vram_free": 60,
+        "kv_tokens": 0,
+        "kv_tokens_free": 7,
+        "jobs": 3,
+        "layer_us": 0,
+        "ranges": [
+            {"manifest": manifest, "start": start, "end": end, "state": state} for manifest, start, end, state in ranges
+        ],
+        "payout_address": "",
+    }
+    return WorkerRecord.model_validate(fields | changes)
+
+
+OURS = MANIFEST.digest
+
+
+@pytest.mark.parametrize(
+    ("ranges", "held", "ready", "cached"),
+    [
+        ([], None, False, None),
+        ([(OURS, 0, 4, "loaded")], (0, 4), True, None),
+        ([(OURS, 0, 4, "loading")], (0, 4), False, None),
+        ([(OURS, 0, 4, "cached")], None, False, (0, 4)),
+        ([(OURS, 0, 4, "cached"), (OURS, 2, 3, "loaded")], (2, 3), True, (0, 4)),
+        ([(OTHER, 0, 4, "cached")], None, False, None),
+        ([(OTHER, 0, 4, "cached"), (OURS, 5, 9, "loaded")], (5, 9), True, None),
+    ],
+)
+def test_what_a_worker_holds_of_a_model(
+    ranges: list[tuple[str, int, int, str]], held: object, ready: bool, cached: object
+) -> None:
+    (view,) = views_for(MANIFEST, [worker(1, *ranges)])
+    assert (view.held, view.ready, view.cached) == (held, ready, cached)
+    assert (view.vram, view.jobs, view.kv_tokens_free) == (100, 3, 7)
+
+
+@pytest.mark.parametrize("state", ["loaded", "loading"])
+def test_a_worker_that_is_busy_with_another_model_is_left_out(state: str) -> None:
+    busy = worker(1, (OTHER, 0, 4, state), (OURS, 0, 4, "cached"))
+    free = worker(2)
+    assert [view.peer_id for view in views_for(MANIFEST, [busy, free])] == [free.peer_id]
+
+
+def test_missing_layers_are_those_that_nobody_has_loaded() -> None:
+    assert missing_layers(MANIFEST, []) == ((0, 12),)
+    workers = [
+        worker(1, (OURS, 0, 4, "loaded")),
+        worker(2, (OURS, 4, 6, "loading")),
+        worker(3, (OURS, 6, 7, "cached")),
+        worker(4, (OTHER, 0, 12, "loaded")),
+        worker(5, (OURS, 8, 12, "loaded")),
+    ]
+    assert missing_layers(MANIFEST, workers) == ((4, 8),)
+    assert missing_layers(MANIFEST, [*workers, worker(6, (OURS, 3, 9, "loaded"))]) == ()
+
+
+@pytest.mark.parametrize(("start", "end"), [(0, 1_000), (12, 13), (500, 600), (5, 5), (9, 2)])
+def test_a_record_that_claims_layers_that_do_not_exist_hurts_nobody(start: int, end: int) -> None:
+    """Whoever has a key can sign such a record."""
+    liar = worker(1, (OURS, start, end, "loaded"))
+    assert missing_layers(MANIFEST, [liar]) == ((0, 12),)
+
+    def stage_bytes(first: int, last: int) -> int:
+        assert 0 <= first < last <= 12
+        return last - first
+
+    plan = place(ModelShape(12, stage_bytes), views_for(MANIFEST, [liar, worker(2)]))
+    assert [(p.start, p.end) for p in plan] == [(0, 12)]

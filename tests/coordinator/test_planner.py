@@ -1,0 +1,356 @@
+"""The planner against brute force on small instances, and its promises on larger ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import combinations, permutations, product
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from coordinator.planner import ModelShape, Placement, WorkerView, holes, place, route
+
+Range = tuple[int, int]
+
+LAYER = 10
+
+
+def uniform(n_layers: int, embedding: int = 0, head: int = 0) -> ModelShape:
+    """A model of equal layers; embeddings weigh on its first stage, the head on its last."""
+    return sized([LAYER] * n_layers, embedding, head)
+
+
+def sized(layers: Sequence[int], embedding: int = 0, head: int = 0) -> ModelShape:
+    count = len(layers)
+
+    def stage_bytes(start: int, end: int) -> int:
+        assert 0 <= start < end <= count, "no such stage; the real estimate raises"
+        return sum(layers[start:end]) + embedding * (start == 0) + head * (end == count)
+
+    return ModelShape(count, stage_bytes)
+
+
+def idle(*vrams: int) -> list[WorkerView]:
+    return [WorkerView(f"w{index}", vram) for index, vram in enumerate(vrams)]
+
+
+def holding(peer_id: str, start: int, end: int, *, vram: int = 10_000, **changes: object) -> WorkerView:
+    return WorkerView(peer_id, vram, held=(start, end), **changes)  # type: ignore[arg-type]
+
+
+def ranges(plan: Sequence[Placement]) -> list[Range]:
+    return sorted((placement.start, placement.end) for placement in plan)
+
+
+def after(workers: Sequence[WorkerView], plan: Sequence[Placement]) -> list[WorkerView]:
+    """The workers once the plan was carried out."""
+    given_out = {placement.peer_id: (placement.start, placement.end) for placement in plan}
+    return [
+        WorkerView(w.peer_id, w.vram, given_out.get(w.peer_id, w.held), ready=True, kv_tokens_free=100)
+        for w in workers
+    ]
+
+
+def assert_fits(shape: ModelShape, workers: Sequence[WorkerView], plan: Sequence[Placement]) -> None:
+    vram = {worker.peer_id: worker.vram for worker in workers}
+    assert len({placement.peer_id for placement in plan}) == len(plan), "a worker was given two ranges"
+    for placement in plan:
+        assert 0 <= placement.start < placement.end <= shape.n_layers
+        assert shape.stage_bytes(placement.start, placement.end) <= vram[placement.peer_id]
+
+
+def primary(shape: ModelShape, plan: Sequence[Placement]) -> list[Placement]:
+    """The plan without its replicas: what comes first and covers the model."""
+    chosen: list[Placement] = []
+    for placement in plan:
+        if (placement.start, placement.end) not in ranges(chosen):
+            chosen.append(placement)
+    return sorted(chosen, key=lambda placement: placement.start)
+
+
+def assert_covers_once(n_layers: int, chain: Sequence[Placement]) -> None:
+    assert [layer for placement in chain for layer in range(placement.start, placement.end)] == list(range(n_layers))
+
+
+def cuts(n_layers: int, stages: int) -> Iterator[list[Range]]:
+    for inner in combinations(range(1, n_layers), stages - 1):
+        yield list(zip((0, *inner), (*inner, n_layers), strict=True))
+
+
+def best_by_brute_force(shape: ModelShape, workers: Sequence[WorkerView]) -> tuple[int, int] | None:
+    """(fewest stages, then the smallest largest stage in layers), or None if the model cannot be covered."""
+    for stages in range(1, min(len(workers), shape.n_layers) + 1):
+        largest = [
+            max(end - start for start, end in chain)
+            for chain in cuts(shape.n_layers, stages)
+            for chosen in permutations(workers, stages)
+            if all(shape.stage_bytes(*part) <= worker.vram for part, worker in zip(chain, chosen, strict=True))
+        ]
+        if largest:
+            return stages, min(largest)
+    return None
+
+
+# --- a plan from nothing
+
+
+@settings(max_examples=300)
+@given(
+    n_layers=st.integers(1, 6),
+    embedding=st.integers(0, 35),
+    head=st.integers(0, 35),
+    vrams=st.lists(st.integers(0, 75), max_size=4),
+)
+def test_fewest_workers_and_the_smallest_largest_stage(
+    n_layers: int, embedding: int, head: int, vrams: list[int]
+) -> None:
+    """Exact wherever a model's layers are of one size, whatever its ends weigh and however workers differ."""
+    shape, workers = uniform(n_layers, embedding, head), idle(*vrams)
+    plan = place(shape, workers)
+    best = best_by_brute_force(shape, workers)
+    if best is None:
+        assert plan == ()
+        return
+    chain = primary(shape, plan)
+    assert_fits(shape, workers, plan)
+    assert_covers_once(n_layers, chain)
+    assert (len(chain), max(p.end - p.start for p in chain)) == best
+
+
+@given(
+    layers=st.lists(st.integers(1, 30), min_size=1, max_size=40),
+    embedding=st.integers(0, 100),
+    head=st.integers(0, 100),
+    vrams=st.lists(st.integers(0, 300), max_size=30),
+)
+def test_any_plan_covers_every_layer_once_within_memory(
+    layers: list[int], embedding: int, head: int, vrams: list[int]
+) -> None:
+    shape, workers = sized(layers, embedding, head), idle(*vrams)
+    plan = place(shape, workers)
+    assert_fits(shape, workers, plan)
+    if plan:
+        assert_covers_once(len(layers), primary(shape, plan))
+        assert place(shape, workers) == plan
+        assert place(shape, workers[::-1]) == plan
+
+
+@given(st.integers(1, 60), st.integers(0, 50), st.integers(0, 50), st.lists(st.integers(70, 400), min_size=60))
+def test_a_swarm_with_room_enough_is_always_planned(
+    n_layers: int, embedding: int, head: int, vrams: list[int]
+) -> None:
+    """Sixty workers that each hold one layer and both ends' weight cover anything up to sixty layers."""
+    assert place(uniform(n_layers, embedding, head), idle(*vrams))
+
+
+def test_the_ends_go_to_workers_that_can_hold_them() -> None:
+    # In order of memory the small one would come last, where the head does not fit it.
+    plan = place(uniform(9, embedding=35, head=35), idle(75, 75, 10))
+    assert [(p.peer_id, p.start, p.end) for p in plan] == [("w0", 0, 4), ("w2", 4, 5), ("w1", 5, 9)]
+
+
+def test_a_swarm_of_equals_is_loaded_evenly() -> None:
+    assert ranges(place(uniform(30), idle(120, 120, 120))) == [(0, 10), (10, 20), (20, 30)]
+    assert ranges(place(uniform(30), idle(1_000))) == [(0, 30)]
+
+
+def test_too_little_memory_is_no_plan() -> None:
+    assert place(uniform(10), []) == ()
+    assert place(uniform(10), idle(49, 50)) == ()
+    assert place(uniform(10), idle(9, 9, 9)) == ()
+    assert len(place(uniform(10), idle(50, 50))) == 2
+
+
+def test_a_restart_of_the_swarm_moves_nothing() -> None:
+    cached = [(20, 30), (0, 10), (10, 20)]
+    workers = [WorkerView(f"w{index}", 100, cached=range_) for index, range_ in enumerate(cached)]
+    assert {(p.peer_id, p.start, p.end) for p in place(uniform(30), workers)} == {
+        (f"w{index}", *range_) for index, range_ in enumerate(cached)
+    }
+
+
+# --- a swarm that runs already
+
+
+@given(st.lists(st.integers(1, 11), unique=True, max_size=5).map(sorted), st.data())
+def test_nothing_changes_once_the_model_is_covered(inner: list[int], data: st.DataObject) -> None:
+    chain = list(zip([0, *inner], [*inner, 12], strict=True))
+    spare = data.draw(st.lists(st.sampled_from(chain), max_size=3))
+    workers = [holding(f"w{index}", *range_, ready=data.draw(st.booleans())) for index, range_ in
+               enumerate([*chain, *spare])]  # fmt: skip
+    assert place(uniform(12), workers) == ()
+
+
+@given(
+    n_layers=st.integers(1, 20),
+    vrams=st.lists(st.integers(0, 150), max_size=8),
+    embedding=st.integers(0, 30),
+    head=st.integers(0, 30),
+)
+def test_carrying_a_plan_out_leaves_nothing_to_do(n_layers: int, vrams: list[int], embedding: int, head: int) -> None:
+    shape, workers = uniform(n_layers, embedding, head), idle(*vrams)
+    plan = place(shape, workers)
+    done = after(workers, plan)
+    assert place(shape, done) == ()
+    chain = route(n_layers, done, tokens=10)
+    assert (chain is not None) == bool(plan)
+    if chain is not None:
+        assert_covers_once(n_layers, chain)
+
+
+def test_a_hole_is_filled_by_an_idle_worker_and_nobody_moves() -> None:
+    workers = [holding("a", 0, 10), holding("c", 20, 30), *idle(100)]
+    assert place(uniform(30), workers) == (Placement("w0", 10, 20),)
+
+
+def test_a_large_hole_is_filled_before_a_small_one() -> None:
+    """Else the only worker that could fill the large one would be given the small one, and all would have to move."""
+    workers = [holding("a", 1, 10), holding("b", 15, 20), WorkerView("big", 50), WorkerView("small", 10)]
+    plan = place(uniform(20), workers)
+    assert {(p.peer_id, p.start, p.end) for p in plan} == {("big", 10, 15), ("small", 0, 1)}
+
+
+@given(st.data())
+def test_holes_are_filled_without_moving_anybody_or_all_is_planned_anew(data: st.DataObject) -> None:
+    n_layers = data.draw(st.integers(2, 12))
+    shape = uniform(n_layers, data.draw(st.integers(0, 20)), data.draw(st.integers(0, 20)))
+    pairs = st.tuples(st.integers(0, n_layers), st.integers(0, n_layers)).filter(lambda pair: pair[0] < pair[1])
+    held = data.draw(st.lists(pairs, max_size=3))
+    running = [holding(f"h{index}", *range_, vram=shape.stage_bytes(*range_)) for index, range_ in enumerate(held)]
+    workers = running + idle(*data.draw(st.lists(st.integers(0, 100), max_size=4)))
+    plan = place(shape, workers)
+    assert_fits(shape, workers, plan)
+    if not plan:
+        return
+    assert not holes(n_layers, [w.held for w in after(workers, plan) if w.held])
+    moved = [placement for placement in plan if placement.peer_id.startswith("h")]
+    for placement in moved:
+        assert dict(zip([w.peer_id for w in running], held, strict=True))[placement.peer_id] != (
+            placement.start, placement.end,
+        )  # fmt: skip
+    if moved:  # only where somebody had to: idle workers could not have filled the holes
+        assert holes(n_layers, held)
+
+
+def test_all_is_planned_anew_where_idle_workers_do_not_suffice() -> None:
+    workers = [holding("a", 0, 10, vram=100), holding("b", 5, 15, vram=100), *idle(100)]
+    plan = place(uniform(30), workers)
+    assert_covers_once(30, sorted([*plan, Placement("a", 0, 10)], key=lambda p: p.start))
+    assert all(placement.peer_id != "a" for placement in plan), "a holds what the new plan gives it"
+
+
+@pytest.mark.parametrize("claimed", [(0, 1_000), (31, 40), (5, 5), (9, 3), (30, 31)])
+def test_claims_of_layers_that_do_not_exist_are_worth_nothing(claimed: Range) -> None:
+    liar = WorkerView("liar", 10_000, held=claimed, ready=True, kv_tokens_free=100)
+    plan = place(uniform(30), [liar, *idle(300, 300)])
+    assert ranges(plan) == [(0, 30), (0, 30)]
+    assert route(30, [liar], 1) is None
+    assert holes(30, [claimed]) == ((0, 30),)
+
+
+# --- replicas
+
+
+def test_idle_workers_hold_replicas_of_what_hangs_on_the_fewest() -> None:
+    workers = [holding("a", 0, 10), holding("b", 10, 20), holding("c", 10, 20), *idle(100, 100, 100)]
+    plan = place(uniform(20), workers)
+    assert [(p.start, p.end) for p in plan] == [(0, 10), (0, 10), (10, 20)]
+
+
+def test_a_replica_fits_and_prefers_what_is_cached() -> None:
+    shape = uniform(20, embedding=50)
+    running = [holding("a", 0, 10), holding("b", 10, 20)]
+    assert place(shape, [*running, *idle(149)]) == (Placement("w0", 10, 20),)
+    assert place(shape, [*running, *idle(99)]) == ()
+    cached = WorkerView("w", 1_000, cached=(10, 20))
+    assert place(shape, [*running, cached]) == (Placement("w", 10, 20),)
+
+
+@given(st.integers(2, 20), st.integers(1, 12))
+def test_replicas_are_spread_evenly(n_layers: int, spare: int) -> None:
+    half = n_layers // 2
+    running = [holding("a", 0, half), holding("b", half, n_layers)]
+    plan = place(uniform(n_layers), [*running, *idle(*[10_000] * spare)])
+    counts = [ranges(plan).count(range_) for range_ in ((0, half), (half, n_layers))]
+    assert sum(counts) == spare
+    assert abs(counts[0] - counts[1]) <= 1
+
+
+# --- routes
+
+
+@settings(max_examples=200)
+@given(
+    n_layers=st.integers(1, 6),
+    views=st.lists(
+        st.tuples(
+            st.tuples(st.integers(0, 6), st.integers(0, 6)),
+            st.booleans(),
+            st.integers(0, 3),
+            st.integers(0, 4),
+        ),
+        max_size=6,
+    ),
+    tokens=st.integers(1, 4),
+)
+def test_routes_are_the_shortest_ready_chains_with_room(
+    n_layers: int, views: list[tuple[Range, bool, int, int]], tokens: int
+) -> None:
+    workers = [
+        WorkerView(f"w{index}", 0, held=held, ready=ready, jobs=jobs, kv_tokens_free=free)
+        for index, (held, ready, jobs, free) in enumerate(views)
+    ]
+    usable = [w for w in workers if w.ready and w.kv_tokens_free >= tokens and w.held and w.held[0] < w.held[1]]
+    chains = [
+        (stages, sum(worker.jobs for worker in chosen))
+        for stages in range(1, min(n_layers, len(usable)) + 1)
+        for chosen in permutations(usable, stages)
+        if [layer for worker in chosen for layer in range(*worker.held or (0, 0))] == list(range(n_layers))
+    ]
+    found = route(n_layers, workers, tokens)
+    if not chains:
+        assert found is None
+        return
+    assert found is not None
+    assert_covers_once(n_layers, found)
+    by_id = {worker.peer_id: worker for worker in usable}
+    assert all(by_id[p.peer_id].held == (p.start, p.end) for p in found)
+    assert (len(found), sum(by_id[p.peer_id].jobs for p in found)) == min(chains)
+    assert route(n_layers, workers[::-1], tokens) == found
+
+
+@pytest.mark.parametrize(
+    ("ready", "free", "routed"), [(True, 100, True), (True, 99, False), (False, 100, False), (True, 101, True)]
+)
+def test_only_ready_workers_with_room_are_routed_through(ready: bool, free: int, routed: bool) -> None:
+    worker = holding("a", 0, 10, ready=ready, kv_tokens_free=free)
+    assert (route(10, [worker], tokens=100) is not None) == routed
+
+
+def test_jobs_are_spread_over_replicas() -> None:
+    workers = [holding(name, *range_, ready=True, kv_tokens_free=10, jobs=jobs)
+               for name, range_, jobs in [("a", (0, 5), 3), ("b", (0, 5), 1), ("c", (5, 9), 0), ("d", (5, 9), 2)]]  # fmt: skip
+    assert route(9, workers, 1) == (Placement("b", 0, 5), Placement("c", 5, 9))
+
+
+# --- holes
+
+
+@given(st.integers(1, 12), st.lists(st.tuples(st.integers(-2, 14), st.integers(-2, 14)), max_size=6))
+def test_holes_are_exactly_the_layers_that_nobody_covers(n_layers: int, held: list[Range]) -> None:
+    covered = {
+        layer for start, end in held if 0 <= start < end <= n_layers for layer in range(start, end)
+    }
+    found = holes(n_layers, held)
+    assert [layer for start, end in found for layer in range(start, end)] == [
+        layer for layer in range(n_layers) if layer not in covered
+    ]
+    assert all(one[1] < other[0] for one, other in zip(found, found[1:], strict=False)), "holes touch"
+
+
+def test_the_brute_force_itself() -> None:
+    assert best_by_brute_force(uniform(4), idle(20, 20, 20)) == (2, 2)
+    assert best_by_brute_force(uniform(4, head=10), idle(20, 20, 20)) == (3, 2)
+    assert best_by_brute_force(uniform(4), idle(10, 10, 10)) is None
+    assert [len(list(cuts(5, stages))) for stages, _ in product(range(1, 6), [0])] == [1, 4, 6, 4, 1]
