@@ -211,14 +211,10 @@ async def _fetch_from(
     progress: Callable[[int], None] | None,
 ) -> list[Blob]:
     """Fetch what this peer has; return what it has not."""
-    missing: list[Blob] = []
     stream = await open_worker_stream(overlay, peer_id, LAYERS_PROTOCOL)
     async with stream:
         channel = Channel(stream, LAYERS, max_body=MAX_PART_BYTES)
-        for blob in wanted:
-            if not await _fetch_blob(channel, store, blob, progress):
-                missing.append(blob)
-    return missing
+        return [blob for blob in wanted if not await _fetch_blob(channel, store, blob, progress)]
 
 
 async def _fetch_blob(channel: Channel, store: LayerStore, blob: Blob, progress: Callable[[int], None] | None) -> bool:
@@ -238,7 +234,7 @@ async def _fetch_blob(channel: Channel, store: LayerStore, blob: Blob, progress:
                 return False
             if not isinstance(message, BlobPart) or message.offset != writer.offset or message.size != blob.size:
                 raise ProtocolError(f"{channel.peer_id} sent another part than asked for", code="bad_part")
-            await trio.to_thread.run_sync(writer.write, body)
+            await trio.to_thread.run_sync(writer.write, memoryview(body))
             if progress is not None:
                 progress(len(body))
             if writer.offset >= blob.size:

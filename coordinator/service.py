@@ -83,24 +83,49 @@ async def serve(settings: CoordinatorSettings) -> None:
     with open_data_dir(settings.data_dir) as identity:
         library = Library(settings.data_dir)
         models = [await _publish(identity, library, source) for source in settings.models]
-        config = OverlayConfig(seed=identity.seed, listen=settings.listen, agent=AGENT, validators=VALIDATORS)
-        async with open_overlay(config) as overlay, trio.open_nursery() as nursery:
-            log(logger, logging.INFO, "coordinator starting", peer=identity.peer_id, addrs=overlay.addrs)
-            overlay.handle(LAYERS_PROTOCOL, partial(serve_layers, library))
-            swarm = SwarmView(overlay)
-            meter = Meter(settings.data_dir / "meter.sqlite")
-            runner = JobRunner(identity, overlay, swarm, meter, price=LAMPORTS_PER_TOKEN_LAYER)
-            manifests = [model.manifest for model in models]
-            nursery.start_soon(stay_joined, overlay, settings.bootstrap)
-            nursery.start_soon(swarm.run)
-            nursery.start_soon(Placer(identity, swarm, manifests, kv_tokens=settings.kv_tokens).run)
-            offers = [_offer(manifest, settings.kv_tokens) for manifest in manifests]
-            nursery.start_soon(_advertise, identity, overlay, offers)
-            app = create_app(
-                Service(models, swarm, runner), ApiSettings(default_max_tokens=settings.default_max_tokens)
-            )
-            url = await nursery.start(serve_http, app, settings.host, settings.port)
+        stop = trio.Event()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_set_when_cancelled, stop)
+            # From here on a cancel means: let the running answers end first.
+            with trio.CancelScope(shield=True):
+                await _serve(settings, identity, library, models, stop)
+            nursery.cancel_scope.cancel()
+
+
+async def _set_when_cancelled(stop: trio.Event) -> None:
+    try:
+        await trio.sleep_forever()
+    finally:
+        stop.set()
+
+
+async def _serve(
+    settings: CoordinatorSettings,
+    identity: Identity,
+    library: Library,
+    models: Sequence[ServedModel],
+    stop: trio.Event,
+) -> None:
+    """Everything that needs the network, until `stop` is set and the running answers have ended."""
+    config = OverlayConfig(seed=identity.seed, listen=settings.listen, agent=AGENT, validators=VALIDATORS)
+    async with open_overlay(config) as overlay, trio.open_nursery() as nursery:
+        log(logger, logging.INFO, "coordinator starting", peer=identity.peer_id, addrs=overlay.addrs)
+        overlay.handle(LAYERS_PROTOCOL, partial(serve_layers, library))
+        swarm = SwarmView(overlay)
+        meter = Meter(settings.data_dir / "meter.sqlite")
+        runner = JobRunner(identity, overlay, swarm, meter, price=LAMPORTS_PER_TOKEN_LAYER)
+        manifests = [model.manifest for model in models]
+        nursery.start_soon(stay_joined, overlay, settings.bootstrap)
+        nursery.start_soon(swarm.run)
+        nursery.start_soon(Placer(identity, swarm, manifests, kv_tokens=settings.kv_tokens).run)
+        offers = [_offer(manifest, settings.kv_tokens) for manifest in manifests]
+        nursery.start_soon(_advertise, identity, overlay, offers)
+        service = Service(models, swarm, runner)
+        app = create_app(service, ApiSettings(default_max_tokens=settings.default_max_tokens))
+        async with trio.open_nursery() as serving:
+            url = await serving.start(partial(serve_http, app, settings.host, settings.port, stop=stop))
             log(logger, logging.INFO, "answering OpenAI clients", url=f"{url}/v1", models=[m.model_id for m in models])
+        nursery.cancel_scope.cancel()
 
 
 async def _publish(identity: Identity, library: Library, source: str) -> ServedModel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 
 from azu.cli import program, run_program, settings_options
@@ -25,6 +26,9 @@ def main() -> None:
 @settings_options(NodeSettings, positional="bootstrap")
 def join(settings: NodeSettings) -> None:
     """Join a swarm and serve layers until stopped (Ctrl-C, or SIGTERM)."""
+    # Read once, when torch loads its OpenMP: idle compute threads must sleep and not spin, or they take the cores from
+    # this machine's other workers and from the event loop (docs/performance.md has the measurement).
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from node.service import serve  # torch and libp2p load here, so that --help is fast
 
     run_program(partial(serve, settings), settings=settings)

@@ -6,6 +6,7 @@ import os
 import stat
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -74,10 +75,8 @@ def test_other_peer_ids_are_refused(peer_id: str) -> None:
 
 @given(st.text(max_size=70))
 def test_any_text_is_a_key_or_refused(text: str) -> None:
-    try:
+    with suppress(TrustError):
         assert peer_id_of(public_key_of(text)) == text
-    except TrustError:
-        pass
 
 
 def test_a_seed_has_32_bytes() -> None:
@@ -157,7 +156,7 @@ def test_an_unusable_place_is_named(tmp_path: Path, kind: str) -> None:
     else:
         path = tmp_path / "identity.key"
         path.mkdir()
-    with pytest.raises(InternalError, match="identity.key"):
+    with pytest.raises(InternalError, match="cannot be read or written"):
         load_or_create_identity(path)
 
 
@@ -303,9 +302,9 @@ def test_odd_envelopes_are_refused() -> None:
         "a number as a field": b"\x08\x01" + _join(key, name, payload, signature),
     }
     for case, data in odd.items():
-        with pytest.raises(TrustError):
+        with pytest.raises(TrustError) as raised:
             open_envelope(data, kind)
-            pytest.fail(case)
+        assert raised.value.code in ("bad_envelope", "bad_signature"), case
 
 
 def test_a_huge_envelope_is_not_even_parsed() -> None:

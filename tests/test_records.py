@@ -53,7 +53,11 @@ WORKER = COMMON | {
     "ranges": ({"manifest": "c" * 64, "start": 0, "end": 12, "state": "loaded"},),
     "payout_address": "",
 }
-COORDINATOR = COMMON | {"models": ({"model_id": "owner/model", "manifest": "c" * 64, "n_layers": 30, "least_bytes_32": 9, "least_bytes_16": 5},)}
+COORDINATOR = COMMON | {
+    "models": (
+        {"model_id": "owner/model", "manifest": "c" * 64, "n_layers": 30, "least_bytes_32": 9, "least_bytes_16": 5},
+    )
+}
 VALIDATOR = VALIDATORS[WORKER_NAMESPACE]
 
 

@@ -135,7 +135,9 @@ class Swarm:
 
     async def _wait_for_coverage(self) -> None:
         async with httpx.AsyncClient(base_url=self._url) as client:
-            while not (await client.get("/healthz")).json()["models"][0]["covered"]:
+            while True:  # the process is another one: there is nothing to wait on but its answer
+                if (await client.get("/healthz")).json()["models"][0]["covered"]:
+                    return
                 await trio.sleep(0.2)
 
     async def _ask(self, model_id: str) -> Answer:

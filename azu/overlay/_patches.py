@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 READ_BYTES = 256 * 1024  # one socket read; several Noise messages at once under load
 QUERY_DIAL_SECONDS = 4.0  # all addresses of one peer together, when the DHT dials it; a look-up may meet many dead ones
 MAX_AWAITING_IDENTIFY = 256  # queriers that are not in the routing table yet
+UNANSWERED_SECONDS = 30.0  # how long the DHT leaves a peer alone that could not be dialled
+MAX_UNANSWERED = 4096  # such peers that are remembered; then all are forgotten
 MAX_DIAL_ADDRESSES = 16  # addresses of one peer that are tried; a hostile record may list thousands
 
 
@@ -104,6 +106,10 @@ class AzuSwarm(Swarm):
     for long would turn everybody away.
     """
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._unanswered: dict[ID, float] = {}  # until when the DHT does not dial them again
+
     async def _do_handle_inbound_connection(self, read_write_closer: Any, maddr: Multiaddr, failure_event: Any) -> None:
         try:
             muxed: Any = await self.upgrade_inbound_raw_conn(RawConnection(read_write_closer, False), maddr)
@@ -114,8 +120,12 @@ class AzuSwarm(Swarm):
             with shielded(CLOSE_SECONDS):
                 await read_write_closer.close()
 
-    async def dial_peer(self, peer_id: ID, seconds: float = QUERY_DIAL_SECONDS) -> list[INetConn]:
-        """Connect to a peer whose addresses the peerstore knows; joins a dial that is under way."""
+    async def dial_peer(self, peer_id: ID, seconds: float | None = None) -> list[INetConn]:
+        """Connect to a peer whose addresses the peerstore knows; joins a dial that is under way.
+
+        Without `seconds` it is a look-up of the DHT that dials: it is patient for QUERY_DIAL_SECONDS, and not at all
+        with a peer that did not answer a moment ago, or one that hangs would hold up every look-up that meets it.
+        """
         while True:
             live = [each for each in self.get_connections(peer_id) if not each.is_closed]
             if live:
@@ -124,12 +134,26 @@ class AzuSwarm(Swarm):
             if under_way is None:
                 break
             await under_way.wait()
+        if seconds is None and trio.current_time() < self._unanswered.get(peer_id, 0.0):
+            raise SwarmException(f"{peer_id} did not answer a moment ago")
         done = self._ongoing_dials[peer_id] = trio.Event()
         try:
-            return [await self._dial_any(peer_id, self.known_addresses(peer_id), seconds)]
+            addresses = self.known_addresses(peer_id)
+            connection = await self._dial_any(peer_id, addresses, QUERY_DIAL_SECONDS if seconds is None else seconds)
+        except SwarmException:
+            self._note_unanswered(peer_id)
+            raise
+        else:
+            self._unanswered.pop(peer_id, None)
+            return [connection]
         finally:
             del self._ongoing_dials[peer_id]
             done.set()
+
+    def _note_unanswered(self, peer_id: ID) -> None:
+        if len(self._unanswered) >= MAX_UNANSWERED:
+            self._unanswered.clear()
+        self._unanswered[peer_id] = trio.current_time() + UNANSWERED_SECONDS
 
     def known_addresses(self, peer_id: ID) -> list[Multiaddr]:
         """Addresses in the peerstore that we could dial."""

@@ -91,7 +91,9 @@ def test_nothing_is_charged_where_no_token_came() -> None:
     assert [stage.earned for stage in report.stages] == [0, 0, 0]
 
 
-@pytest.mark.parametrize(("stated", "state"), [(None, "held"), (0, "held"), (6, "held"), (7, "credited"), (9, "credited")])
+@pytest.mark.parametrize(
+    ("stated", "state"), [(None, "held"), (0, "held"), (6, "held"), (7, "credited"), (9, "credited")]
+)
 def test_a_stage_is_credited_once_it_confirms_the_count(stated: int | None, state: str) -> None:
     report = read_job(ticket(), 3, receipts(ticket(), 7, stated, 7))
     assert [stage.state for stage in report.stages] == ["credited", state, "credited"]
@@ -161,7 +163,9 @@ async def test_what_fails_half_way_leaves_nothing(tmp_path: Path) -> None:
     path = tmp_path / "meter.sqlite"
     meter = Meter(path)
     with sqlite3.connect(path) as db:
-        db.execute("CREATE TRIGGER fail BEFORE INSERT ON stages WHEN NEW.stage = 2 BEGIN SELECT RAISE(ABORT, 'no'); END")
+        db.execute(
+            "CREATE TRIGGER fail BEFORE INSERT ON stages WHEN NEW.stage = 2 BEGIN SELECT RAISE(ABORT, 'no'); END"
+        )
     with pytest.raises(InternalError) as raised:
         await meter.settle(ticket(), 3, receipts(ticket(), 7, 7, 7))
     assert raised.value.code == "meter_failed"

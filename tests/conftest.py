@@ -1,0 +1,13 @@
+"""What holds for every test."""
+
+from __future__ import annotations
+
+import os
+
+from hypothesis import settings
+
+# The same examples in every run, and no deadline for one of them: a loaded machine must not fail a test.
+settings.register_profile("azu", deadline=None, derandomize=True)
+# HYPOTHESIS_PROFILE=explore looks for new ones.
+settings.register_profile("explore", deadline=None, max_examples=2_000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "azu"))
