@@ -17,7 +17,7 @@ from azu.models.manifest import Manifest
 from azu.models.memory import kv_bytes, weights_bytes
 from azu.records import WorkerRecord
 from azu.tickets import Assignment, sign_assignment
-from coordinator.planner import ModelShape, Placement, WorkerView, holes, place
+from coordinator.planner import ModelShape, Placement, WorkerView, place, uncovered
 from coordinator.swarm import SwarmView
 
 __all__ = ["Placer", "missing_layers", "shape_of", "views_for"]
@@ -53,9 +53,18 @@ def views_for(manifest: Manifest, workers: Iterable[WorkerRecord]) -> list[Worke
 
 
 def missing_layers(manifest: Manifest, workers: Iterable[WorkerRecord]) -> tuple[tuple[int, int], ...]:
-    """The [start, end) stretches of a model's layers that no live worker has loaded."""
-    loaded = (worker.range_in("loaded", manifest.digest) for worker in workers)
-    return holes(manifest.n_layers, [range_ for range_ in loaded if range_ is not None])
+    """The [start, end) stretches of a model's layers for which no job can be routed now.
+
+    Stages of one job share a dtype, so workers of different ones do not complete each other.
+    """
+    workers = list(workers)
+    by_dtype = [[w for w in workers if w.dtype == dtype] for dtype in sorted({w.dtype for w in workers})]
+    missing = [uncovered(manifest.n_layers, views_for(manifest, alike)) for alike in by_dtype]
+    return min(missing, key=_length, default=((0, manifest.n_layers),))
+
+
+def _length(ranges: Iterable[tuple[int, int]]) -> int:
+    return sum(end - start for start, end in ranges)
 
 
 def shape_of(manifest: Manifest, dtype: str, kv_tokens: int) -> ModelShape:

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-__all__ = ["ModelShape", "Placement", "WorkerView", "holes", "place", "route"]
+__all__ = ["ModelShape", "Placement", "WorkerView", "holes", "place", "route", "uncovered"]
 
 Range = tuple[int, int]
 
@@ -81,11 +81,20 @@ def route(n_layers: int, workers: Sequence[WorkerView], tokens: int) -> tuple[Pl
 
     Of the chains it takes one with the fewest stages, and of replicas the one with the fewest jobs.
     """
-    ready = [worker for worker in workers if worker.ready and worker.held and worker.kv_tokens_free >= tokens]
-    chain = _chain(n_layers, ready)
-    if holes(n_layers, [worker.held for worker in chain if worker.held]):
+    roomy = [worker for worker in workers if worker.ready and worker.kv_tokens_free >= tokens]
+    if uncovered(n_layers, roomy):
         return None
+    chain = _chain(n_layers, roomy)
     return tuple(Placement(worker.peer_id, *worker.held) for worker in chain if worker.held)
+
+
+def uncovered(n_layers: int, workers: Sequence[WorkerView]) -> tuple[Range, ...]:
+    """The [start, end) stretches of layers that no ready worker can run, in the best chain that there is.
+
+    Ranges that overlap do not make a chain: what a job cannot be routed through is not covered.
+    """
+    chain = _chain(n_layers, [worker for worker in workers if worker.ready])
+    return holes(n_layers, [worker.held for worker in chain if worker.held])
 
 
 def holes(n_layers: int, ranges: Sequence[Range]) -> tuple[Range, ...]:

@@ -103,7 +103,9 @@ def test_missing_layers_are_those_that_nobody_has_loaded() -> None:
         worker(5, (OURS, 8, 12, "loaded")),
     ]
     assert missing_layers(MANIFEST, workers) == ((4, 8),)
-    assert missing_layers(MANIFEST, [*workers, worker(6, (OURS, 3, 9, "loaded"))]) == ()
+    # Overlapping ranges are no chain: nothing can be routed through 0-4, 3-9 and 8-12.
+    assert missing_layers(MANIFEST, [*workers, worker(6, (OURS, 3, 9, "loaded"))]) == ((4, 8),)
+    assert missing_layers(MANIFEST, [*workers, worker(6, (OURS, 4, 8, "loaded"))]) == ()
 
 
 @pytest.mark.parametrize(("start", "end"), [(0, 1_000), (12, 13), (500, 600), (5, 5), (9, 2)])

@@ -17,9 +17,8 @@ from tests.swarm.reference import Reference
 
 pytestmark = [pytest.mark.swarm, pytest.mark.slow]
 
-WORDS = (
-    "the quick brown fox jumps over the lazy dog while seven wise owls watch from an old oak tree and count to"
-).split()
+TEXT = "the quick brown fox jumps over the lazy dog while seven wise owls watch from an old oak tree and count to "
+WORDS = TEXT.split()
 
 QUESTIONS = [
     "What is the capital of France?",
