@@ -3,9 +3,10 @@
     python -m benchmarks.pipeline [--rounds 5] [--tokens 48] [--threads 2]
 
 All runs of a round follow one another, the baseline first and last, so that what else the machine does hits each alike;
-the figures are medians over the rounds, as ratios to the baseline's. The stages are real azu-node processes, asked through
-the coordinator's HTTP endpoint with streaming; the baseline is transformers' generate() on the unsplit model with the same
-weights, prompt, dtype (float32) and thread count.
+the figures are medians over the rounds, as ratios to the baseline's. The stages are real azu-node processes, asked
+through the coordinator's HTTP endpoint with streaming; the baseline is transformers' generate() on the unsplit model
+with the same weights, prompt, dtype (float32) and thread count. "3 in process" runs three stages one after the other in
+this process: what it loses is the cut's own cost, and what "3 stages" loses beyond that is wire, wake-ups and HTTP.
 """
 
 from __future__ import annotations
@@ -23,6 +24,10 @@ import httpx
 import torch
 from transformers import StoppingCriteria
 
+from azu.distribution import Library
+from azu.models.splice import StageSpec, stage_tensor_names
+from azu.tickets import Sampling
+from node.engine.stage import LoadedStage, find_device, load_stage
 from tests.local_swarm import LocalSwarm
 from tests.swarm.reference import Reference
 
@@ -31,7 +36,7 @@ PROMPT = "Tell me a long story about a fox, an owl and a very old oak tree."
 VRAM = {1: "1500MiB", 2: "560MiB", 3: "440MiB"}
 
 
-class Clock(StoppingCriteria):  # type: ignore[misc]
+class Clock(StoppingCriteria):
     """Notes when generate() has each token; never stops it."""
 
     def __init__(self) -> None:
@@ -60,7 +65,7 @@ def baseline(reference: Reference, tokens: int) -> tuple[float, float]:
     return figures(started, clock.times)
 
 
-def azu(swarm: LocalSwarm, tokens: int) -> tuple[float, float]:
+def azu(swarm: LocalSwarm, client: httpx.Client, tokens: int) -> tuple[float, float]:
     """One streamed request."""
     request = {
         "model": swarm.model_id, "messages": [{"role": "user", "content": PROMPT}], "temperature": 0,
@@ -69,11 +74,42 @@ def azu(swarm: LocalSwarm, tokens: int) -> tuple[float, float]:
     times: list[float] = []
     started = time.perf_counter()
     url = f"{swarm.url}/v1/chat/completions"
-    with httpx.stream("POST", url, json=request, timeout=600) as response:
+    with client.stream("POST", url, json=request, timeout=600) as response:
         for line in response.iter_lines():
             if line.startswith("data: {") and json.loads(line[6:])["choices"][0]["delta"].get("content"):
-                times.append(time.perf_counter())
+                times.append(time.perf_counter())  # noqa: PERF401 - read as each line comes
     assert len(times) > tokens // 2, f"only {len(times)} pieces came"
+    return figures(started, times)
+
+
+def in_process_stages(swarm: LocalSwarm) -> list[LoadedStage]:
+    """The three stages that the planner makes, loaded here."""
+    library = Library(swarm.folder / "coordinator")
+    manifest = dict(library.manifests())[swarm.manifest]
+    config = json.loads(library.store.path(manifest.config.digest).read_bytes())
+    device = find_device("cpu", None, torch.get_num_threads())
+    stages = []
+    for start, end in ((0, 10), (10, 20), (20, 30)):
+        spec = StageSpec(config=config, start=start, end=end, n_layers=manifest.n_layers)
+        blobs = manifest.blobs_for(start, end, stage_tensor_names(spec)[1])
+        files = {name: library.store.path(blob.digest) for name, blob in blobs.items()}
+        stages.append(load_stage(spec, "float32", device, files, vocab_size=manifest.vocab_size))
+    return stages
+
+
+def in_process(stages: list[LoadedStage], prompt: list[int], tokens: int) -> tuple[float, float]:
+    """One greedy run through stages in this process."""
+    jobs = [stage.open_job(Sampling()) for stage in stages]
+    times: list[float] = []
+    started = time.perf_counter()
+    ids = tuple(prompt)
+    while len(times) < tokens:
+        output = stages[0].run_tokens(jobs[0], ids, sample=True)
+        for stage, job in zip(stages[1:], jobs[1:], strict=True):
+            output = stage.run_hidden(job, bytearray(output.body), len(ids), sample=True)
+        assert output.token is not None
+        ids = (output.token,)
+        times.append(time.perf_counter())
     return figures(started, times)
 
 
@@ -86,17 +122,21 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     results: dict[str, list[tuple[float, float]]] = {}
     with ExitStack() as stack:
+        client = stack.enter_context(httpx.Client())
         swarms: dict[int, LocalSwarm] = {}
-        for stages, vram in VRAM.items():
+        for count, vram in VRAM.items():
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            swarm = swarms[stages] = stack.enter_context(LocalSwarm(folder))
-            for _ in range(stages):
+            swarm = swarms[count] = stack.enter_context(LocalSwarm(folder))
+            for _ in range(count):
                 swarm.add_worker(vram, "--threads", str(arguments.threads))
             swarm.wait_until_covered()
         reference = Reference(swarms[1].folder / "coordinator", swarms[1].manifest)
+        stages = in_process_stages(swarms[1])
+        prompt = reference.prompt_ids(PROMPT)
         for round_number in range(arguments.rounds + 1):
             runs = {"generate": [baseline(reference, arguments.tokens)]}
-            runs |= {f"{n} stage{'s' * (n > 1)}": [azu(swarm, arguments.tokens)] for n, swarm in swarms.items()}
+            runs |= {f"{n} stage{'s' * (n > 1)}": [azu(swarm, client, arguments.tokens)] for n, swarm in swarms.items()}
+            runs["3 in process"] = [in_process(stages, prompt, arguments.tokens)]
             runs["generate"].append(baseline(reference, arguments.tokens))
             if round_number:  # the first round warms up
                 for name, measured in runs.items():
@@ -111,9 +151,9 @@ def report(results: dict[str, list[tuple[float, float]]], arguments: argparse.Na
     }
     ttft, speed = medians["generate"]
     print(f"SmolLM2-135M float32, {arguments.threads} threads, {arguments.tokens} tokens, {arguments.rounds} rounds")
-    print(f"{'':<10} {'TTFT ms':>8} {'ratio':>6} {'tokens/s':>9} {'ratio':>6}")
+    print(f"{'':<13} {'TTFT ms':>8} {'ratio':>6} {'tokens/s':>9} {'ratio':>6}")
     for name, (first, rate) in medians.items():
-        print(f"{name:<10} {first * 1000:8.0f} {first / ttft:6.2f} {rate:9.1f} {rate / speed:6.2f}")
+        print(f"{name:<13} {first * 1000:8.0f} {first / ttft:6.2f} {rate:9.1f} {rate / speed:6.2f}")
 
 
 if __name__ == "__main__":

@@ -102,9 +102,7 @@ def test_the_pure_cores_do_no_io(place: str) -> None:
 
 
 def test_no_file_is_too_long_to_read() -> None:
-    lengths = {
-        path: len(path.read_text().splitlines()) for path in files_under(*SOURCES, "benchmarks", "tests", ".ci")
-    }
+    lengths = {path: len(path.read_text().splitlines()) for path in files_under(*SOURCES, "benchmarks", "tests", ".ci")}
     assert [f"{path.relative_to(ROOT)}: {count} lines" for path, count in lengths.items() if count > LONGEST] == []
 
 
