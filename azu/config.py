@@ -115,7 +115,7 @@ class NodeSettings(BaseAzuSettings):
     )
     device: Device = Field(
         default="auto",
-        description="Where to compute: auto takes the first CUDA GPU and else the CPU; or cpu, cuda:N, mps.",
+        description="Where to compute: auto takes the first CUDA GPU and else the CPU; or cpu, cuda:N.",
         json_schema_extra=_cli(metavar="DEVICE"),
     )
     vram: Size | None = Field(
@@ -125,10 +125,13 @@ class NodeSettings(BaseAzuSettings):
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto",
-        description="Number format to compute in; auto is the model's own on a GPU and float32 on a CPU.",
+        description="Number format to compute in; auto is bfloat16 on a GPU and float32 on a CPU.",
     )
     threads: int | None = Field(
-        default=None, ge=1, le=1024, description="CPU threads to compute with. All physical cores where omitted."
+        default=None,
+        ge=1,
+        le=1024,
+        description="CPU threads to compute with. One for each CPU that the process may use where omitted.",
     )
     data_dir: Folder = Field(
         default=Path("~/.azu/node"),
@@ -148,7 +151,8 @@ class NodeSettings(BaseAzuSettings):
     )
     trust: PeerIds = Field(
         default=(),
-        description="Take work from this coordinator only. May be given several times; any coordinator where omitted.",
+        description="Take work from this coordinator only. May be given several times. Where omitted, the worker keeps "
+        "to the first coordinator that assigns it layers, until it is restarted.",
         json_schema_extra=_cli(metavar="PEER_ID"),
     )
 
@@ -194,7 +198,7 @@ class CoordinatorSettings(BaseAzuSettings):
     )
     data_dir: Folder = Field(
         default=Path("~/.azu/coordinator"),
-        description="Holds the identity key, the ledger and the models cut into layers. "
+        description="Holds the identity key, what workers earned and the models cut into layers. "
         "Every program that runs at once needs its own.",
         json_schema_extra=_cli(metavar="FOLDER"),
     )

@@ -17,21 +17,19 @@ __all__ = ["check_device", "check_multiaddr", "check_peer_address", "check_peer_
 _LONGEST = 512  # characters; a relayed address with two peer ids and a certificate hash stays below
 _PEER_ID = re.compile(r"(?:12D3KooW|Qm)[1-9A-HJ-NP-Za-km-z]{44}")
 _HOST_NAME = re.compile(r"(?=.{1,253}\Z)[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9])?")
-_DEVICE = re.compile(r"auto|cpu|mps|cuda(?::\d{1,3})?")
+_DEVICE = re.compile(r"auto|cpu|cuda(?::\d{1,3})?")
 _EXAMPLE = "/ip4/203.0.113.7/tcp/4001"
 _EXAMPLE_PEER = f"{_EXAMPLE}/p2p/12D3KooW..."
 
 
 def check_device(text: str) -> str:
-    """The device's name: auto, cpu, mps, cuda or cuda:N. Whether it exists is found out by torch.
+    """The device's name: auto, cpu, cuda or cuda:N. Whether it exists is found out by torch.
 
     Raises:
         InputError: any other text.
     """
     if not _DEVICE.fullmatch(text):
-        raise InputError(
-            f"{text[:40]!r} is not a device", code="bad_device", remedy="use auto, cpu, cuda, cuda:N or mps"
-        )
+        raise InputError(f"{text[:40]!r} is not a device", code="bad_device", remedy="use auto, cpu, cuda or cuda:N")
     return text
 
 

@@ -26,9 +26,10 @@ def main() -> None:
 @settings_options(NodeSettings, positional="bootstrap")
 def join(settings: NodeSettings) -> None:
     """Join a swarm and serve layers until stopped (Ctrl-C, or SIGTERM)."""
-    # Read once, when torch loads its OpenMP: idle compute threads must sleep and not spin, or they take the cores from
-    # this machine's other workers and from the event loop (docs/performance.md has the measurement).
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Read once, when torch loads its OpenMP: compute threads that wait must go to sleep soon and not spin, or they take
+    # the cores from this machine's other workers and from the event loop (docs/performance.md has the measurement).
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     from node.service import serve  # torch and libp2p load here, so that --help is fast
 
     run_program(partial(serve, settings), settings=settings)

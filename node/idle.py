@@ -1,4 +1,4 @@
-"""Telling a worker's owner why it has nothing to do: no coordinator, too little memory, or simply not needed yet."""
+"""Telling a worker's owner why it has nothing to do: no coordinator, too little memory, or not its turn."""
 
 from __future__ import annotations
 
@@ -51,7 +51,10 @@ def why_idle(coordinators: Sequence[CoordinatorRecord], *, vram: int, dtype: DTy
         return logging.ERROR, (
             f"idle: {format_size(vram)} are too little for a single layer ({needs}); offer more with --vram"
         )
-    return logging.INFO, f"idle: {', '.join(sorted(least))} need no further worker now; standing by as a spare"
+    return logging.INFO, (
+        f"idle: waiting for layers of {', '.join(sorted(least))}; they are given out once the swarm's workers together "
+        "have memory for all of them, and to spare workers when one leaves (azu-dht models shows what is missing)"
+    )
 
 
 async def _coordinators(overlay: Overlay) -> list[CoordinatorRecord]:

