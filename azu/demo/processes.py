@@ -85,7 +85,7 @@ async def start(
     log_path: Path,
     on_event: Callable[[Process, Event], None],
 ) -> Process:
-    """Start a program of azu's in the nursery; leaving the nursery ends it (SIGTERM, and SIGKILL if that is not enough).
+    """Start a program of azu's in the nursery; leaving the nursery ends it (SIGTERM, then SIGKILL if need be).
 
     Raises:
         InputError: the program is not installed beside this one.
