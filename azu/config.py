@@ -1,11 +1,12 @@
 """The settings of every program, as one tree.
 
-    BaseAzuSettings          logging and --debug
-    ├── NodeSettings         azu-node
-    ├── CoordinatorSettings  azu-coordinator
-    ├── BootstrapSettings    azu-bootstrap
-    ├── DhtSettings          azu-dht
-    └── DemoSettings         azu-demo
+    BaseAzuSettings              logging and --debug
+    ├── MemberSettings           where to join and to listen
+    │   ├── NodeSettings         azu-node
+    │   └── CoordinatorSettings  azu-coordinator
+    ├── BootstrapSettings        azu-bootstrap
+    ├── DhtSettings              azu-dht
+    └── DemoSettings             azu-demo
 
 A value comes from, in this order: the command line, an AZU_* environment variable, a .env file in the working folder,
 the default. `azu.cli.settings_options` makes the command line from these fields, so each description is help text.
@@ -104,8 +105,8 @@ class BaseAzuSettings(BaseSettings):
     debug: bool = Field(default=False, description="Show the stack trace when something fails.")
 
 
-class NodeSettings(BaseAzuSettings):
-    """A worker: where it joins, what it offers, where it keeps things."""
+class MemberSettings(BaseAzuSettings):
+    """What every member of a swarm has that is not a bootstrap node."""
 
     bootstrap: PeerAddresses = Field(
         default=(),
@@ -113,6 +114,16 @@ class NodeSettings(BaseAzuSettings):
         "May be given several times.",
         json_schema_extra=_cli(metavar="MULTIADDR"),
     )
+    listen: Multiaddrs = Field(
+        default=("/ip4/0.0.0.0/tcp/0",),
+        description="An address to accept peers on; port 0 lets the system choose one. May be given several times.",
+        json_schema_extra=_cli(metavar="MULTIADDR"),
+    )
+
+
+class NodeSettings(MemberSettings):
+    """A worker: where it joins, what it offers, where it keeps things."""
+
     device: Device = Field(
         default="auto",
         description="Where to compute: auto takes the first CUDA GPU and else the CPU; or cpu, cuda:N.",
@@ -144,11 +155,6 @@ class NodeSettings(BaseAzuSettings):
         description="The wallet that earnings are paid to. Earnings are only counted where omitted.",
         json_schema_extra=_cli(metavar="ADDRESS"),
     )
-    listen: Multiaddrs = Field(
-        default=("/ip4/0.0.0.0/tcp/0",),
-        description="An address to accept peers on; port 0 lets the system choose one. May be given several times.",
-        json_schema_extra=_cli(metavar="MULTIADDR"),
-    )
     trust: PeerIds = Field(
         default=(),
         description="Take work from this coordinator only. May be given several times. Where omitted, the worker keeps "
@@ -157,15 +163,9 @@ class NodeSettings(BaseAzuSettings):
     )
 
 
-class CoordinatorSettings(BaseAzuSettings):
+class CoordinatorSettings(MemberSettings):
     """A coordinator: which swarm, which models, where its HTTP endpoint listens."""
 
-    bootstrap: PeerAddresses = Field(
-        default=(),
-        description="A peer of the swarm to join through, as `azu-bootstrap run` prints it. "
-        "May be given several times.",
-        json_schema_extra=_cli(metavar="MULTIADDR"),
-    )
     models: Words = Field(
         default=(),
         description="A model to serve: a folder of safetensors, a .gguf file, or a hub id such as Qwen/Qwen3-0.6B. "
@@ -201,11 +201,6 @@ class CoordinatorSettings(BaseAzuSettings):
         description="Holds the identity key, what workers earned and the models cut into layers. "
         "Every program that runs at once needs its own.",
         json_schema_extra=_cli(metavar="FOLDER"),
-    )
-    listen: Multiaddrs = Field(
-        default=("/ip4/0.0.0.0/tcp/0",),
-        description="An address to accept peers on; port 0 lets the system choose one. May be given several times.",
-        json_schema_extra=_cli(metavar="MULTIADDR"),
     )
 
 

@@ -136,7 +136,9 @@ class Swarm:
     async def _wait_for_coverage(self) -> None:
         async with httpx.AsyncClient(base_url=self._url) as client:
             while True:  # the process is another one: there is nothing to wait on but its answer
-                if (await client.get("/healthz")).json()["models"][0]["covered"]:
+                model = (await client.get("/healthz")).json()["models"][0]
+                self._screen.set_missing(sum(end - start for start, end in model["missing"]))
+                if model["covered"]:
                     return
                 await trio.sleep(0.2)
 

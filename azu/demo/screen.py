@@ -5,8 +5,10 @@ from __future__ import annotations
 from types import TracebackType
 from typing import Any, Self
 
-from rich.console import Console
+from rich.columns import Columns
+from rich.console import Console, Group
 from rich.live import Live
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
@@ -35,7 +37,7 @@ class Screen:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._states: dict[str, str] = {}
-        self._title = "starting"
+        self._model, self._layers, self._missing = "", 0, 0
         self._live = Live(console=console, refresh_per_second=8, transient=False) if console.is_terminal else None
 
     def __enter__(self) -> Self:
@@ -51,7 +53,12 @@ class Screen:
 
     def set_model(self, model_id: str, n_layers: int) -> None:
         """Name the model whose layers are to be covered."""
-        self._title = f"{model_id}, {n_layers} layers"
+        self._model, self._layers, self._missing = model_id, n_layers, n_layers
+        self._redraw()
+
+    def set_missing(self, layers: int) -> None:
+        """So many layers are not loaded anywhere yet."""
+        self._missing = layers
         self._redraw()
 
     def add(self, name: str) -> None:
@@ -74,10 +81,14 @@ class Screen:
     def _redraw(self) -> None:
         if self._live is None:
             return
-        table = Table("process", "state", title=self._title, title_justify="left")
+        table = Table("process", "state")
         for name, state in self._states.items():
             table.add_row(name, Text(state))
-        self._live.update(table)
+        ready = self._layers - self._missing
+        bar = Columns(
+            [ProgressBar(max(self._layers, 1), ready, width=30), f"{self._model} {ready}/{self._layers} layers"]
+        )
+        self._live.update(Group(table, bar) if self._layers else table)
 
 
 class _Missing(dict[str, str]):
