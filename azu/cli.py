@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, NoReturn, TypeVar, over
 import click
 
 from azu.errors import AzuError, InputError
-from azu.logs import configure_logging, is_json, log
+from azu.logs import OURS, configure_logging, is_json, log
 from azu.options import DEBUG_META, settings_options
 
 if TYPE_CHECKING:
@@ -47,6 +47,9 @@ __all__ = ["ProgramCommand", "ProgramGroup", "program", "report", "run_program",
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
+
+# What a plain `pip install azu` leaves out, by the program that needs it.
+_EXTRAS = {"azu-node": "node", "azu-coordinator": "coordinator", "azu-demo": "demo"}
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 EXIT_AFTER = {signal.SIGTERM: 0, signal.SIGINT: EXIT_INTERRUPTED, signal.SIGHUP: 129}
@@ -134,7 +137,7 @@ def report(error: BaseException, *, program: str, debug: bool = False) -> int:
     Groups are taken apart: azu's own errors come first, each with its remedy; anything else is a bug and gets one line.
     Where the log is JSON, everything becomes log records, so that stderr stays readable by machines.
     """
-    leaves = list(_leaves(error))
+    leaves = [_explained(leaf, program) for leaf in _leaves(error)]
     if any(isinstance(leaf, KeyboardInterrupt) for leaf in leaves):
         return EXIT_INTERRUPTED
     for leaf in leaves:
@@ -146,6 +149,18 @@ def report(error: BaseException, *, program: str, debug: bool = False) -> int:
     for leaf in unique.values():
         _tell(leaf, program, debug)
     return EXIT_BAD_INPUT if all(isinstance(leaf, InputError) for leaf in leaves) else EXIT_FAILED
+
+
+def _explained(error: BaseException, program: str) -> BaseException:
+    """A package that only an extra brings, as an error that names the extra; anything else as it is."""
+    extra = _EXTRAS.get(program)
+    if not isinstance(error, ModuleNotFoundError) or extra is None or (error.name or "").split(".")[0] in OURS:
+        return error
+    return InputError(
+        f"{program} needs {error.name}, which is not installed",
+        code="missing_package",
+        remedy=f"Run: pip install 'azu[{extra}]'",
+    )
 
 
 def _leaves(error: BaseException) -> Iterator[BaseException]:

@@ -24,7 +24,7 @@ from typing import Any, TextIO
 
 from azu.errors import AzuError
 
-__all__ = ["configure_logging", "is_json", "log"]
+__all__ = ["OURS", "configure_logging", "is_json", "log"]
 
 OURS = ("azu", "node", "coordinator", "bootstrap")
 REDACTED = "[redacted]"

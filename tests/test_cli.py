@@ -194,6 +194,15 @@ def test_the_same_error_from_many_tasks_is_told_once(capsys: pytest.CaptureFixtu
 # --- run_program ---
 
 
+def test_a_missing_extra_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert report(ModuleNotFoundError("No module named 'torch'", name="torch"), program="azu-node") == 2
+    assert capsys.readouterr().err == (
+        "azu-node: error: azu-node needs torch, which is not installed\n  remedy: Run: pip install 'azu[node]'\n"
+    )
+    assert report(ModuleNotFoundError("No module named 'node.gone'", name="node.gone"), program="azu-node") == 1
+    assert "unexpected" in capsys.readouterr().err
+
+
 def test_it_returns_what_the_main_task_returned() -> None:
     async def answer() -> int:
         return 42

@@ -6,7 +6,6 @@ from functools import partial
 
 from azu.cli import program, run_program, settings_options
 from azu.config import DemoSettings
-from azu.errors import InputError
 
 __all__ = ["main"]
 
@@ -27,12 +26,6 @@ def main(settings: DemoSettings) -> None:
     Each worker may use too little memory for the whole model, so that the answer has to come from several. Exit code 0
     means that all of it happened: every layer covered, an answer, every worker's work confirmed by its receipt.
     """
-    try:
-        from azu.demo.run import run
-    except ModuleNotFoundError as error:
-        raise InputError(
-            f"the demo needs {error.name}, which is not installed",
-            code="missing_package",
-            remedy="Run: pip install 'azu[demo]'",
-        ) from error
+    from azu.demo.run import run  # httpx and rich load here, so that --help is fast
+
     run_program(partial(run, settings), settings=settings)
