@@ -10,21 +10,16 @@ import codecs
 import json
 import re
 from collections.abc import Mapping, Sequence
-from datetime import datetime
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
-import jinja2
-from jinja2.ext import Extension
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer, decoders
 
 from azu.errors import InputError, ModelError
 from coordinator.generation import ServedModel
+from coordinator.template import ChatTemplate
 
 __all__ = ["ChatFormat", "Detokenizer", "StopStrings"]
 
-# Templates test these with "is none" too.
-_NOTHING: Final = {"tools": None, "documents": None}
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # A ticket carries at most this many stop tokens; no model has more than a handful.
 _MAX_STOP_TOKENS = 64
@@ -55,7 +50,7 @@ class ChatFormat:
         config = _load_json(model, "tokenizer_config.json")
         names = _special_names(config, _load_json(model, "special_tokens_map.json"))
         source = _template_source(model, config)
-        self._template = None if source is None else _ChatTemplate(source, names, self._model_id)
+        self._template = None if source is None else ChatTemplate(source, names, self._model_id)
         self._special = _special_ids(self._tokenizer)
         self._control = self._control_pattern()
         self._stop_tokens = self._find_stop_tokens(model, names)
@@ -79,7 +74,7 @@ class ChatFormat:
             remedy = "Use a chat (instruct) model."
             raise ModelError(f"{self._model_id} has no chat template", code="no_chat_template", remedy=remedy)
         plain = [{key: value for key, value in message.items() if value is not None} for message in messages]
-        ids = self._encode_marked(self._render(self._template, self._mark(plain)))
+        ids = self._encode_marked(self._template.render(self._mark(plain)))
         if not ids:
             raise InputError("the messages make an empty prompt", code="bad_messages", remedy="Add some text.")
         return tuple(ids)
@@ -87,23 +82,6 @@ class ChatFormat:
     def detokenizer(self) -> Detokenizer:
         """A fresh detokenizer, for one answer."""
         return Detokenizer(self._tokenizer, self._special)
-
-    def _render(self, template: _ChatTemplate, messages: list[Any]) -> str:
-        try:
-            return template.render(messages)
-        except jinja2.TemplateError as error:
-            raise InputError(
-                f"the chat template of {self._model_id} refuses these messages: {error.message}",
-                code="bad_messages",
-                remedy="Check the order and the roles of the messages.",
-            ) from error
-        # Anything else comes out of an expression in a template that meets values it was not written for.
-        except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
-            raise ModelError(
-                f"the chat template of {self._model_id} fails on these messages ({type(error).__name__}: {error})",
-                code="bad_chat_template",
-                remedy="Send plain text messages, or use another model.",
-            ) from error
 
     def _mark(self, value: Any) -> Any:
         """`value` with each control token in its strings between markers."""
@@ -167,59 +145,6 @@ class ChatFormat:
             found.add(named)
         usable = sorted(token for token in found if 0 <= token < model.manifest.vocab_size)
         return tuple(usable[:_MAX_STOP_TOKENS])
-
-
-class _ChatTemplate:
-    """A compiled template, in the environment that transformers gives it. It comes from a hub, so it is sandboxed."""
-
-    def __init__(self, source: str, names: Mapping[str, str], model_id: str) -> None:
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationBlock]
-        )
-        environment.filters["tojson"] = _to_json
-        environment.globals |= {
-            "raise_exception": _raise_exception,
-            "strftime_now": lambda form: datetime.now().strftime(form),  # noqa: DTZ005 - the template's local date
-            "namespace": _Namespace,
-        }
-        try:
-            self._template = environment.from_string(source)
-            tree = environment.parse(source)
-        except jinja2.TemplateError as error:
-            raise ModelError(
-                f"{model_id}'s chat template is broken: {error.message}", code="bad_chat_template"
-            ) from error
-        parts = [node.data for node in tree.find_all(jinja2.nodes.TemplateData)]
-        parts += [node.value for node in tree.find_all(jinja2.nodes.Const) if isinstance(node.value, str)]
-        self.literals = "\0".join(parts)
-        self._names = dict(names)
-
-    def render(self, messages: list[Any]) -> str:
-        return self._template.render({"messages": messages, "add_generation_prompt": True, **_NOTHING, **self._names})
-
-
-class _GenerationBlock(Extension):
-    """{% generation %}, by which training marks the assistant's tokens: here it only shows its content."""
-
-    tags = {"generation"}  # noqa: RUF012 - jinja2's own declaration
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-class _Namespace(jinja2.utils.Namespace):
-    """Without names that begin with an underscore, by which a template could reach Python's internals."""
-
-    def __init__(*args: Any, **kwargs: Any) -> None:
-        jinja2.utils.Namespace.__init__(args[0])
-        for name, value in dict(*args[1:], **kwargs).items():
-            args[0][name] = value
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        if name.startswith("_"):
-            raise jinja2.exceptions.SecurityError("a namespace has no names that begin with an underscore")
-        super().__setitem__(name, value)
 
 
 class Detokenizer:
@@ -300,17 +225,6 @@ class StopStrings:
         """What is still held at the end of the text."""
         rest, self._held = self._held, ""
         return rest
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _to_json(
-    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
-) -> str:
-    # jinja2's own escapes HTML, which models were not trained on.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _overlap(text: str, stop: str) -> int:

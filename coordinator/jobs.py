@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 # How long, and how many, requests may wait for KV cache to become free.
 _WAIT_S = 30.0
 _MAX_WAITING = 256
+# Chains that are tried for a job which has not yet given a token.
+_TRIES = 3
 # A ticket lives this long, and for this much longer per token: a bound on what an orphaned job can hold on to.
 _TICKET_LIFE_S = 600
 _TICKET_LIFE_PER_TOKEN_S = 2
@@ -53,9 +55,31 @@ class JobRunner:
     @asynccontextmanager
     async def generate(self, request: GenerationRequest) -> AsyncIterator[RunningJob]:
         """Run a job; see `coordinator.generation.GenerationService.generate`."""
-        chain, dtype = await self._admit(request)
+        deadline = trio.current_time() + _WAIT_S
+        tries = _TRIES
+        while True:
+            async with self._started(request, deadline) as job:
+                # Before its first token nobody has seen anything of a job, and another chain can run it as well.
+                begun = await job.begins()
+                tries -= not job.is_turned_away
+                if begun or not tries:
+                    yield job
+                    return
+
+    @asynccontextmanager
+    async def _started(self, request: GenerationRequest, deadline: float) -> AsyncIterator[RunningJob]:
+        """The job in a chain of workers that has room for it."""
+        chain, dtype = await self._admit(request, deadline)
         ticket = self._ticket(request, chain, dtype)
-        job = RunningJob(self._identity, self._overlay, ticket, request.prompt, self._meter, on_lost=self._swarm.drop)
+        job = RunningJob(
+            self._identity,
+            self._overlay,
+            ticket,
+            request.prompt,
+            self._meter,
+            pace=self._pace(chain),
+            on_lost=self._swarm.blame,
+        )
         with self._reserve(ticket):
             try:
                 async with job.running():
@@ -65,13 +89,14 @@ class JobRunner:
                     async with self._freed:
                         self._freed.notify_all()
 
-    async def _admit(self, request: GenerationRequest) -> tuple[tuple[Placement, ...], str]:
+    async def _admit(self, request: GenerationRequest, deadline: float) -> tuple[tuple[Placement, ...], str]:
         """A chain of workers with room for the job, waiting for one to get room if need be."""
-        deadline = trio.current_time() + _WAIT_S
         while (found := self._route(request)) is None:
             manifest = request.model.manifest
             if missing := missing_layers(manifest, self._swarm.workers()):
                 raise not_covered(manifest.model_id, missing)
+            if self._route(request, when_empty=True) is None:
+                raise too_large(len(request.prompt) + request.max_tokens)
             if self._waiting >= _MAX_WAITING or trio.current_time() >= deadline:
                 raise CapacityError(
                     "all workers' KV caches are full",
@@ -86,26 +111,37 @@ class JobRunner:
                 self._waiting -= 1
         return found
 
-    def _route(self, request: GenerationRequest) -> tuple[tuple[Placement, ...], str] | None:
+    def _route(
+        self, request: GenerationRequest, *, when_empty: bool = False
+    ) -> tuple[tuple[Placement, ...], str] | None:
+        """A chain for the job and its dtype, or None; of the chains that have room, one with the fewest faults.
+
+        Args:
+            when_empty: as if no job were running.
+        """
         tokens = len(request.prompt) + request.max_tokens
         manifest = request.model.manifest
-        workers = [self._adjusted(worker) for worker in self._swarm.workers()]
-        # Activations travel in the stages' own dtype, so a chain is of one dtype throughout.
-        for dtype in sorted({worker.dtype for worker in workers}):
-            alike = views_for(manifest, (worker for worker in workers if worker.dtype == dtype))
-            if (chain := route(manifest.n_layers, alike, tokens)) is not None:
-                return chain, dtype
+        workers = [self._adjusted(worker, when_empty=when_empty) for worker in self._swarm.workers()]
+        faults = {worker.peer_id: self._swarm.faults(worker.peer_id) for worker in workers}
+        for most in sorted(set(faults.values())):
+            # Activations travel in the stages' own dtype, so a chain is of one dtype throughout.
+            for dtype in sorted({worker.dtype for worker in workers}):
+                alike = [worker for worker in workers if worker.dtype == dtype and faults[worker.peer_id] <= most]
+                if (chain := route(manifest.n_layers, views_for(manifest, alike), tokens)) is not None:
+                    return chain, dtype
         return None
 
-    def _adjusted(self, worker: WorkerRecord) -> WorkerRecord:
+    def _adjusted(self, worker: WorkerRecord, *, when_empty: bool) -> WorkerRecord:
         """A record with our own running jobs counted in, which may be newer than the record."""
-        free = min(worker.kv_tokens - self._reserved[worker.peer_id], worker.kv_tokens_free + self._counted(worker))
+        free = min(worker.kv_tokens - self._reserved[worker.peer_id], worker.kv_tokens_free)
         jobs = max(worker.jobs, self._running[worker.peer_id])
-        return worker.model_copy(update={"kv_tokens_free": max(free, 0), "jobs": jobs})
+        free = worker.kv_tokens if when_empty else max(free, 0)
+        return worker.model_copy(update={"kv_tokens_free": free, "jobs": jobs})
 
-    def _counted(self, worker: WorkerRecord) -> int:
-        """Positions that the record shows as reserved and that are ours: they are subtracted through `_reserved`."""
-        return min(self._reserved[worker.peer_id], worker.kv_tokens - worker.kv_tokens_free)
+    def _pace(self, chain: tuple[Placement, ...]) -> float:
+        """Seconds that a position takes through the chain, as its workers measured."""
+        layer_us = {worker.peer_id: worker.layer_us for worker in self._swarm.workers()}
+        return sum((p.end - p.start) * layer_us.get(p.peer_id, 0) for p in chain) / 1e6
 
     @contextmanager
     def _reserve(self, ticket: JobTicket) -> Iterator[None]:
@@ -142,6 +178,14 @@ class JobRunner:
                 "coordinator": self._identity.peer_id,
             }
         )
+
+
+def too_large(tokens: int) -> CapacityError:
+    """The error for a job that fits no chain of workers, however idle."""
+    return CapacityError(
+        f"prompt and max_tokens together are {tokens} tokens, more than the workers' KV caches hold",
+        remedy="Send a smaller max_tokens or a shorter prompt, or let workers with more memory join",
+    )
 
 
 def not_covered(model_id: str, missing: tuple[tuple[int, int], ...]) -> CapacityError:

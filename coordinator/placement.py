@@ -15,7 +15,7 @@ from azu.identity import Identity
 from azu.logs import log
 from azu.models.manifest import Manifest
 from azu.models.memory import kv_bytes, weights_bytes
-from azu.records import WorkerRecord
+from azu.records import HeldRange, WorkerRecord
 from azu.tickets import Assignment, sign_assignment
 from coordinator.planner import ModelShape, Placement, WorkerView, place, uncovered
 from coordinator.swarm import SwarmView
@@ -26,7 +26,9 @@ logger = logging.getLogger(__name__)
 
 _TICK_S = 1.0
 _ASSIGNMENT_LIFE_S = 60
-# A worker that refused or did not answer is left out of plans for this long.
+# A worker that took an assignment is planned with as if it were loading until its record can say so.
+_AFTER_ASSIGNMENT_S = 2 * _TICK_S
+# A worker that refused or did not answer is given no assignment for this long.
 _AFTER_REFUSAL_S = 15.0
 
 
@@ -34,7 +36,7 @@ def views_for(manifest: Manifest, workers: Iterable[WorkerRecord]) -> list[Worke
     """Workers as the planner sees them for one model; those busy with another model are left out."""
     views: list[WorkerView] = []
     for worker in workers:
-        active = [held for held in worker.ranges if held.state != "cached"]
+        active = _active(worker)
         if any(held.manifest != manifest.digest for held in active):
             continue
         held = next(((held.start, held.end) for held in active), None)
@@ -50,6 +52,11 @@ def views_for(manifest: Manifest, workers: Iterable[WorkerRecord]) -> list[Worke
             )
         )
     return views
+
+
+def _active(worker: WorkerRecord) -> list[HeldRange]:
+    """What a worker has in memory or is loading."""
+    return [held for held in worker.ranges if held.state != "cached"]
 
 
 def missing_layers(manifest: Manifest, workers: Iterable[WorkerRecord]) -> tuple[tuple[int, int], ...]:
@@ -85,7 +92,8 @@ class Placer:
         self._manifests = tuple(manifests)
         self._kv_tokens = kv_tokens
         self._sequence = 0
-        self._left_out: dict[str, float] = {}
+        self._assigned: dict[str, tuple[HeldRange, float]] = {}  # what was taken, and until when that is news
+        self._left_out: dict[str, float] = {}  # by peer id: until when
 
     async def run(self) -> None:
         """Plan every second until cancelled."""
@@ -95,16 +103,28 @@ class Placer:
 
     async def _tick(self) -> None:
         now = trio.current_time()
-        workers = [worker for worker in self._swarm.workers() if now >= self._left_out.get(worker.peer_id, 0.0)]
+        self._assigned = {peer: held for peer, held in self._assigned.items() if now < held[1]}
+        self._left_out = {peer: until for peer, until in self._left_out.items() if now < until}
+        workers = [self._as_assigned(worker) for worker in self._swarm.workers()]
+        # Who refuses to change what it holds still holds it: leaving it out would tear a hole to be filled.
+        workers = [w for w in workers if w.peer_id not in self._left_out or _active(w)]
         async with trio.open_nursery() as nursery:
             for manifest in self._manifests:
                 for dtype in sorted({worker.dtype for worker in workers}):
                     alike = [worker for worker in workers if worker.dtype == dtype]
                     placements = place(shape_of(manifest, dtype, self._kv_tokens), views_for(manifest, alike))
                     for placement in placements:
-                        nursery.start_soon(self._assign, manifest, dtype, placement)
+                        if placement.peer_id not in self._left_out:
+                            nursery.start_soon(self._assign, manifest, dtype, placement)
                     placed = {placement.peer_id for placement in placements}
                     workers = [worker for worker in workers if worker.peer_id not in placed]
+
+    def _as_assigned(self, worker: WorkerRecord) -> WorkerRecord:
+        """A worker's record with the assignment that it took since."""
+        if worker.peer_id not in self._assigned:
+            return worker
+        cached = tuple(held for held in worker.ranges if held.state == "cached")
+        return worker.model_copy(update={"ranges": (*cached, self._assigned[worker.peer_id][0])})
 
     async def _assign(self, manifest: Manifest, dtype: str, placement: Placement) -> None:
         now = time.time()
@@ -123,10 +143,10 @@ class Placer:
             }
         )
         tell = partial(log, logger, peer=placement.peer_id, layers=f"{placement.start}-{placement.end - 1}")
-        # Whatever it answers, its next record is waited for before it is planned with again.
-        self._left_out[placement.peer_id] = trio.current_time() + 2 * _TICK_S
         try:
             await self._swarm.assign(placement.peer_id, sign_assignment(self._identity, assignment))
+            held = HeldRange(manifest=manifest.digest, start=placement.start, end=placement.end, state="loading")
+            self._assigned[placement.peer_id] = held, trio.current_time() + _AFTER_ASSIGNMENT_S
             tell(logging.INFO, "layers assigned", model=manifest.model_id)
         except (AzuError, trio.TooSlowError) as error:
             self._left_out[placement.peer_id] = trio.current_time() + _AFTER_REFUSAL_S

@@ -15,7 +15,7 @@ from azu.config import CoordinatorSettings
 from azu.datadir import open_data_dir
 from azu.distribution import Library, serve_layers
 from azu.economics import LAMPORTS_PER_TOKEN_LAYER
-from azu.errors import InputError, NetworkError
+from azu.errors import AzuError, InputError, NetworkError
 from azu.identity import Identity
 from azu.joining import stay_joined
 from azu.logs import log
@@ -149,11 +149,13 @@ async def _advertise(identity: Identity, overlay: Overlay, offers: Sequence[Mode
     """Keep this coordinator and its models findable in the DHT."""
     keys = [COORDINATORS_KEY, *(bytes.fromhex(offer.manifest) for offer in offers)]
     provided = -_PROVIDE_S
+    sequence = 0
     while True:
         now = time.time()
+        sequence = max(sequence + 1, int(now * 1000))  # grows also where the clock is set back
         record = CoordinatorRecord(
             peer_id=identity.peer_id,
-            sequence=int(now * 1000),
+            sequence=sequence,
             issued_at=int(now),
             expires_at=int(now) + _RECORD_LIFE_S,
             agent=AGENT,
@@ -167,8 +169,9 @@ async def _advertise(identity: Identity, overlay: Overlay, offers: Sequence[Mode
                 for key in keys:
                     await overlay.provide(key)
                 provided = trio.current_time()
-        except NetworkError as error:
-            log(logger, logging.DEBUG, "record not published", reason=error.message)
+        except AzuError as error:
+            level = logging.DEBUG if isinstance(error, NetworkError) else logging.WARNING
+            log(logger, level, "record not published", reason=str(error))
             await trio.sleep(1)
             continue
         await trio.sleep(_REFRESH_S)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import trio
 
-from azu.channel import Channel
+from azu.channel import Channel, RefusedError
 from azu.dialing import open_worker_stream
-from azu.errors import AzuError
+from azu.errors import AzuError, ProtocolError, TrustError
 from azu.logs import log
 from azu.overlay import Overlay
 from azu.records import WORKERS_KEY, WorkerRecord, is_live, open_worker_record
@@ -26,6 +26,13 @@ _ASK_S = 5.0
 # Provider records outlive their peers by up to 48 hours: who does not answer is asked more and more seldom.
 _FIRST_PAUSE_S = 2.0
 _LAST_PAUSE_S = 300.0
+# Anybody can name any number of peers as workers. So many are remembered, and of those that never answered so many are
+# asked at a time, which leaves the real ones alone.
+_MAX_CONTACTS = 4_096
+_MAX_STRANGERS = 64
+# A fault of weight 1 is held against a worker for this long, and at most _MAX_FAULTS of them.
+_FORGIVE_S = 60.0
+_MAX_FAULTS = 10
 
 
 @dataclass(slots=True)
@@ -36,6 +43,8 @@ class _Contact:
     pause: float = 0.0
     next_try: float = 0.0
     asking: bool = False
+    faults: int = 0
+    forgiven_at: float = 0.0
 
 
 class SwarmView:
@@ -44,7 +53,6 @@ class SwarmView:
     def __init__(self, overlay: Overlay) -> None:
         self._overlay = overlay
         self._contacts: dict[str, _Contact] = {}
-        self.changed = trio.Condition()
 
     def workers(self) -> tuple[WorkerRecord, ...]:
         """The newest records of workers that are alive, as they signed them."""
@@ -52,21 +60,43 @@ class SwarmView:
         records = (contact.record for contact in self._contacts.values())
         return tuple(record for record in records if record is not None and is_live(record, now))
 
-    def drop(self, peer_id: str) -> None:
-        """Forget a worker that failed a job, until it answers again."""
-        if (contact := self._contacts.get(peer_id)) is not None:
-            contact.record = None
+    def blame(self, peer_id: str, weight: int, error: AzuError) -> None:
+        """Note a worker's part in a failed job: while there are others with fewer faults, they are preferred."""
+        contact = self._contacts.get(peer_id)
+        if contact is None:
+            return
+        if isinstance(error, RefusedError) and error.code == "no_capacity":
+            # No fault, only full: its next record says how full.
+            if contact.record is not None:
+                contact.record = contact.record.model_copy(update={"kv_tokens_free": 0})
+            return
+        if contact.record is not None and not self._overlay.is_connected(peer_id):
+            contact.record = None  # it is gone; should it not be, the next poll brings it back
+        contact.faults = min(self.faults(peer_id) + weight, _MAX_FAULTS)
+        contact.forgiven_at = trio.current_time() + _FORGIVE_S * contact.faults
+
+    def faults(self, peer_id: str) -> int:
+        """What is held against a worker at this time."""
+        contact = self._contacts.get(peer_id)
+        return contact.faults if contact is not None and trio.current_time() < contact.forgiven_at else 0
 
     async def run(self) -> None:
         """Discover and poll until cancelled."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._discover)
             while True:
-                for peer_id, contact in self._contacts.items():
-                    if not contact.asking and trio.current_time() >= contact.next_try:
-                        contact.asking = True
-                        nursery.start_soon(self._poll, peer_id, contact)
+                for peer_id, contact in self._due():
+                    contact.asking = True
+                    nursery.start_soon(self._poll, peer_id, contact)
                 await trio.sleep(_POLL_S)
+
+    def _due(self) -> list[tuple[str, _Contact]]:
+        """Whom to ask now: every worker that answers, and of the others the newest first."""
+        now = trio.current_time()
+        asked = sum(contact.asking and contact.record is None for contact in self._contacts.values())
+        due = [item for item in self._contacts.items() if not item[1].asking and now >= item[1].next_try]
+        strangers = sorted((item for item in due if item[1].record is None), key=lambda item: item[1].pause)
+        return [item for item in due if item[1].record is not None] + strangers[: max(0, _MAX_STRANGERS - asked)]
 
     async def assign(self, peer_id: str, envelope: bytes) -> None:
         """Hand a signed assignment to a worker.
@@ -78,17 +108,35 @@ class SwarmView:
 
     async def _discover(self) -> None:
         while True:
-            for peer_id in await self._overlay.providers(WORKERS_KEY):
-                self._contacts.setdefault(peer_id, _Contact())
+            try:
+                for peer_id in await self._overlay.providers(WORKERS_KEY):
+                    self._meet(peer_id)
+            except AzuError as error:
+                log(logger, logging.DEBUG, "workers not looked up", reason=error.message)
             await trio.sleep(_DISCOVER_S)
+
+    def _meet(self, peer_id: str) -> None:
+        """Remember a peer, where there is no room in place of the one that has been silent for longest."""
+        if peer_id in self._contacts:
+            return
+        if len(self._contacts) >= _MAX_CONTACTS:
+            silent = [item for item in self._contacts.items() if item[1].pause and not item[1].asking]
+            if not silent:
+                return
+            del self._contacts[max(silent, key=lambda item: item[1].pause)[0]]
+        self._contacts[peer_id] = _Contact()
 
     async def _poll(self, peer_id: str, contact: _Contact) -> None:
         try:
-            body = await self._ask(peer_id, GetStatus(), b"", Status)
-            record = open_worker_record(bytes(body))
-            if record.peer_id == peer_id:
-                await self._keep(contact, record)
+            record = open_worker_record(bytes(await self._ask(peer_id, GetStatus(), b"", Status)))
+            if record.peer_id != peer_id:
+                raise TrustError("it sent another worker's record", code="wrong_signer")
+            if contact.record is None:
+                log(logger, logging.INFO, "worker found", peer=peer_id, device=record.device)
+            contact.record, contact.pause = record, 0.0
         except (AzuError, trio.TooSlowError) as error:
+            if isinstance(error, ProtocolError | TrustError):
+                self._overlay.count_violation(peer_id)
             if contact.record is not None:
                 log(logger, logging.INFO, "worker lost", peer=peer_id, reason=str(error) or "no answer")
             contact.record = None
@@ -96,13 +144,6 @@ class SwarmView:
             contact.next_try = trio.current_time() + contact.pause
         finally:
             contact.asking = False
-
-    async def _keep(self, contact: _Contact, record: WorkerRecord) -> None:
-        if contact.record is None:
-            log(logger, logging.INFO, "worker found", peer=record.peer_id, device=record.device)
-        contact.record, contact.pause = record, 0.0
-        async with self.changed:
-            self.changed.notify_all()
 
     async def _ask(self, peer_id: str, question: Message, body: bytes, answer: type[Message]) -> bytearray:
         with trio.fail_after(_ASK_S):

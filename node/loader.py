@@ -6,6 +6,8 @@ import json
 import logging
 from functools import partial
 
+import trio
+
 from azu.distribution import Library, fetch_blobs, fetch_manifest
 from azu.errors import CapacityError, ModelError, TrustError
 from azu.logs import log
@@ -67,7 +69,7 @@ class Loader:
         return Loaded(manifest.digest, spec.start, spec.end, stage, kv_tokens, layer_us)
 
     async def _manifest(self, assignment: Assignment) -> Manifest:
-        known = dict(self._library.manifests()).get(assignment.manifest)
+        known = dict(await trio.to_thread.run_sync(self._library.manifests)).get(assignment.manifest)
         if known is not None:
             return known
         peers = [assignment.coordinator]

@@ -77,13 +77,13 @@ class Worker:
         self._cached: tuple[HeldRange, ...] = ()
         self._loading: HeldRange | None = None
         self._sequence = 0
-        self._assigned_sequence = 0
+        self._assigned_sequences: dict[str, int] = {}  # by coordinator: their clocks may differ
         self._changed = trio.Event()
         self._orders_in, self._orders = trio.open_memory_channel[Assignment](1)
 
     async def run(self) -> None:
         """Serve until cancelled, then withdraw the record."""
-        self._note_cached()
+        await self._note_cached()
         self._overlay.handle(CONTROL_PROTOCOL, self._handle_control)
         self._overlay.handle(LAYERS_PROTOCOL, partial(serve_layers, self._library))
         self._overlay.handle(JOB_PROTOCOL, self.jobs.handle_job)
@@ -139,16 +139,17 @@ class Worker:
 
     async def _advertise(self) -> None:
         while True:
+            self._changed = trio.Event()  # before the record is made: what changes while it travels is news again
             await self._publish(self.record())
-            self._changed = trio.Event()
             with trio.move_on_after(_REFRESH_S):
                 await self._changed.wait()
 
     async def _publish(self, record: bytes) -> None:
         try:
             await self._overlay.put_record(worker_key(self._identity.peer_id), record)
-        except NetworkError as error:
-            log(logger, logging.DEBUG, "record not published", reason=error.message)
+        except AzuError as error:
+            level = logging.DEBUG if isinstance(error, NetworkError) else logging.WARNING
+            log(logger, level, "record not published", reason=str(error))
 
     async def _provide(self) -> None:
         """Make this worker findable: as a worker, and as a holder of the models that it has layers of."""
@@ -190,11 +191,11 @@ class Worker:
             me=self._identity.peer_id,
             now=time.time(),
             is_trusted=self._trust,
-            last_sequence=self._assigned_sequence,
+            last_sequence=self._assigned_sequences.get(signer, -1),
         ) or self._check_state(assignment)
         if refusal is not None:
             return Refused(code=refusal.code, message=refusal.message, remedy=refusal.remedy)
-        self._assigned_sequence = assignment.sequence
+        self._assigned_sequences[signer] = assignment.sequence
         self._trust.follow(signer)
         if not self._is_fulfilled(assignment):
             self.jobs.loaded = None
@@ -234,13 +235,18 @@ class Worker:
                 )
             except AzuError as error:
                 log(logger, logging.ERROR, "cannot load the assigned layers", layers=layers, reason=str(error))
+            except Exception:  # a border: whatever a model makes transformers do, the next assignment may be better
+                log(logger, logging.ERROR, "cannot load the assigned layers", layers=layers, exc_info=True)
             self._loading = None
-            self._note_cached()
+            await self._note_cached()
             self._changed.set()
 
-    def _note_cached(self) -> None:
+    async def _note_cached(self) -> None:
+        self._cached = await trio.to_thread.run_sync(self._find_cached)
+
+    def _find_cached(self) -> tuple[HeldRange, ...]:
         cached = ((digest, self._library.cached_range(manifest)) for digest, manifest in self._library.manifests())
-        self._cached = tuple(
+        return tuple(
             HeldRange(manifest=digest, start=found[0], end=found[1], state="cached")
             for digest, found in cached
             if found

@@ -11,3 +11,6 @@ settings.register_profile("azu", deadline=None, derandomize=True)
 # HYPOTHESIS_PROFILE=explore looks for new ones.
 settings.register_profile("explore", deadline=None, max_examples=2_000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "azu"))
+
+# Where pip needs a proxy, HTTP clients would take it for loopback too.
+os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"

@@ -35,6 +35,7 @@ _KV_TOKENS = 8192
 # A slow machine needs minutes to cut and load a model; past this, something is broken.
 _COVERAGE_S = 900.0
 _ANSWER_S = 900.0
+_HEALTH_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,12 @@ class Answer:
     ttft: float
     seconds: float
     usage: dict[str, Any]
+
+    @property
+    def tokens_per_s(self) -> float:
+        """After the first; 0 where all text came in one piece, so that there is no time to divide by."""
+        decoded, seconds = int(self.usage.get("completion_tokens", 0)) - 1, self.seconds - self.ttft
+        return decoded / seconds if decoded > 0 and seconds > 0 else 0.0
 
 
 async def run(settings: DemoSettings) -> None:
@@ -134,7 +141,7 @@ class Swarm:
         self._workers[(await worker.event("worker starting"))["peer"]] = worker
 
     async def _wait_for_coverage(self) -> None:
-        async with httpx.AsyncClient(base_url=self._url) as client:
+        async with self._client(_HEALTH_S) as client:
             while True:  # the process is another one: there is nothing to wait on but its answer
                 model = (await client.get("/healthz")).json()["models"][0]
                 self._screen.set_missing(sum(end - start for start, end in model["missing"]))
@@ -157,7 +164,7 @@ class Swarm:
         started = last = time.perf_counter()
         with show_answer(self._console, self._settings.prompt) as show:
             async with (
-                httpx.AsyncClient(base_url=self._url, timeout=_ANSWER_S) as client,
+                self._client(_ANSWER_S) as client,
                 client.stream("POST", "/v1/chat/completions", json=request) as response,
             ):
                 async for line in response.aiter_lines():
@@ -172,10 +179,13 @@ class Swarm:
                             show(piece)
         return Answer("".join(pieces), finish, (first or last) - started, last - started, usage)
 
+    def _client(self, timeout: float) -> httpx.AsyncClient:
+        # Not through a proxy that the environment names: this is loopback.
+        return httpx.AsyncClient(base_url=self._url, timeout=timeout, trust_env=False)
+
     def _figures(self, manifest: Manifest, answer: Answer) -> Figures:
         stages = answer.usage.get("azu", {}).get("stages", [])
         names = {peer_id: worker.name for peer_id, worker in self._workers.items()}
-        decoded = answer.usage.get("completion_tokens", 0) - 1
         return Figures(
             model_id=manifest.model_id,
             n_layers=manifest.n_layers,
@@ -183,7 +193,7 @@ class Swarm:
             answer=answer.text,
             finish=answer.finish,
             ttft_s=answer.ttft,
-            tokens_per_s=decoded / (answer.seconds - answer.ttft) if decoded > 0 else 0.0,
+            tokens_per_s=answer.tokens_per_s,
             prompt_tokens=answer.usage.get("prompt_tokens", 0),
             completion_tokens=answer.usage.get("completion_tokens", 0),
             token_layers=answer.usage.get("azu", {}).get("token_layers", 0),

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from azu.errors import ModelError
+from azu.models.gguf_reader import BoundedReader
 from azu.models.gguf_tokenizer import tokenizer_files
 from azu.models.safetensors_file import TensorSpec
 from azu.models.source import ModelSource, hash_file, revision_of
@@ -44,8 +45,8 @@ _PER_LAYER = {
     "ffn_down": "mlp.down_proj",
 }
 _LAYER_TENSOR = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
-# What a reader raises on a damaged file; GGUFReader has no error class of its own.
-_READ_ERRORS = (ValueError, KeyError, IndexError, OverflowError, TypeError, OSError, MemoryError)
+# What a damaged file makes of its reader, which has no error class of its own, and of numbers that are none.
+_READ_ERRORS = (ValueError, LookupError, ArithmeticError, TypeError, AttributeError, OSError, MemoryError)
 
 
 @contextmanager
@@ -57,15 +58,22 @@ def open_gguf(path: Path) -> Iterator[ModelSource]:
             "unsupported_rope" for what this import does not cover, each naming it.
     """
     try:
-        reader = gguf.GGUFReader(path)
-        fields: Fields = {name: field.contents() for name, field in reader.fields.items()}
+        source = _read(path)
     except _READ_ERRORS as error:
         raise ModelError(f"{path.name} is not a readable GGUF file ({error})", code="bad_gguf") from error
+    yield source
+
+
+def _read(path: Path) -> ModelSource:
+    reader = BoundedReader(path)
+    fields: Fields = {name: field.contents() for name, field in reader.fields.items()}
     _check_supported(fields, reader)
     by_name = {_hf_name(tensor.name): tensor for tensor in reader.tensors}
-    heads = (_field(fields, "llama.attention.head_count"), _kv_heads(fields))
+    heads = (int(_field(fields, "llama.attention.head_count")), _kv_heads(fields))
+    if min(heads) < 1:
+        raise ValueError("it has no attention heads")
     sources = {path.name: hash_file(path)}
-    yield ModelSource(
+    return ModelSource(
         model_id=_model_id(path, fields),
         revision=revision_of(sources),
         config=_dump(_config(fields, tied="lm_head.weight" not in by_name)),
@@ -77,7 +85,7 @@ def open_gguf(path: Path) -> Iterator[ModelSource]:
 
 
 def _check_supported(fields: Fields, reader: gguf.GGUFReader) -> None:
-    architecture = str(fields.get("general.architecture"))
+    architecture = str(fields.get("general.architecture"))[:80]
     if architecture != "llama" or fields.get("llama.expert_count"):
         kind = architecture if architecture != "llama" else "llama with experts"
         remedy = "Publish the model's safetensors repository instead."
@@ -93,7 +101,9 @@ def _hf_name(name: str) -> str:
         return _GLOBAL[name]
     match = _LAYER_TENSOR.fullmatch(name)
     if match is None or match[2] not in _PER_LAYER:
-        raise ModelError(f"GGUF tensor {name} is not one of the Llama architecture", code="unsupported_architecture")
+        raise ModelError(
+            f"GGUF tensor {name[:80]!r} is not one of the Llama architecture", code="unsupported_architecture"
+        )
     return f"model.layers.{match[1]}.{_PER_LAYER[match[2]]}.{match[3]}"
 
 

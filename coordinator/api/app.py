@@ -66,7 +66,7 @@ class ApiApp(QuartTrio):
         self.in_flight = InFlight()
         self.url_map.strict_slashes = False
         self.json.sort_keys = False  # type: ignore[attr-defined]  # the default provider's
-        # Answers take as long as they take; read_body has its own limits of size and time.
+        # Answers take as long as they take; `Bodies` has its own limits of size and time.
         self.config |= {"RESPONSE_TIMEOUT": None, "BODY_TIMEOUT": None, "MAX_CONTENT_LENGTH": None}
 
 

@@ -11,6 +11,7 @@ import trio
 from quart import Request, Response
 
 from azu.wire.messages import MAX_TOKENS
+from coordinator.api.bodies import Bodies
 from coordinator.api.errors import ApiError
 from coordinator.api.jobs import ChatJob, Delta, Event, Finished, InFlight, run_job
 from coordinator.api.requests import ChatRequest, parse_chat_request
@@ -38,6 +39,7 @@ class Completions:
         self._service = service
         self._settings = settings
         self._in_flight = in_flight
+        self._bodies = Bodies(settings)
         # Big prompts take seconds to parse and tokenise: not on the event loop, and not on every core either.
         self._limiter = trio.CapacityLimiter(settings.cpu_threads)
         self._formats: dict[str, ChatFormat] = {}  # by manifest digest, as many as are served
@@ -48,16 +50,19 @@ class Completions:
         Raises:
             ApiError: there is no answer.
         """
-        body = await read_body(request, self._settings)
-        asked = await self._in_thread(lambda: parse_chat_request(body, max_choices=self._settings.max_choices))
-        model = find_model(self._service, asked.model)
-        chat = await self._format(model)
-        prompt = await self._in_thread(lambda: chat.encode(asked.template_messages()))
-        job = plan_job(asked, model, chat, prompt, self._settings)
+        with self._bodies.lease() as lease:
+            job, asked = await self._plan(await self._bodies.read(request, lease))
         if asked.stream:
             include_usage = asked.stream_options is not None and asked.stream_options.include_usage
             return await self._stream(job, nursery, include_usage=include_usage)
         return await self._whole(job)
+
+    async def _plan(self, body: bytes) -> tuple[ChatJob, ChatRequest]:
+        asked = await self._in_thread(lambda: parse_chat_request(body, max_choices=self._settings.max_choices))
+        model = find_model(self._service, asked.model)
+        chat = await self._format(model)
+        prompt = await self._in_thread(lambda: chat.encode(asked.template_messages()))
+        return plan_job(asked, model, chat, prompt, self._settings), asked
 
     async def _whole(self, job: ChatJob) -> dict[str, object]:
         texts = [""] * len(job.requests)
@@ -89,53 +94,6 @@ class Completions:
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
         return await trio.to_thread.run_sync(work, abandon_on_cancel=True, limiter=self._limiter)
-
-
-async def read_body(request: Request, settings: ApiSettings) -> bytes:
-    """A request's JSON body.
-
-    Raises:
-        ApiError: it is no JSON by its header (415), too large (413) or too slow (408).
-    """
-    # Strictly: a web page of another origin can send any other type to a coordinator on loopback without being asked.
-    if not request.is_json:
-        raise ApiError(
-            f"The body's type is {(request.mimetype or 'unknown')[:100]}, not JSON",
-            status=415,
-            code="unsupported_media_type",
-            remedy="Send the header Content-Type: application/json.",
-        )
-    data = bytearray()
-    with trio.move_on_after(settings.body_timeout_s) as timeout:
-        async for part in request.body:
-            data += part
-            if len(data) > settings.max_body_bytes:
-                await _drain(request, settings)
-                raise _too_large(settings)
-    if timeout.cancelled_caught:
-        raise ApiError(
-            f"The request's body did not arrive within {settings.body_timeout_s:.0f} s",
-            status=408,
-            code="request_timeout",
-            remedy="Send it again.",
-        )
-    return bytes(data)
-
-
-async def _drain(request: Request, settings: ApiSettings) -> None:
-    # A connection closed on unread data is reset, and the client would not see why.
-    with trio.move_on_after(settings.drain_s):
-        async for _ in request.body:
-            pass
-
-
-def _too_large(settings: ApiSettings) -> ApiError:
-    return ApiError(
-        f"The request's body is larger than {settings.max_body_bytes} bytes",
-        status=413,
-        code="request_too_large",
-        remedy="Send fewer or shorter messages.",
-    )
 
 
 def find_model(service: GenerationService, model_id: str) -> ServedModel:

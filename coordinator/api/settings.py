@@ -14,6 +14,7 @@ class ApiSettings:
     Args:
         default_max_tokens: the length of an answer where the client names none, as far as the context allows.
         max_body_bytes: the largest request body; a context of 1M tokens is about 4 MiB of text.
+        max_bodies_bytes: of all requests that are being read or turned into prompts, together.
         max_choices: the largest `n`; each choice is a job of its own.
         keep_alive_s: how long a stream may be silent before a comment keeps proxies from cutting it.
         body_timeout_s: how long a client may take to send its request.
@@ -25,6 +26,7 @@ class ApiSettings:
 
     default_max_tokens: int = 1024
     max_body_bytes: int = 10 * 2**20
+    max_bodies_bytes: int = 256 * 2**20
     max_choices: int = 8
     keep_alive_s: float = 10.0
     body_timeout_s: float = 60.0

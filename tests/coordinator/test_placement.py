@@ -6,11 +6,16 @@ import hashlib
 from typing import Any
 
 import pytest
+import trio
+import trio.testing
 
+from azu.channel import RefusedError
 from azu.identity import Identity
 from azu.models.manifest import Blob, Manifest
 from azu.records import WorkerRecord
-from coordinator.placement import missing_layers, views_for
+from azu.tickets import open_assignment
+from azu.wire.messages import Refused
+from coordinator.placement import Placer, missing_layers, shape_of, views_for
 from coordinator.planner import ModelShape, place
 
 
@@ -120,3 +125,56 @@ def test_a_record_that_claims_layers_that_do_not_exist_hurts_nobody(start: int, 
 
     plan = place(ModelShape(12, stage_bytes), views_for(MANIFEST, [liar, worker(2)]))
     assert [(p.start, p.end) for p in plan] == [(0, 12)]
+
+
+class SwarmTwin:
+    """Workers whose records never change, and what they are assigned; `refusing` ones say no."""
+
+    def __init__(self, *workers: WorkerRecord) -> None:
+        self._workers = workers
+        self.refusing: set[str] = set()
+        self.taken: list[tuple[str, int, int]] = []
+        self.asked = 0
+
+    def workers(self) -> tuple[WorkerRecord, ...]:
+        return self._workers
+
+    async def assign(self, peer_id: str, envelope: bytes) -> None:
+        self.asked += 1
+        if peer_id in self.refusing:
+            raise RefusedError(peer_id, Refused(code="busy", message="no"))
+        assignment = open_assignment(envelope)[1]
+        self.taken.append((peer_id, assignment.start, assignment.end))
+
+
+def placer(swarm: SwarmTwin) -> Placer:
+    return Placer(Identity(bytes(32)), swarm, [MANIFEST], kv_tokens=1)  # type: ignore[arg-type]
+
+
+def room_for(layers: int) -> int:
+    return shape_of(MANIFEST, "float16", 1).stage_bytes(0, layers)
+
+
+async def test_a_worker_that_took_layers_tears_no_hole_until_its_record_shows_them(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    # The loaded worker could hold the whole model, so that a plan from scratch would take its layers away.
+    holds = worker(1, (MANIFEST.digest, 6, 12, "loaded"), vram_total=room_for(12))
+    idle = worker(2, vram_total=room_for(8))
+    swarm = SwarmTwin(holds, idle)
+    with trio.move_on_after(1.5):  # two ticks
+        await placer(swarm).run()
+    assert swarm.taken == [(idle.peer_id, 0, 6)]
+
+
+async def test_a_worker_that_refuses_is_left_alone_and_still_holds_its_layers(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    whole = room_for(12)
+    busy = worker(1, (MANIFEST.digest, 3, 12, "loaded"), vram_total=whole)
+    other = worker(2, (MANIFEST.digest, 0, 2, "loaded"), vram_total=room_for(2))
+    swarm = SwarmTwin(busy, other)
+    swarm.refusing = {busy.peer_id}
+    with trio.move_on_after(10):
+        await placer(swarm).run()
+    assert (swarm.asked, swarm.taken) == (1, [])

@@ -118,7 +118,7 @@ async def test_a_swarm_with_a_dead_and_a_malicious_worker() -> None:
     assert (model["model_id"], model["manifest"], model["n_layers"]) == (MODEL, MANIFEST, 30)
     assert model["missing"] == [{"start": 12, "end": 30}]
     assert model["workers"] == {"loaded": 1, "loading": 1, "cached": 0}
-    assert took < 10  # about one second on an idle machine
+    assert took < 30  # about one second on an idle machine
 
 
 @pytest.mark.slow

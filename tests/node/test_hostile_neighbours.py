@@ -5,7 +5,7 @@ the coordinator hears once whose fault it was.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
 import pytest
@@ -13,6 +13,7 @@ import torch
 import trio
 
 from azu.channel import Channel
+from azu.errors import NetworkError
 from azu.overlay import Overlay, OverlayStream
 from azu.wire.messages import RING, RING_PROTOCOL, Chunk, Credit, End, Failed, Hello, Message, Next, ReceiptReply
 from azu.wire.tensors import TensorHeader
@@ -202,9 +203,9 @@ async def test_the_previous_stage_breaks_the_protocol(model: TinyModel, deed: De
 async def test_the_previous_stage_sends_beyond_its_credit(model: TinyModel) -> None:
     async with middle(model) as ring:
         # The next stage gives no credit: eight go on to it, one waits to, eight fill the inbox.
-        for number in range(CHUNKS):
-            position = number * ROWS
-            await ring.previous.send(chunk(position, sample=position + ROWS == PROMPT), bytes(ROWS * 32 * 4))
+        with suppress(NetworkError):  # it is cut off in the middle
+            for number in range(CHUNKS):
+                await ring.send(number * ROWS)
         failed = await ring.failure()
         assert (failed.peer_id, failed.code) == (identity(FIRST).peer_id, "no_credit")
         assert await ring.end() == []

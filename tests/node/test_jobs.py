@@ -166,7 +166,8 @@ async def test_a_job_lives_on_when_strangers_knock(model: TinyModel) -> None:
 async def test_a_ring_stream_without_a_job_is_refused(model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("node.jobs._TICKET_LAG_S", 0.1)
     async with real_ring(model, 1) as coordinator:
-        async with await coordinator.overlay.open_stream(coordinator.stages[0].peer_id, RING_PROTOCOL) as stream:
+        stream = await coordinator.overlay.open_stream(coordinator.stages[0].peer_id, RING_PROTOCOL)
+        async with stream:
             channel = Channel(stream, RING)
             await channel.send(Hello(job_id=os.urandom(16), epoch=0, stage=0))
             assert (await next_of(channel, Refused)).code == "unknown_job"

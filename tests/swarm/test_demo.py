@@ -42,7 +42,7 @@ def test_the_demo_answers_and_ctrl_c_leaves_no_process_behind(tmp_path: Path) ->
             said = "The swarm stays up until Ctrl-C."
             wait_until(lambda: said in (tmp_path / "stderr").read_text(), "the ways into the swarm")
             children = psutil.Process(process.pid).children(recursive=True)
-            assert len(children) == 4  # bootstrap node, coordinator, two workers
+            assert len(children) == 5  # bootstrap node, coordinator and its template process, two workers
             folders = {word for child in children for word in child.cmdline() if "azu-demo-" in word}
             assert folders
             process.send_signal(signal.SIGINT)

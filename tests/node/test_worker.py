@@ -1,0 +1,206 @@
+"""A worker's orders over real overlays: what it refuses, and that no order and no fault of its own ends it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from azu.channel import Channel, RefusedError
+from azu.distribution import Library
+from azu.errors import AzuError, InputError, ModelError
+from azu.overlay import Overlay
+from azu.records import WorkerRecord, open_worker_record
+from azu.tickets import Assignment, sign_assignment
+from azu.wire.messages import CONTROL, CONTROL_PROTOCOL, Accepted, Assign, GetStatus, Status
+from node.engine.device import open_device_thread
+from node.engine.stage import find_device
+from node.jobs import Loaded
+from node.trust import Trust
+from node.worker import Worker
+from tests.node.real_stages import LIMIT, identity, peer
+
+MANIFEST = "a" * 64
+
+
+class LoaderTwin:
+    """Loads nothing, when it is told to; `faults` are raised first."""
+
+    def __init__(self) -> None:
+        self.faults: list[Exception] = []
+        self.go = trio.Event()
+        self.loads = 0
+
+    async def load(self, assignment: Assignment) -> Loaded:
+        self.loads += 1
+        await self.go.wait()
+        if self.faults:
+            raise self.faults.pop(0)
+        stage: Any = None
+        return Loaded(assignment.manifest, assignment.start, assignment.end, stage, assignment.kv_tokens, 1)
+
+
+@dataclass
+class Scene:
+    worker: Worker
+    loader: LoaderTwin
+    overlay: Overlay  # the worker's
+    coordinators: dict[int, Overlay]
+    sequence: int = 0
+
+    async def order(self, start: int = 0, end: int = 2, *, by: int = 99, **changes: Any) -> str:
+        """Give an assignment; "" or the refusal's code."""
+        self.sequence += 1
+        fields = {
+            "worker": self.overlay.peer_id, "coordinator": identity(by).peer_id, "manifest": MANIFEST, "start": start,
+            "end": end, "dtype": "float32", "kv_tokens": 10, "sequence": self.sequence,
+            "expires_at": int(time.time()) + 60,
+        }  # fmt: skip
+        envelope = sign_assignment(identity(by), Assignment.model_validate(fields | changes))
+        async with await self.coordinators[by].open_stream(self.overlay.peer_id, CONTROL_PROTOCOL) as stream:
+            channel = Channel(stream, CONTROL)
+            await channel.send(Assign(), envelope)
+            try:
+                await channel.expect(Accepted)
+            except RefusedError as error:
+                return error.code
+            return ""
+
+    async def record(self) -> WorkerRecord:
+        async with await self.coordinators[99].open_stream(self.overlay.peer_id, CONTROL_PROTOCOL) as stream:
+            channel = Channel(stream, CONTROL)
+            await channel.send(GetStatus())
+            return open_worker_record(bytes((await channel.expect(Status))[1]))
+
+    async def until(self, state: str) -> None:
+        while {held.state for held in (await self.record()).ranges} != ({state} if state else set()):
+            await trio.sleep(0.01)
+
+
+@pytest.fixture
+async def scene(tmp_path: Path) -> AsyncIterator[Scene]:
+    async with _scene(tmp_path, trust=(identity(99).peer_id, identity(98).peer_id)) as scene:
+        yield scene
+
+
+@asynccontextmanager
+async def _scene(tmp_path: Path, trust: tuple[str, ...]) -> AsyncIterator[Scene]:
+    with trio.fail_after(LIMIT):
+        async with peer(1) as overlay, peer(99) as one, peer(98) as other, open_device_thread() as thread:
+            device = find_device("cpu", 2**20, 1)
+            library = Library(tmp_path)
+            worker = Worker(
+                identity(1), overlay, thread, device, library, dtype="float32", trust=Trust(trust), payout_address=""
+            )
+            loader = LoaderTwin()
+            worker._loader = loader  # type: ignore[assignment]
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(worker.run)
+                for coordinator in (one, other):
+                    await coordinator.connect(overlay.peer_id, overlay.addrs)
+                await trio.sleep(0.1)
+                yield Scene(worker, loader, overlay, {99: one, 98: other})
+                nursery.cancel_scope.cancel()
+
+
+async def test_an_order_is_followed_and_repeating_it_changes_nothing(scene: Scene) -> None:
+    assert await scene.order() == ""
+    await scene.until("loading")
+    assert await scene.order() == "loading"
+    scene.loader.go.set()
+    await scene.until("loaded")
+    assert await scene.order() == ""
+    assert scene.loader.loads == 1
+    assert await scene.order(2, 4) == ""
+    await scene.until("loaded")
+    assert scene.worker.jobs.loaded is not None
+    assert scene.worker.jobs.loaded.start == 2
+
+
+@pytest.mark.parametrize("fault", [ModelError("bad weights"), KeyError("rope_theta"), OSError("disk")])
+async def test_a_load_that_fails_leaves_a_worker_that_takes_the_next_order(scene: Scene, fault: Exception) -> None:
+    scene.loader.go.set()
+    scene.loader.faults = [fault]
+    assert await scene.order() == ""
+    await scene.until("")
+    assert await scene.order() == ""
+    await scene.until("loaded")
+
+
+async def test_many_orders_at_once_are_one(scene: Scene) -> None:
+    answers: list[str] = []
+
+    async def give(number: int) -> None:
+        answers.append(await scene.order(number, number + 1))
+
+    async with trio.open_nursery() as nursery:
+        for number in range(20):
+            nursery.start_soon(give, number)
+    assert answers.count("") == 1
+    assert set(answers) <= {"", "loading", "stale"}
+
+
+@pytest.mark.parametrize(
+    ("code", "changes"),
+    [
+        ("expired", {"expires_at": 1_000}),
+        ("wrong_range", {"end": 0}),
+        ("not_for_me", {"worker": identity(7).peer_id}),
+        ("wrong_signer", {"coordinator": identity(7).peer_id}),
+        ("wrong_dtype", {"dtype": "bfloat16"}),
+        ("stale", {"sequence": 0}),
+    ],
+)
+async def test_refused_orders(scene: Scene, code: str, changes: dict[str, Any]) -> None:
+    scene.loader.go.set()
+    await scene.order()
+    await scene.until("loaded")
+    assert await scene.order(**({"start": 0, "end": 3} | changes)) == code
+    await scene.until("loaded")
+
+
+async def test_a_coordinator_whose_clock_is_ahead_shuts_no_other_out(scene: Scene) -> None:
+    scene.loader.go.set()
+    assert await scene.order(sequence=2**50, by=98) == ""
+    await scene.until("loaded")
+    assert await scene.order(1, 3, by=99) == ""
+
+
+async def test_a_change_while_a_record_travels_is_told_at_once(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[WorkerRecord] = []
+    may_end = trio.Event()
+
+    async def put_slowly(key: str, record: bytes) -> None:
+        told.append(open_worker_record(record))
+        await may_end.wait()
+
+    monkeypatch.setattr(scene.overlay, "put_record", put_slowly)
+    scene.worker._changed.set()
+    while not told:
+        await trio.sleep(0.01)
+    scene.loader.go.set()
+    await scene.order()
+    await scene.until("loaded")
+    may_end.set()
+    with trio.fail_after(2):
+        while not told[-1].ranges:
+            await trio.sleep(0.01)
+
+
+@pytest.mark.parametrize("error", [InputError("a newer record is stored", code="stale_record"), AzuError("any")])
+async def test_a_record_that_nobody_takes_ends_nothing(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, error: AzuError
+) -> None:
+    async def refuse(key: str, record: bytes) -> None:
+        raise error
+
+    monkeypatch.setattr(scene.overlay, "put_record", refuse)
+    scene.worker._changed.set()
+    await trio.sleep(0.1)
+    assert (await scene.record()).peer_id == scene.overlay.peer_id
