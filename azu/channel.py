@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable
 from typing import Protocol, TypeVar
+
+import trio
 
 from azu.errors import AzuError, InternalError, NetworkError, ProtocolError
 from azu.wire.frames import Buffer, FrameReader
 from azu.wire.messages import Codec, Message, Refused, encode_message
 
-__all__ = ["Channel", "RefusedError", "Stream", "refusal_of"]
+__all__ = ["IDLE_S", "Channel", "RefusedError", "Stream", "refusal_of"]
 
 M = TypeVar("M", bound=Message)
 
 _READ_BYTES = 262_144
+# A stream of requests on which none comes for this long is ended, so that strangers cannot pile up silent ones.
+IDLE_S = 120.0
 
 
 class Stream(Protocol):
@@ -61,21 +66,26 @@ class Channel:
         """
         await self.stream.send_all(*encode_message(message, body))
 
-    async def receive(self) -> tuple[Message, bytearray] | None:
+    async def receive(self, idle: float = math.inf) -> tuple[Message, bytearray] | None:
         """The next message with its body, or None when the peer ended or reset the stream between two frames.
+
+        Args:
+            idle: seconds after which a message that has not come complete counts as the end of the stream.
 
         Raises:
             ProtocolError: the bytes are not this protocol's. The stream must be reset.
             NetworkError: the stream broke inside a frame.
         """
-        while (frame := self._reader.next_frame()) is None:
-            data = await self.stream.receive_some(_READ_BYTES)
-            if not data:
-                if self._reader.is_idle:
-                    return None
-                raise NetworkError(f"{self.peer_id} went away in the middle of a frame", code="stream_broken")
-            self._reader.receive_data(data)
-        return self._codec.decode(frame), frame.body
+        with trio.move_on_after(idle):
+            while (frame := self._reader.next_frame()) is None:
+                data = await self.stream.receive_some(_READ_BYTES)
+                if not data:
+                    if self._reader.is_idle:
+                        return None
+                    raise NetworkError(f"{self.peer_id} went away in the middle of a frame", code="stream_broken")
+                self._reader.receive_data(data)
+            return self._codec.decode(frame), frame.body
+        return None
 
     async def expect(self, kind: type[M]) -> tuple[M, bytearray]:
         """The next message, which has to be a `kind`.

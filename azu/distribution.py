@@ -14,7 +14,7 @@ from pathlib import Path
 
 import trio
 
-from azu.channel import Channel, refusal_of
+from azu.channel import IDLE_S, Channel, refusal_of
 from azu.dialing import open_worker_stream
 from azu.errors import AzuError, InternalError, ModelError, NetworkError, ProtocolError, TrustError
 from azu.identity import MAX_ENVELOPE_BYTES, Identity, Kind, open_envelope, seal
@@ -116,7 +116,7 @@ def open_manifest(envelope: bytes, digest: str) -> tuple[str, Manifest]:
 async def serve_layers(library: Library, stream: OverlayStream) -> None:
     """Answer one peer's requests for manifests and files until it ends the stream."""
     channel = Channel(stream, LAYERS, max_body=0)
-    while (received := await channel.receive()) is not None:
+    while (received := await channel.receive(IDLE_S)) is not None:
         request, _ = received
         try:
             await _answer(library, channel, request)

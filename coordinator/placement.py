@@ -94,6 +94,7 @@ class Placer:
         self._sequence = 0
         self._assigned: dict[str, tuple[HeldRange, float]] = {}  # what was taken, and until when that is news
         self._left_out: dict[str, float] = {}  # by peer id: until when
+        self._reported: dict[str, tuple[tuple[int, int], ...]] = {}  # by manifest: the missing layers last logged
 
     async def run(self) -> None:
         """Plan every second until cancelled."""
@@ -106,6 +107,8 @@ class Placer:
         self._assigned = {peer: held for peer, held in self._assigned.items() if now < held[1]}
         self._left_out = {peer: until for peer, until in self._left_out.items() if now < until}
         workers = [self._as_assigned(worker) for worker in self._swarm.workers()]
+        for manifest in self._manifests:
+            self._report(manifest, missing_layers(manifest, workers), len(workers))
         # Who refuses to change what it holds still holds it: leaving it out would tear a hole to be filled.
         workers = [w for w in workers if w.peer_id not in self._left_out or _active(w)]
         async with trio.open_nursery() as nursery:
@@ -118,6 +121,18 @@ class Placer:
                             nursery.start_soon(self._assign, manifest, dtype, placement)
                     placed = {placement.peer_id for placement in placements}
                     workers = [worker for worker in workers if worker.peer_id not in placed]
+
+    def _report(self, manifest: Manifest, missing: tuple[tuple[int, int], ...], workers: int) -> None:
+        """Log which layers are missing, when that changes."""
+        if self._reported.get(manifest.digest, ()) == missing:
+            return
+        self._reported[manifest.digest] = missing
+        tell = partial(log, logger, model=manifest.model_id, workers=workers)
+        if missing:
+            layers = ", ".join(f"{start}-{end - 1}" for start, end in missing)
+            tell(logging.WARNING, "model not covered", missing_layers=layers)
+        else:
+            tell(logging.INFO, "model covered")
 
     def _as_assigned(self, worker: WorkerRecord) -> WorkerRecord:
         """A worker's record with the assignment that it took since."""

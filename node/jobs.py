@@ -44,6 +44,7 @@ class Loaded:
     end: int
     stage: LoadedStage
     kv_tokens: int
+    kv_bytes_per_token: int
     layer_us: int
 
 

@@ -45,7 +45,7 @@ class Loader:
             CapacityError: the stage does not fit. ModelError: it cannot be built.
         """
         manifest = await self._manifest(assignment)
-        kv_tokens = self._kv_tokens(manifest, assignment)
+        kv_tokens, per_token = self._kv_room(manifest, assignment)
         peers = [assignment.coordinator]
         peers += [p for p in await self._overlay.providers(bytes.fromhex(manifest.digest)) if p not in peers]
         store = self._library.store
@@ -66,7 +66,7 @@ class Loader:
         load = partial(load_stage, spec, assignment.dtype, self._device, files, vocab_size=manifest.vocab_size)
         stage = await self._thread.run(load)
         layer_us = await self._thread.run(stage.measure_layer_us)
-        return Loaded(manifest.digest, spec.start, spec.end, stage, kv_tokens, layer_us)
+        return Loaded(manifest.digest, spec.start, spec.end, stage, kv_tokens, per_token, layer_us)
 
     async def _manifest(self, assignment: Assignment) -> Manifest:
         known = dict(await trio.to_thread.run_sync(self._library.manifests)).get(assignment.manifest)
@@ -79,8 +79,8 @@ class Loader:
         self._library.keep(assignment.manifest, envelope)
         return manifest
 
-    def _kv_tokens(self, manifest: Manifest, assignment: Assignment) -> int:
-        """Positions of KV cache that fit beside the weights: at least what the assignment asks for."""
+    def _kv_room(self, manifest: Manifest, assignment: Assignment) -> tuple[int, int]:
+        """Positions of KV cache that fit beside the weights, at least what is asked for, and the bytes of each."""
         if assignment.end > manifest.n_layers:
             raise ModelError(f"{manifest.model_id} has {manifest.n_layers} layers", code="wrong_range")
         weights = weights_bytes(manifest, assignment.start, assignment.end, assignment.dtype)
@@ -94,4 +94,4 @@ class Loader:
                 code="not_enough_vram",
                 remedy="Offer more with --vram",
             )
-        return fitting
+        return fitting, per_token

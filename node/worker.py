@@ -8,7 +8,7 @@ from functools import partial
 
 import trio
 
-from azu.channel import Channel, refusal_of
+from azu.channel import IDLE_S, Channel, refusal_of
 from azu.distribution import Library, serve_layers
 from azu.errors import AzuError, NetworkError, ProtocolError, TrustError
 from azu.identity import Identity
@@ -48,6 +48,8 @@ _RECORD_LIFE_S = 60
 # Provider records live for 48 hours; this renews them long before, also at nodes that joined since.
 _PROVIDE_S = 600.0
 _MAX_ADDRS = 16
+# Layers that could not be loaded are not tried again for this long: the coordinator gives them to somebody else.
+_AFTER_FAILURE_S = 60.0
 
 
 class Worker:
@@ -76,6 +78,7 @@ class Worker:
         self._payout_address = payout_address
         self._cached: tuple[HeldRange, ...] = ()
         self._loading: HeldRange | None = None
+        self._failed: tuple[tuple[str, int, int], str, float] | None = None  # which layers, why, until when to refuse
         self._sequence = 0
         self._assigned_sequences: dict[str, int] = {}  # by coordinator: their clocks may differ
         self._changed = trio.Event()
@@ -127,7 +130,7 @@ class Worker:
             device=self._device.label[:128],
             dtype=self.dtype,
             vram_total=self._device.vram,
-            vram_free=0 if loaded is not None else self._device.vram,
+            vram_free=self.jobs.kv_tokens_free * loaded.kv_bytes_per_token if loaded else self._device.vram,
             kv_tokens=loaded.kv_tokens if loaded else 0,
             kv_tokens_free=self.jobs.kv_tokens_free,
             jobs=self.jobs.count,
@@ -168,7 +171,7 @@ class Worker:
 
     async def _handle_control(self, stream: OverlayStream) -> None:
         channel = Channel(stream, CONTROL)
-        while (received := await channel.receive()) is not None:
+        while (received := await channel.receive(IDLE_S)) is not None:
             message, body = received
             if isinstance(message, GetStatus):
                 await channel.send(Status(), self.record())
@@ -194,6 +197,7 @@ class Worker:
             last_sequence=self._assigned_sequences.get(signer, -1),
         ) or self._check_state(assignment)
         if refusal is not None:
+            log(logger, logging.INFO, "assignment refused", peer=sender, code=refusal.code, reason=refusal.message)
             return Refused(code=refusal.code, message=refusal.message, remedy=refusal.remedy)
         self._assigned_sequences[signer] = assignment.sequence
         self._trust.follow(signer)
@@ -210,14 +214,15 @@ class Worker:
             return Refusal("loading", f"layers {self._loading.start}-{self._loading.end - 1} are being loaded")
         if self.jobs.count and not self._is_fulfilled(assignment):
             return Refusal("busy", f"{self.jobs.count} jobs are running on the layers loaded now")
+        if self._failed is not None and self._failed[0] == _layers(assignment) and time.monotonic() < self._failed[2]:
+            return Refusal("load_failed", f"these layers could not be loaded a moment ago: {self._failed[1]}"[:2_000])
         if assignment.dtype != self.dtype:
             return Refusal("wrong_dtype", f"this worker runs {self.dtype}, the assignment wants {assignment.dtype}")
         return None
 
     def _is_fulfilled(self, assignment: Assignment) -> bool:
         loaded = self.jobs.loaded
-        wanted = (assignment.manifest, assignment.start, assignment.end)
-        return loaded is not None and (loaded.manifest, loaded.start, loaded.end) == wanted
+        return loaded is not None and (loaded.manifest, loaded.start, loaded.end) == _layers(assignment)
 
     async def _follow_orders(self) -> None:
         async for assignment in self._orders:
@@ -234,12 +239,17 @@ class Worker:
                     layer_us=self.jobs.loaded.layer_us,
                 )
             except AzuError as error:
+                self._note_failure(assignment, error.message)
                 log(logger, logging.ERROR, "cannot load the assigned layers", layers=layers, reason=str(error))
             except Exception:  # a border: whatever a model makes transformers do, the next assignment may be better
+                self._note_failure(assignment, "internal error")
                 log(logger, logging.ERROR, "cannot load the assigned layers", layers=layers, exc_info=True)
             self._loading = None
             await self._note_cached()
             self._changed.set()
+
+    def _note_failure(self, assignment: Assignment, reason: str) -> None:
+        self._failed = (_layers(assignment), reason, time.monotonic() + _AFTER_FAILURE_S)
 
     async def _note_cached(self) -> None:
         self._cached = await trio.to_thread.run_sync(self._find_cached)
@@ -251,3 +261,7 @@ class Worker:
             for digest, found in cached
             if found
         )
+
+
+def _layers(assignment: Assignment) -> tuple[str, int, int]:
+    return assignment.manifest, assignment.start, assignment.end

@@ -227,3 +227,12 @@ def test_a_refusal_out_of_an_error() -> None:
 def test_a_local_fault_stays_here() -> None:
     refusal = refusal_of(InternalError("/home/me/secret.key: disk full", code="storage", remedy="rm /home/me"))
     assert refusal == Refused(code="internal", message="internal error")
+
+
+async def test_a_silent_peer_is_the_end_of_the_stream_where_one_asks_for_it() -> None:
+    left, right = job_channels()
+    assert await right.receive(0.01) is None
+    await left.send(Ping())
+    received = await right.receive(30)
+    assert received is not None
+    assert received[0] == Ping()

@@ -235,7 +235,7 @@ async def peer(number: int) -> AsyncIterator[Overlay]:
 async def real_stage(model: TinyModel, number: int, start: int, end: int) -> AsyncIterator[Stage]:
     async with peer(number) as overlay, open_device_thread() as thread:
         jobs = Jobs(identity(number), overlay, thread, is_trusted=lambda peer_id: peer_id == identity(99).peer_id)
-        jobs.loaded = Loaded(model.manifest.digest, start, end, model.stage(start, end), KV_TOKENS, 1)
+        jobs.loaded = Loaded(model.manifest.digest, start, end, model.stage(start, end), KV_TOKENS, 1, 1)
         overlay.handle(JOB_PROTOCOL, jobs.handle_job)
         overlay.handle(RING_PROTOCOL, jobs.handle_ring)
         yield Stage(identity(number), overlay, jobs, start, end)

@@ -43,7 +43,7 @@ class LoaderTwin:
         if self.faults:
             raise self.faults.pop(0)
         stage: Any = None
-        return Loaded(assignment.manifest, assignment.start, assignment.end, stage, assignment.kv_tokens, 1)
+        return Loaded(assignment.manifest, assignment.start, assignment.end, stage, assignment.kv_tokens, 1, 1)
 
 
 @dataclass
@@ -127,6 +127,17 @@ async def test_an_order_is_followed_and_repeating_it_changes_nothing(scene: Scen
 async def test_a_load_that_fails_leaves_a_worker_that_takes_the_next_order(scene: Scene, fault: Exception) -> None:
     scene.loader.go.set()
     scene.loader.faults = [fault]
+    assert await scene.order(0, 2) == ""
+    await scene.until("")
+    assert await scene.order(0, 2) == "load_failed"  # not again and again; the coordinator may ask somebody else
+    assert await scene.order(2, 4) == ""
+    await scene.until("loaded")
+
+
+async def test_layers_that_failed_are_tried_again_later(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("node.worker._AFTER_FAILURE_S", 0.0)
+    scene.loader.go.set()
+    scene.loader.faults = [ModelError("bad weights")]
     assert await scene.order() == ""
     await scene.until("")
     assert await scene.order() == ""
