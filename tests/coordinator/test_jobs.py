@@ -51,7 +51,7 @@ async def test_a_client_that_leaves_at_once_ends_the_job_at_once(tmp_path: Path)
             left = trio.current_time()
             while worker.ended < len(worker.tickets):
                 await trio.sleep(0.005)
-            assert trio.current_time() - left < 1
+            assert trio.current_time() - left < 4.5  # waiting for a receipt that does not come takes 5 s
             assert len(worker.tickets) - before <= 1
 
 
@@ -131,21 +131,23 @@ async def test_a_job_that_no_worker_can_hold_is_refused_at_once(tmp_path: Path) 
         started = time.monotonic()
         with pytest.raises(CapacityError, match="max_tokens"):
             await swarm.ask(max_tokens=KV_TOKENS)
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < 20  # waiting for room takes 30 s
         assert not swarm.workers[0].tickets
 
 
 async def test_a_job_waits_for_room(tmp_path: Path) -> None:
     async with swarm_of(tmp_path, (0, 4, idle)) as swarm, trio.open_nursery() as nursery:
+        client = trio.CancelScope()
 
         @nursery.start_soon
         async def holds_the_room() -> None:
-            with trio.move_on_after(0.5):
+            with client:
                 await swarm.ask(max_tokens=KV_TOKENS - 10)
             swarm.workers[0].script = honest
 
         while not swarm.workers[0].tickets:
             await trio.sleep(0.01)
+        client.deadline = trio.current_time() + 0.5
         assert await swarm.ask(max_tokens=20) == list(range(7, 27))
 
 

@@ -68,7 +68,7 @@ class Middle:
         """End the job; what came of it before the receipt, without signs of life."""
         await self.coordinator.send(End())
         seen: list[Message] = []
-        with trio.fail_after(5):
+        with trio.fail_after(60):
             while (received := await self.coordinator.receive()) is not None:
                 if isinstance(received[0], ReceiptReply):
                     break
@@ -194,7 +194,7 @@ async def test_the_previous_stage_breaks_the_protocol(model: TinyModel, deed: De
         await deed(ring)
         assert (await ring.failure()).peer_id == identity(FIRST).peer_id
         assert ring.stage.overlay.statistics().violations == {identity(FIRST).peer_id: 1}
-        with trio.fail_after(5):
+        with trio.fail_after(60):
             while await ring.previous.receive() is not None:
                 pass  # its stream was reset
         assert await ring.end() == []
@@ -241,4 +241,4 @@ async def test_a_next_stage_that_neither_reads_nor_gives_credit_holds_nothing_up
         await trio.sleep(0.3)
         started = trio.current_time()
         assert await ring.end() == []
-        assert trio.current_time() - started < 3
+        assert trio.current_time() - started < 10  # what a blocked write may take is 15 s
