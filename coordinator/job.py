@@ -19,6 +19,8 @@ from azu.tickets import JobTicket, Receipt, check_receipt, open_receipt, sign_ti
 from azu.wire.messages import (
     JOB,
     JOB_PROTOCOL,
+    PING_S,
+    SILENCE_S,
     End,
     Failed,
     Message,
@@ -37,9 +39,6 @@ __all__ = ["RunningJob"]
 
 logger = logging.getLogger(__name__)
 
-# As in node/job.py: both ends of a job stream speak at least every PING_S and take SILENCE_S of silence for death.
-_PING_S = 2.0
-_SILENCE_S = 15.0
 # Stages have this long to answer the end of a job with their receipt.
 _RECEIPT_S = 5.0
 # A job in which no token comes for this long, and so many times what the workers' own measurements promise, is given
@@ -185,7 +184,7 @@ class RunningJob:
             if index == 0 or (index == len(self.ticket.stages) - 1 and self.ticket.sampling.repetition_penalty != 1.0):
                 await channel.send(Prompt(), struct.pack(f"<{len(self._prompt)}I", *self._prompt))
             while True:
-                with trio.move_on_after(_PING_S):
+                with trio.move_on_after(PING_S):
                     await self._ended.wait()
                 if self._ended.is_set():
                     return await channel.send(End())
@@ -196,10 +195,10 @@ class RunningJob:
     async def _listen(self, index: int, channel: Channel) -> None:
         peer_id = channel.peer_id
         while True:
-            with trio.move_on_after(_SILENCE_S) as silence:
+            with trio.move_on_after(SILENCE_S) as silence:
                 received = await channel.receive()
             if silence.cancelled_caught:
-                raise NetworkError(f"silent for {_SILENCE_S:g} s")
+                raise NetworkError(f"silent for {SILENCE_S:g} s")
             if received is None:
                 raise NetworkError("it closed the stream")
             message, body = received

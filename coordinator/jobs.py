@@ -19,7 +19,7 @@ from azu.tickets import JobTicket
 from coordinator.generation import GenerationRequest
 from coordinator.job import RunningJob
 from coordinator.meter import Meter
-from coordinator.placement import missing_layers, views_for
+from coordinator.placement import layers_text, missing_layers, views_for
 from coordinator.planner import Placement, route
 from coordinator.swarm import SwarmView
 
@@ -190,9 +190,8 @@ def too_large(tokens: int) -> CapacityError:
 
 def not_covered(model_id: str, missing: tuple[tuple[int, int], ...]) -> CapacityError:
     """The error for a model that the swarm does not cover, naming the layers that are missing."""
-    layers = ", ".join(f"{start}-{end - 1}" if end - start > 1 else str(start) for start, end in missing)
     return CapacityError(
-        f"the swarm does not cover {model_id}: no worker has layers {layers} loaded",
+        f"the swarm does not cover {model_id}: no worker has layers {layers_text(missing)} loaded",
         code="model_not_covered",
         remedy="Wait until workers have loaded them, or let more workers join",
     )

@@ -20,7 +20,7 @@ from azu.tickets import Assignment, sign_assignment
 from coordinator.planner import ModelShape, Placement, WorkerView, place, uncovered
 from coordinator.swarm import SwarmView
 
-__all__ = ["Placer", "missing_layers", "shape_of", "views_for"]
+__all__ = ["Placer", "layers_text", "missing_layers", "shape_of", "views_for"]
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +68,11 @@ def missing_layers(manifest: Manifest, workers: Iterable[WorkerRecord]) -> tuple
     by_dtype = [[w for w in workers if w.dtype == dtype] for dtype in sorted({w.dtype for w in workers})]
     missing = [uncovered(manifest.n_layers, views_for(manifest, alike)) for alike in by_dtype]
     return min(missing, key=_length, default=((0, manifest.n_layers),))
+
+
+def layers_text(ranges: Iterable[tuple[int, int]]) -> str:
+    """Stretches [start, end) of layers as people write them: "0-9, 20"."""
+    return ", ".join(f"{start}-{end - 1}" if end - start > 1 else str(start) for start, end in ranges)
 
 
 def _length(ranges: Iterable[tuple[int, int]]) -> int:
@@ -129,8 +134,7 @@ class Placer:
         self._reported[manifest.digest] = missing
         tell = partial(log, logger, model=manifest.model_id, workers=workers)
         if missing:
-            layers = ", ".join(f"{start}-{end - 1}" for start, end in missing)
-            tell(logging.WARNING, "model not covered", missing_layers=layers)
+            tell(logging.WARNING, "model not covered", missing_layers=layers_text(missing))
         else:
             tell(logging.INFO, "model covered")
 

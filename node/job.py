@@ -28,6 +28,8 @@ from azu.overlay import Overlay
 from azu.tickets import JobTicket, Receipt, sign_receipt
 from azu.wire.frames import Buffer
 from azu.wire.messages import (
+    PING_S,
+    SILENCE_S,
     Chunk,
     Credit,
     End,
@@ -45,14 +47,9 @@ from node.engine.stage import JobState, LoadedStage, Output
 from node.ring import GRANT, WINDOW, RingLink
 from node.session import StageSession
 
-__all__ = ["PING_S", "SILENCE_S", "StageJob"]
+__all__ = ["StageJob"]
 
 logger = logging.getLogger(__name__)
-
-# Both ends of a job stream say something at least this often, and take silence for death after SILENCE_S: a peer that
-# was stopped or cut off ends no stream by itself.
-PING_S = 2.0
-SILENCE_S = 15.0
 
 # A checked message of the ring, its body and its rows.
 Work = tuple[Chunk | Next, bytearray, int]

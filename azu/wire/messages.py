@@ -26,8 +26,10 @@ __all__ = [
     "LAYERS_PROTOCOL",
     "MAX_PART_BYTES",
     "MAX_TOKENS",
+    "PING_S",
     "RING",
     "RING_PROTOCOL",
+    "SILENCE_S",
     "Accepted",
     "Assign",
     "BlobPart",
@@ -63,6 +65,10 @@ RING_PROTOCOL = "/azu/ring/1"
 MAX_TOKENS = 1_048_576
 # A file travels in parts, so that neither side holds more than this of it in memory.
 MAX_PART_BYTES = 1_048_576
+# Both ends of a job stream say something at least this often, and take silence for death after SILENCE_S: a peer that
+# was stopped or cut off ends no stream by itself.
+PING_S = 2.0
+SILENCE_S = 15.0
 _MAX_SIGNED_BYTES = 65_536
 _MAX_FILE_BYTES = 2**44
 
