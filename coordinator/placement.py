@@ -83,7 +83,7 @@ def shape_of(manifest: Manifest, dtype: str, kv_tokens: int) -> ModelShape:
     """A model as the planner sees it, for stages in `dtype` with room for `kv_tokens` positions of KV cache."""
 
     def stage_bytes(start: int, end: int) -> int:
-        return weights_bytes(manifest, start, end, dtype) + kv_bytes(manifest, end - start, kv_tokens, dtype)
+        return weights_bytes(manifest, start, end, dtype) + kv_bytes(manifest, start, end, kv_tokens, dtype)
 
     return ModelShape(manifest.n_layers, stage_bytes)
 

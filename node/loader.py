@@ -84,7 +84,7 @@ class Loader:
         if assignment.end > manifest.n_layers:
             raise ModelError(f"{manifest.model_id} has {manifest.n_layers} layers", code="wrong_range")
         weights = weights_bytes(manifest, assignment.start, assignment.end, assignment.dtype)
-        per_token = kv_bytes(manifest, assignment.end - assignment.start, 1, assignment.dtype)
+        per_token = kv_bytes(manifest, assignment.start, assignment.end, 1, assignment.dtype)
         fitting = (self._device.vram - weights) // per_token
         if fitting < assignment.kv_tokens:
             needed = format_size(weights + per_token * assignment.kv_tokens)

@@ -13,7 +13,8 @@ import trio
 
 from azu.distribution import Library, fetch_blobs, serve_layers
 from azu.identity import Identity
-from azu.models.manifest import Blob, Manifest
+from azu.models.manifest import PIECE_BYTES, Blob, LayerCache, Manifest
+from azu.models.store import PieceHasher
 from azu.overlay import Overlay, OverlayConfig, open_overlay
 from azu.records import VALIDATORS
 from azu.wire.messages import LAYERS_PROTOCOL, MAX_PART_BYTES
@@ -27,23 +28,27 @@ EMPTY = b""
 
 
 def blob_of(data: bytes) -> Blob:
-    return Blob(hashlib.sha256(data).hexdigest(), len(data))
+    hasher = PieceHasher()
+    hasher.update(data)
+    pieces = hashlib.sha256(hasher.piece_list).hexdigest() if len(data) > PIECE_BYTES else ""
+    return Blob(hasher.digest, len(data), pieces)
 
 
 def manifest_of(*layers: bytes) -> Manifest:
     return Manifest(
         model_id="owner/tiny",
         revision="main",
+        origin="",
         architecture="LlamaForCausalLM",
         dtype="float16",
         n_layers=len(layers),
         hidden_size=32,
         vocab_size=64,
         context_length=128,
-        kv_bytes_per_token_layer=64,
         config=blob_of(b"{}"),
         tokenizer={},
         layers=tuple(blob_of(data) for data in layers),
+        caches=(LayerCache(32),) * len(layers),
         shared={},
         sources={},
         tied=False,

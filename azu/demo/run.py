@@ -259,7 +259,7 @@ def worker_vram(manifest: Manifest, workers: int) -> int:
     count = min(-(-manifest.n_layers // workers) + 2, manifest.n_layers)
     ends = [(0, count), (manifest.n_layers - count, manifest.n_layers)]
     weights = max(weights_bytes(manifest, start, end, "float32") for start, end in ends)
-    return weights + kv_bytes(manifest, count, _KV_TOKENS, "float32")
+    return weights + kv_bytes(manifest, 0, count, _KV_TOKENS, "float32")
 
 
 def read_event(line: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from azu.errors import ModelError
-from azu.models.manifest import MAX_LAYERS
+from azu.models.manifest import MAX_LAYERS, LayerCache
 
 __all__ = ["ConfigFacts", "read_facts"]
 
@@ -24,14 +24,14 @@ _UNBOUNDED_CONTEXT = 2048  # ALiBi families name no limit; this is what they wer
 
 @dataclass(frozen=True, slots=True)
 class ConfigFacts:
-    """Shape of a model; `kv_values_per_token_layer` counts numbers (not bytes) in one layer's cache of one token."""
+    """Shape of a model; `caches` says what each layer keeps of a job."""
 
     architecture: str
     n_layers: int
     hidden_size: int
     vocab_size: int
     context_length: int
-    kv_values_per_token_layer: int
+    caches: tuple[LayerCache, ...]
     tied: bool | None
 
 
@@ -57,7 +57,7 @@ def read_facts(config: Mapping[str, Any]) -> ConfigFacts:
         hidden_size=_positive(config, "hidden_size"),
         vocab_size=_positive(config, "vocab_size"),
         context_length=_positive(config, "context_length", _UNBOUNDED_CONTEXT),
-        kv_values_per_token_layer=_kv_values(config),
+        caches=(LayerCache(_kv_values(config)),) * n_layers,
         tied=_boolean(config.get("tie_word_embeddings")),
     )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -19,10 +19,21 @@ import cbor2
 from azu.errors import ModelError
 from azu.models.layout import is_head
 
-__all__ = ["DTYPE_BYTES", "MAX_LAYERS", "MAX_MANIFEST_BYTES", "Blob", "Manifest", "is_digest"]
+__all__ = [
+    "DTYPE_BYTES",
+    "MAX_LAYERS",
+    "MAX_MANIFEST_BYTES",
+    "PIECE_BYTES",
+    "Blob",
+    "LayerCache",
+    "Manifest",
+    "Weights",
+    "is_digest",
+]
 
 MAX_MANIFEST_BYTES = 1 << 20  # 1 MiB: 1,000 layers and as many shared tensors take about 150 KiB
-MAX_LAYERS = 2048  # the deepest published models have about 130
+PIECE_BYTES = 4 << 20  # what can be fetched and verified on its own
+MAX_LAYERS = 1000  # as a job ticket; the deepest published models have about 130
 MAX_SHARED = 1024
 MAX_FILES = 4096  # shards of one source; the largest repositories have a few hundred
 MAX_BLOB_BYTES = 1 << 40  # 1 TiB, for one layer
@@ -31,29 +42,86 @@ MAX_DIMENSION = 1 << 32  # hidden size, vocabulary, context: far above any model
 DTYPE_BYTES: Mapping[str, int] = MappingProxyType({"float32": 4, "float16": 2, "bfloat16": 2})
 
 _FORMAT = "azu-manifest"
-_VERSION = 1
+_VERSION = 2
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _MODEL_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}(/[A-Za-z0-9][A-Za-z0-9._-]{0,127})?")
 _REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,255}")  # file and tensor names; no separators
 _DTYPE = re.compile("|".join(DTYPE_BYTES))
-_TEXTS = ("model_id", "revision", "architecture", "dtype")
-_SCALARS = ("n_layers", "hidden_size", "vocab_size", "context_length", "kv_bytes_per_token_layer")
+_TENSOR_DTYPE = re.compile(r"[A-Z0-9_]{1,16}")  # safetensors' own names
+_TEXTS = ("model_id", "revision", "origin", "architecture", "dtype")
+_SCALARS = ("n_layers", "hidden_size", "vocab_size", "context_length")
 _FIELDS = frozenset(
-    {"format", "version", "config", "tokenizer", "layers", "shared", "sources", "tied", *_TEXTS, *_SCALARS}
+    {"format", "version", "config", "tokenizer", "layers", "caches", "shared", "sources", "tied", *_TEXTS, *_SCALARS}
 )
 
 
 @dataclass(frozen=True, slots=True)
+class Weights:
+    """What a safetensors file holds of one dtype (safetensors' name): `nbytes` in all, `matrix_nbytes` of them in
+    tensors of two or more dimensions, which are what a worker may quantise."""
+
+    dtype: str
+    nbytes: int
+    matrix_nbytes: int
+
+    def __post_init__(self) -> None:
+        _check_text(self.dtype, _TENSOR_DTYPE, "a tensor's dtype")
+        _require(_is_int(self.nbytes, 0, MAX_BLOB_BYTES), "a number of bytes is out of range")
+        _require(_is_int(self.matrix_nbytes, 0, self.nbytes), "a number of bytes is out of range")
+
+
+@dataclass(frozen=True, slots=True)
 class Blob:
-    """One immutable file: `digest` is its SHA-256 as 64 hex digits, `size` its length in bytes."""
+    """One immutable file.
+
+    Args:
+        digest: its SHA-256 as 64 hex digits.
+        size: its length in bytes.
+        pieces: the SHA-256 of another blob, its piece list: the SHA-256s (32 bytes each) of its pieces of PIECE_BYTES
+            one after the other, so that each can come from another peer and be verified on its own. Empty where the
+            file is a single piece.
+        weights: what it holds by dtype, in a safetensors file; dtypes ascending.
+    """
 
     digest: str
     size: int
+    pieces: str = ""
+    weights: tuple[Weights, ...] = ()
 
     def __post_init__(self) -> None:
         _require(is_digest(self.digest), "a blob's digest is not 64 lower-case hex digits")
         _require(_is_int(self.size, 0, MAX_BLOB_BYTES), "a blob's size is out of range")
+        has_list = is_digest(self.pieces) if self.size > PIECE_BYTES else self.pieces == ""
+        _require(has_list, "a blob's piece list does not fit its size")
+        _require(len(self.weights) <= 16, "a blob has weights of too many dtypes")
+        names = [part.dtype for part in self.weights]
+        _require(names == sorted(set(names)), "a blob's weights are not in order")
+        _require(sum(part.nbytes for part in self.weights) <= self.size, "a blob's weights exceed its size")
+
+    @property
+    def piece_list(self) -> Blob | None:
+        """The blob that lists its pieces, or None where the file is a single piece."""
+        return Blob(self.pieces, 32 * -(-self.size // PIECE_BYTES)) if self.pieces else None
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCache:
+    """What one decoder layer keeps of one job.
+
+    Args:
+        per_token: numbers (keys and values, at the dtype that the stage computes in) for each token.
+        window: of how many tokens at most; 0 where of all.
+        state_bytes: what it keeps besides however many tokens there are (linear attention, convolutions), in bytes.
+    """
+
+    per_token: int
+    window: int = 0
+    state_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        for value in (self.per_token, self.window, self.state_bytes):
+            _require(_is_int(value, 0, MAX_DIMENSION), "a layer's cache is out of range")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,16 +131,17 @@ class Manifest:
     Args:
         model_id: the name that clients ask for, such as "SmolLM2-135M-Instruct" or "owner/name".
         revision: the source's commit, or a hash of the source files where there is none.
+        origin: the hub's id of the repository that it was cut from, at `revision`; empty where it came from elsewhere.
         architecture: the transformers class, such as "LlamaForCausalLM".
         dtype: what the layer files hold: "float32", "float16" or "bfloat16".
         n_layers: how many decoder layers there are; equals `len(layers)`.
         hidden_size: the width of the hidden states that travel between stages.
         vocab_size: the width of the logits.
         context_length: the most tokens that the model attends to.
-        kv_bytes_per_token_layer: KV cache of one token in one layer at `dtype`, in bytes.
         config: the HF config.json.
         tokenizer: file name to blob, for those of tokenizer.json, tokenizer_config.json and so on that exist.
         layers: one safetensors file per decoder layer.
+        caches: what each layer keeps of a job.
         shared: tensor name to a safetensors file with that one tensor (embeddings, final norm, head).
         sources: source file name to its SHA-256.
         tied: whether the head is the embedding.
@@ -83,16 +152,17 @@ class Manifest:
 
     model_id: str
     revision: str
+    origin: str
     architecture: str
     dtype: str
     n_layers: int
     hidden_size: int
     vocab_size: int
     context_length: int
-    kv_bytes_per_token_layer: int
     config: Blob
     tokenizer: Mapping[str, Blob]
     layers: tuple[Blob, ...]
+    caches: tuple[LayerCache, ...]
     shared: Mapping[str, Blob]
     sources: Mapping[str, str]
     tied: bool
@@ -101,11 +171,14 @@ class Manifest:
     def __post_init__(self) -> None:
         _check_text(self.model_id, _MODEL_ID, "model_id")
         _check_text(self.revision, _REVISION, "revision")
+        if self.origin != "":
+            _check_text(self.origin, _MODEL_ID, "origin")
         _check_text(self.architecture, _NAME, "architecture")
         _check_text(self.dtype, _DTYPE, "dtype")
         for name in _SCALARS:
             _require(_is_int(getattr(self, name), 1, MAX_DIMENSION), f"{name} is out of range")
         _require(1 <= self.n_layers <= MAX_LAYERS and self.n_layers == len(self.layers), "n_layers does not fit layers")
+        _require(len(self.caches) == self.n_layers, "n_layers does not fit caches")
         _require(isinstance(self.tied, bool), "tied is not a boolean")
         _check_names(self.tokenizer, MAX_SHARED, "tokenizer")
         _check_names(self.shared, MAX_SHARED, "shared")
@@ -142,12 +215,20 @@ class Manifest:
             config=_blob(fields["config"]),
             tokenizer=_blobs(fields["tokenizer"]),
             layers=tuple(_blob(item) for item in _sequence(fields["layers"])),
+            caches=tuple(_cache(item) for item in _sequence(fields["caches"])),
             shared=_blobs(fields["shared"]),
             sources=_mapping(fields["sources"]),
         )
         # One model has one digest: bytes that decode to the same fields but differ are refused.
         _require(manifest._encoded == bytes(data), "it is not in canonical form")
         return manifest
+
+    def blobs(self) -> Iterator[Blob]:
+        """Yields every file of the model, without the piece lists."""
+        yield self.config
+        yield from self.tokenizer.values()
+        yield from self.layers
+        yield from self.shared.values()
 
     def blobs_for(self, start: int, end: int, shared_names: Iterable[str]) -> dict[str, Blob]:
         """Returns what a stage of layers start..end (end exclusive) fetches, as label to blob.
@@ -186,20 +267,26 @@ def is_digest(value: object) -> bool:
 
 def _encode(manifest: Manifest) -> bytes:
     blobs = {
-        name: {key: [blob.digest, blob.size] for key, blob in getattr(manifest, name).items()}
+        name: {key: _plain_blob(blob) for key, blob in getattr(manifest, name).items()}
         for name in ("tokenizer", "shared")
     }
     scalars = {name: getattr(manifest, name) for name in (*_TEXTS, "tied", *_SCALARS)}
     value = {
         "format": _FORMAT,
         "version": _VERSION,
-        "config": [manifest.config.digest, manifest.config.size],
-        "layers": [[blob.digest, blob.size] for blob in manifest.layers],
+        "config": _plain_blob(manifest.config),
+        "layers": [_plain_blob(blob) for blob in manifest.layers],
+        "caches": [[cache.per_token, cache.window, cache.state_bytes] for cache in manifest.caches],
         "sources": dict(manifest.sources),
         **scalars,
         **blobs,
     }
     return cbor2.dumps(value, canonical=True)
+
+
+def _plain_blob(blob: Blob) -> list[Any]:
+    weights = [[part.dtype, part.nbytes, part.matrix_nbytes] for part in blob.weights]
+    return [blob.digest, blob.size, blob.pieces, weights]
 
 
 def _decode(data: bytes) -> dict[str, Any]:
@@ -209,7 +296,7 @@ def _decode(data: bytes) -> dict[str, Any]:
             data,
             semantic_decoders=dict.fromkeys(_BUILT_IN_TAGS, _refuse_tag),
             tag_hook=_refuse_tag,
-            max_depth=4,
+            max_depth=6,
             allow_indefinite=False,
             allow_duplicate_keys=False,
             strict_hashable_types=True,
@@ -218,7 +305,7 @@ def _decode(data: bytes) -> dict[str, Any]:
         raise _bad(f"not CBOR ({type(error).__name__})") from error
     _require(isinstance(value, dict), "it is not a map")
     _require(value.get("format") == _FORMAT and value.get("version") == _VERSION, "unknown format or version")
-    _require(set(value) == _FIELDS, "its fields are not those of version 1")
+    _require(set(value) == _FIELDS, f"its fields are not those of version {_VERSION}")
     fields: dict[str, Any] = value
     return fields
 
@@ -231,9 +318,18 @@ def _refuse_tag(*_: object) -> object:
 
 
 def _blob(value: object) -> Blob:
-    if not isinstance(value, list) or len(value) != 2:
-        raise _bad("a blob is not a pair of digest and size")
-    return Blob(value[0], value[1])
+    digest, size, pieces, weights = _row(value, 4)
+    return Blob(digest, size, pieces, tuple(Weights(*_row(part, 3)) for part in _sequence(weights)))
+
+
+def _cache(value: object) -> LayerCache:
+    return LayerCache(*_row(value, 3))
+
+
+def _row(value: object, length: int) -> list[Any]:
+    if not isinstance(value, list) or len(value) != length:
+        raise _bad(f"a list of {length} is expected")
+    return value
 
 
 def _blobs(value: object) -> dict[str, Blob]:
@@ -248,7 +344,7 @@ def _mapping(value: object) -> dict[str, Any]:
 
 def _sequence(value: object) -> list[Any]:
     if not isinstance(value, list) or len(value) > MAX_LAYERS:
-        raise _bad("layers is not a list, or too long")
+        raise _bad("a list is expected, or it is too long")
     return value
 
 

@@ -26,16 +26,17 @@ def weights_bytes(manifest: Manifest, start: int, end: int, dtype: str) -> int:
     return _scaled(stored, manifest, dtype)
 
 
-def kv_bytes(manifest: Manifest, layers: int, tokens: int, dtype: str) -> int:
-    """Returns the KV cache of `tokens` tokens in `layers` layers, in bytes at `dtype`."""
-    return _scaled(manifest.kv_bytes_per_token_layer * layers * tokens, manifest, dtype)
+def kv_bytes(manifest: Manifest, start: int, end: int, tokens: int, dtype: str) -> int:
+    """Returns the KV cache of `tokens` tokens in layers start..end (end exclusive), in bytes at `dtype`."""
+    values = sum(cache.per_token for cache in manifest.caches[start:end]) * tokens
+    return _scaled(values * DTYPE_BYTES[manifest.dtype], manifest, dtype)
 
 
 def max_layers(manifest: Manifest, start: int, free_bytes: int, tokens: int, dtype: str) -> int:
     """Returns how many layers from `start` fit into `free_bytes`, with the KV cache of `tokens` tokens; 0 if none."""
     count = 0
     for end in range(start + 1, manifest.n_layers + 1):
-        if weights_bytes(manifest, start, end, dtype) + kv_bytes(manifest, end - start, tokens, dtype) > free_bytes:
+        if weights_bytes(manifest, start, end, dtype) + kv_bytes(manifest, start, end, tokens, dtype) > free_bytes:
             break
         count = end - start
     return count

@@ -20,7 +20,7 @@ from azu.errors import InputError, ModelError
 from azu.models.directory_source import UNSAFE_SUFFIXES, open_directory
 from azu.models.facts import ConfigFacts, read_facts
 from azu.models.layout import Layout, find_layout, is_head
-from azu.models.manifest import DTYPE_BYTES, Blob, Manifest
+from azu.models.manifest import DTYPE_BYTES, Blob, Manifest, Weights
 from azu.models.safetensors_file import TensorSpec, serialize
 from azu.models.source import ModelSource, load_json
 from azu.models.store import LayerStore
@@ -30,7 +30,7 @@ __all__ = ["Progress", "publish"]
 Progress = Callable[[str, int, int], None]
 """Called with what was just stored, how many files are done, and how many there are."""
 
-_CUT = 1  # raise it when the way a source is cut changes: the index then misses
+_CUT = 2  # raise it when the way a source is cut changes: the index then misses
 _INDEX = "published.json"
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
@@ -126,7 +126,17 @@ def _stored_dtype(specs: Iterable[TensorSpec]) -> str:
 
 
 def _store_tensors(source: ModelSource, store: LayerStore, names: Iterable[str]) -> Blob:
-    return store.put_chunks(serialize([source.tensors[name] for name in names], source.read))
+    specs = [source.tensors[name] for name in names]
+    return replace(store.put_chunks(serialize(specs, source.read)), weights=_weights(specs))
+
+
+def _weights(specs: Iterable[TensorSpec]) -> tuple[Weights, ...]:
+    sizes: Counter[str] = Counter()
+    matrices: Counter[str] = Counter()
+    for spec in specs:
+        sizes[spec.dtype] += spec.nbytes
+        matrices[spec.dtype] += spec.nbytes if len(spec.shape) > 1 else 0
+    return tuple(Weights(dtype, sizes[dtype], matrices[dtype]) for dtype in sorted(sizes))
 
 
 def _manifest(
@@ -142,16 +152,17 @@ def _manifest(
     return Manifest(
         model_id=source.model_id,
         revision=source.revision,
+        origin=source.origin,
         architecture=facts.architecture,
         dtype=dtype,
         n_layers=facts.n_layers,
         hidden_size=facts.hidden_size,
         vocab_size=facts.vocab_size,
         context_length=facts.context_length,
-        kv_bytes_per_token_layer=facts.kv_values_per_token_layer * DTYPE_BYTES[dtype],
         config=store.put_bytes(source.config),
         tokenizer={name: store.put_bytes(data) for name, data in source.files.items()},
         layers=layers,
+        caches=facts.caches,
         shared=shared,
         sources=source.sources,
         tied=tied,
@@ -169,8 +180,9 @@ def _known(source: ModelSource, store: LayerStore) -> Manifest | None:
     if digest is None or not store.has(digest):
         return None
     manifest = Manifest.from_bytes(store.path(digest).read_bytes())
-    blobs = (manifest.config, *manifest.tokenizer.values(), *manifest.layers, *manifest.shared.values())
-    return manifest if all(store.has(blob.digest) for blob in blobs) else None
+    lists = (blob.piece_list for blob in manifest.blobs())
+    wanted = [*manifest.blobs(), *(blob for blob in lists if blob is not None)]
+    return manifest if all(store.has(blob.digest) for blob in wanted) else None
 
 
 def _remember(source: ModelSource, store: LayerStore, manifest: Manifest) -> None:

@@ -28,6 +28,7 @@ class ModelSource:
         files: tokenizer and generation files by name.
         sources: the SHA-256 of every file that went in, by name.
         tensors: all tensors by their HF name.
+        origin: the hub's id of the repository, "" where it comes from elsewhere.
         read: returns the raw little-endian bytes of a tensor, by name; the view lives until the next call.
     """
 
@@ -38,6 +39,7 @@ class ModelSource:
     sources: Mapping[str, str]
     tensors: Mapping[str, TensorSpec]
     read: Callable[[str], bytes | memoryview]
+    origin: str = ""
 
 
 def revision_of(sources: Mapping[str, str]) -> str:

@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import IO
 
 from azu.errors import InputError, InternalError, ModelError, TrustError
-from azu.models.manifest import Blob, is_digest
+from azu.models.manifest import PIECE_BYTES, Blob, is_digest
 
-__all__ = ["BlobWriter", "LayerStore"]
+__all__ = ["BlobWriter", "LayerStore", "PieceHasher"]
 
 _CHUNK = 1 << 20  # bytes hashed at a time
 _STALE_SECONDS = 86_400.0  # no single blob takes a day to write
@@ -81,21 +81,23 @@ class LayerStore:
         return self.put_chunks([data])
 
     def put_chunks(self, chunks: Iterable[bytes | memoryview]) -> Blob:
-        """Stores the concatenation of `chunks`, whose digest is found on the way; one chunk is in memory at a time."""
+        """Stores the concatenation of `chunks`, whose digest is found on the way; one chunk is in memory at a time.
+
+        A blob of several pieces gets its piece list stored too.
+        """
         temporary = self._partial / f"new.{os.getpid()}.{secrets.token_hex(8)}"
-        hasher = hashlib.sha256()
-        size = 0
+        hasher = PieceHasher()
         try:
             with _storage_errors(self.root), temporary.open("xb") as file:
                 for chunk in chunks:
                     hasher.update(chunk)
-                    size += file.write(chunk)
-                digest = hasher.hexdigest()
-                if not self.has(digest):
-                    self._publish(file, temporary, digest)
+                    file.write(chunk)
+                if not self.has(hasher.digest):
+                    self._publish(file, temporary, hasher.digest)
         finally:
             temporary.unlink(missing_ok=True)
-        return Blob(digest, size)
+        pieces = self.put_bytes(hasher.piece_list).digest if hasher.size > PIECE_BYTES else ""
+        return Blob(hasher.digest, hasher.size, pieces)
 
     @contextmanager
     def writer(self, digest: str, size: int) -> Iterator[BlobWriter]:
@@ -271,6 +273,39 @@ class BlobWriter:
     def _refused(self, code: str, problem: str) -> TrustError:
         remedy = "Fetch it again from another peer."
         return TrustError(f"blob {self._blob.digest} is refused: {problem}", code=code, remedy=remedy)
+
+
+class PieceHasher:
+    """The SHA-256 of a stream, and those of its pieces of PIECE_BYTES."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self._whole = hashlib.sha256()
+        self._piece = hashlib.sha256()
+        self._done = bytearray()  # digests of complete pieces
+
+    def update(self, chunk: bytes | memoryview) -> None:
+        """Adds to the end of the stream."""
+        view = memoryview(chunk)
+        self._whole.update(view)
+        while view.nbytes:
+            part = view[: PIECE_BYTES - self.size % PIECE_BYTES]
+            self._piece.update(part)
+            self.size += part.nbytes
+            view = view[part.nbytes :]
+            if self.size % PIECE_BYTES == 0:
+                self._done += self._piece.digest()
+                self._piece = hashlib.sha256()
+
+    @property
+    def digest(self) -> str:
+        """The stream's SHA-256, as 64 hex digits."""
+        return self._whole.hexdigest()
+
+    @property
+    def piece_list(self) -> bytes:
+        """The SHA-256s of its pieces so far, 32 bytes each."""
+        return bytes(self._done) + (self._piece.digest() if self.size % PIECE_BYTES else b"")
 
 
 @contextmanager

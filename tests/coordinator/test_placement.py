@@ -11,7 +11,7 @@ import trio.testing
 
 from azu.channel import RefusedError
 from azu.identity import Identity
-from azu.models.manifest import Blob, Manifest
+from azu.models.manifest import Blob, LayerCache, Manifest
 from azu.records import WorkerRecord
 from azu.tickets import open_assignment
 from azu.wire.messages import Refused
@@ -26,16 +26,17 @@ def blob(number: int) -> Blob:
 MANIFEST = Manifest(
     model_id="owner/tiny",
     revision="main",
+    origin="",
     architecture="LlamaForCausalLM",
     dtype="float16",
     n_layers=12,
     hidden_size=32,
     vocab_size=64,
     context_length=128,
-    kv_bytes_per_token_layer=64,
     config=blob(0),
     tokenizer={},
     layers=tuple(blob(10 + index) for index in range(12)),
+    caches=(LayerCache(32),) * 12,
     shared={"model.embed_tokens.weight": blob(1)},
     sources={},
     tied=True,

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from azu.models.manifest import Blob, Manifest
+from azu.models.manifest import Blob, LayerCache, Manifest
 from azu.models.publish import publish
 from azu.models.store import LayerStore
 
@@ -99,16 +99,17 @@ def manifest() -> Manifest:
     return Manifest(
         model_id="owner/tiny",
         revision="main",
+        origin="",
         architecture="LlamaForCausalLM",
         dtype="float16",
         n_layers=4,
         hidden_size=32,
         vocab_size=64,
         context_length=128,
-        kv_bytes_per_token_layer=64,
         config=blob(0),
         tokenizer={"tokenizer.json": blob(1)},
         layers=tuple(blob(10 + index) for index in range(4)),
+        caches=(LayerCache(32),) * 4,
         shared={
             "model.embed_tokens.weight": blob(2, 5000),
             "model.norm.weight": blob(3, 10),

@@ -35,7 +35,7 @@ def test_the_manifest(smollm2: Published) -> None:
     assert manifest.model_id == "SmolLM2-135M-Instruct"
     assert (manifest.n_layers, manifest.hidden_size, manifest.vocab_size) == (30, 576, 49152)
     assert (manifest.context_length, manifest.dtype, manifest.tied) == (8192, "float32", True)
-    assert manifest.kv_bytes_per_token_layer == 2 * 3 * 64 * 4
+    assert [cache.per_token for cache in manifest.caches] == [2 * 3 * 64] * 30
     assert sorted(manifest.shared) == ["model.embed_tokens.weight", "model.norm.weight"]
     assert sorted(manifest.tokenizer) == ["generation_config.json", "tokenizer.json", "tokenizer_config.json"]
 

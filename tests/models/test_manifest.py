@@ -14,13 +14,28 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from azu.errors import ModelError
-from azu.models.manifest import MAX_MANIFEST_BYTES, Blob, Manifest
+from azu.models.manifest import MAX_MANIFEST_BYTES, PIECE_BYTES, Blob, LayerCache, Manifest, Weights
 
 shared_fixture = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150)
 digests = st.binary(min_size=32, max_size=32).map(bytes.hex)
-blobs = st.builds(Blob, digest=digests, size=st.integers(0, 1 << 40))
+caches = st.builds(LayerCache, st.integers(0, 1 << 32), st.integers(0, 1 << 32), st.integers(0, 1 << 32))
 names = st.from_regex(r"[A-Za-z0-9_]([A-Za-z0-9_-]|\.(?!\.)){0,40}", fullmatch=True)
 positive = st.integers(1, 1 << 32)
+
+
+@st.composite
+def blobs_(draw: st.DrawFn) -> Blob:
+    size = draw(st.integers(0, 1 << 40))
+    pieces = draw(digests) if size > PIECE_BYTES else ""
+    weights, left = [], size
+    for dtype in sorted(draw(st.sets(st.sampled_from(["BF16", "F16", "F32", "I64"])))):
+        nbytes = draw(st.integers(0, left))
+        weights.append(Weights(dtype, nbytes, draw(st.integers(0, nbytes))))
+        left -= nbytes
+    return Blob(draw(digests), size, pieces, tuple(weights))
+
+
+blobs = blobs_()
 
 
 @contextmanager
@@ -39,16 +54,17 @@ def manifests(draw: st.DrawFn) -> Manifest:
     return Manifest(
         model_id=draw(st.from_regex(r"[A-Za-z0-9]{1,20}(/[A-Za-z0-9]{1,20})?", fullmatch=True)),
         revision=draw(st.from_regex(r"[a-z0-9]{1,40}", fullmatch=True)),
+        origin=draw(st.sampled_from(["", "owner/name"])),
         architecture="LlamaForCausalLM",
         dtype=draw(st.sampled_from(["float32", "float16", "bfloat16"])),
         n_layers=len(layers),
         hidden_size=draw(positive),
         vocab_size=draw(positive),
         context_length=draw(positive),
-        kv_bytes_per_token_layer=draw(positive),
         config=draw(blobs),
         tokenizer=draw(st.dictionaries(names, blobs, max_size=4)),
         layers=tuple(layers),
+        caches=tuple(draw(st.lists(caches, min_size=len(layers), max_size=len(layers)))),
         shared=draw(st.dictionaries(names, blobs, max_size=4)),
         sources=draw(st.dictionaries(names, digests, max_size=4)),
         tied=draw(st.booleans()),
@@ -128,17 +144,28 @@ def test_any_value_in_any_field(manifest: Manifest, field: str, value: Any) -> N
         ("model_id", "../etc"),
         ("model_id", "a/b/c"),
         ("revision", "refs/heads"),
-        ("tokenizer", {"../../x": ["0" * 64, 1]}),
-        ("tokenizer", {"a/b": ["0" * 64, 1]}),
-        ("tokenizer", {"a..b": ["0" * 64, 1]}),
-        ("shared", {"x": ["0" * 63, 1]}),
-        ("shared", {"x": ["A" * 64, 1]}),
-        ("shared", {"x": ["0" * 64, -1]}),
-        ("shared", {"x": ["0" * 64, 1.0]}),
+        ("tokenizer", {"../../x": ["0" * 64, 1, "", []]}),
+        ("tokenizer", {"a/b": ["0" * 64, 1, "", []]}),
+        ("tokenizer", {"a..b": ["0" * 64, 1, "", []]}),
+        ("shared", {"x": ["0" * 63, 1, "", []]}),
+        ("shared", {"x": ["A" * 64, 1, "", []]}),
+        ("shared", {"x": ["0" * 64, -1, "", []]}),
+        ("shared", {"x": ["0" * 64, 1.0, "", []]}),
         ("sources", {"x": "../../../etc/passwd"}),
         ("layers", []),
+        ("layers", [["0" * 64, 1, "", []]] * 3),
+        ("layers", [["0" * 64, 1 << 23, "", []]] * 4),
+        ("layers", [["0" * 64, 1, "0" * 64, []]] * 4),
+        ("layers", [["0" * 64, 9, "", [["F32", 4, 8]]]] * 4),
+        ("layers", [["0" * 64, 9, "", [["F32", 4, 4], ["F32", 4, 4]]]] * 4),
+        ("layers", [["0" * 64, 9, "", [["F16", 8, 4], ["F32", 8, 4]]]] * 4),
+        ("layers", [["0" * 64, 9, "", [["../F", 4, 4]]]] * 4),
+        ("caches", [[1, 0, 0]] * 3),
+        ("caches", [[1, 0, -1]] * 4),
+        ("caches", [[1, 0]] * 4),
+        ("origin", "../x"),
         ("tied", 1),
-        ("version", 2),
+        ("version", 1),
     ],
 )
 def test_bounds(manifest: Manifest, field: str, value: Any) -> None:

@@ -29,8 +29,8 @@ def test_a_tied_embedding_is_in_both_ends_but_once_in_one_stage(manifest: Manife
 
 
 def test_kv(manifest: Manifest) -> None:
-    assert kv_bytes(manifest, 3, 100, "float16") == 64 * 300
-    assert kv_bytes(manifest, 3, 100, "float32") == 64 * 600
+    assert kv_bytes(manifest, 0, 3, 100, "float16") == 64 * 300
+    assert kv_bytes(manifest, 0, 3, 100, "float32") == 64 * 600
 
 
 def test_max_layers(manifest: Manifest) -> None:
@@ -45,4 +45,4 @@ def test_refusals(manifest: Manifest) -> None:
     with pytest.raises(ModelError):
         weights_bytes(manifest, 2, 5, "float16")
     with pytest.raises(ModelError):
-        kv_bytes(manifest, 1, 1, "int8")
+        kv_bytes(manifest, 0, 1, 1, "float8")

@@ -60,7 +60,7 @@ def test_every_tensor_is_published(save_tiny: SaveTiny, store: LayerStore, shard
     assert ("lm_head.weight" in manifest.shared) is not tied
     assert (manifest.n_layers, manifest.hidden_size, manifest.vocab_size) == (4, 32, 64)
     assert (manifest.model_id, manifest.architecture, manifest.dtype) == ("me/tiny", "LlamaForCausalLM", "float32")
-    assert manifest.kv_bytes_per_token_layer == 2 * 2 * 8 * 4
+    assert [cache.per_token for cache in manifest.caches] == [2 * 2 * 8] * 4
     assert manifest.context_length == 64
     assert store.path(manifest.config.digest).read_bytes() == (source / "config.json").read_bytes()
     assert list(manifest.tokenizer) == ["generation_config.json"]

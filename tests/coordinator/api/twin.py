@@ -13,7 +13,7 @@ from typing import Any
 import trio
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from azu.models.manifest import Blob, Manifest
+from azu.models.manifest import Blob, LayerCache, Manifest
 from coordinator.generation import (
     GenerationRequest,
     JobReport,
@@ -86,16 +86,17 @@ def _manifest(model_id: str, texts: dict[str, str], vocab_size: int) -> Manifest
     return Manifest(
         model_id=model_id,
         revision="test",
+        origin="",
         architecture="LlamaForCausalLM",
         dtype="float32",
         n_layers=LAYERS,
         hidden_size=8,
         vocab_size=vocab_size,
         context_length=CONTEXT,
-        kv_bytes_per_token_layer=8,
         config=blob,
         tokenizer={name: Blob(hashlib.sha256(text.encode()).hexdigest(), len(text)) for name, text in texts.items()},
         layers=(blob,) * LAYERS,
+        caches=(LayerCache(2),) * LAYERS,
         shared={},
         sources={},
         tied=True,
