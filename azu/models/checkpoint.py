@@ -7,8 +7,9 @@ model's prefix ("h.3." for "transformer.h.3."), so names are matched by their en
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +19,9 @@ from azu.errors import ModelError
 from azu.models.layout import is_head
 from azu.models.safetensors_file import TensorFile, open_tensors
 
-__all__ = ["LayerNames", "read_tensors"]
+__all__ = ["LayerNames", "StoredTensor", "open_stored"]
 
+_COPY_BYTES = 16 << 20  # of a file, before its pages are dropped again
 _NUMBERED = re.compile(r"^(.*?)(\d{1,5})\.(.+)$")
 _DTYPES: Mapping[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -54,34 +56,48 @@ class LayerNames:
         return f"{self.container}{index - self.start}.{match[3]}" if self.start <= index < self.end else None
 
 
-def read_tensors(
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor in its file, mapped but not read: `tensor[...]` does that, as transformers' loader calls it."""
+
+    file: TensorFile
+    name: str
+    dtype: torch.dtype | None
+
+    def __getitem__(self, _everything: object) -> torch.Tensor:
+        return _copy(self.file, self.name, self.dtype)
+
+
+@contextmanager
+def open_stored(
     paths: Iterable[Path],
     layers: LayerNames,
     shared: Iterable[str],
     *,
     dtype: torch.dtype,
     uncast: AbstractSet[str] = frozenset(),
-) -> dict[str, torch.Tensor]:
-    """Returns the tensors of `layers` and the wanted shared ones, as module name to tensor on the CPU.
+) -> Iterator[dict[str, StoredTensor]]:
+    """Yields the tensors of `layers` and the wanted shared ones by module name; the files are open meanwhile.
 
     Args:
         shared: module names of the wanted tensors outside the layers; all others are skipped unread.
-        dtype: floating-point tensors are cast to it; each is copied out of its mapping, one at a time.
+        dtype: floating-point tensors are cast to it as they are read.
         uncast: modules (one part of a dotted name) whose tensors keep their stored dtype.
 
     Raises:
-        ModelError: code "bad_safetensors" or "unsupported_dtype".
+        ModelError: code "bad_safetensors"; reading a tensor, "unsupported_dtype".
     """
     wanted = list(shared)
-    result: dict[str, torch.Tensor] = {}
-    for path in paths:
-        with open_tensors(path) as file:
+    result: dict[str, StoredTensor] = {}
+    with ExitStack() as stack:
+        for path in paths:
+            file = stack.enter_context(open_tensors(path))
             for name in file:
                 local = layers.local(name) or _shared_name(name, wanted)
                 if local is not None:
                     keep = not uncast.isdisjoint(name.split("."))
-                    result[local] = _copy(file, name, None if keep else dtype)
-    return result
+                    result[local] = StoredTensor(file, name, None if keep else dtype)
+        yield result
 
 
 def _shared_name(name: str, wanted: list[str]) -> str | None:
@@ -103,7 +119,11 @@ def _copy(file: TensorFile, name: str, dtype: torch.dtype | None) -> torch.Tenso
     if stored is None:
         raise ModelError(f"tensor {name} is {info.dtype}", code="unsupported_dtype")
     target = dtype if dtype is not None and stored.is_floating_point else stored
-    raw = file.raw(name)
-    if not len(raw):
-        return torch.empty(info.shape, dtype=target)
-    return torch.frombuffer(raw, dtype=stored).view(info.shape).to(target, copy=True)
+    result = torch.empty(info.shape, dtype=target)
+    flat = result.view(-1)
+    values = _COPY_BYTES // stored.itemsize
+    for first in range(0, flat.numel(), values):
+        raw = file.raw(name)[first * stored.itemsize : (first + values) * stored.itemsize]
+        flat[first : first + values] = torch.frombuffer(raw, dtype=stored)
+        file.forget(name)
+    return result

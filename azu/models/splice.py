@@ -8,32 +8,31 @@ what no checkpoint holds (rotary frequencies) is computed.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import Cache, DynamicLayer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from azu.errors import InputError, InternalError, ModelError
-from azu.models.checkpoint import LayerNames, read_tensors
+from azu.models.architecture import on_meta, resolve
+from azu.models.cache import new_cache
+from azu.models.checkpoint import LayerNames, StoredTensor, open_stored
+from azu.models.quantize import IntegerWeights
 from azu.models.surgery import LastLayerDone, spliced, state_names
 
 __all__ = ["Stage", "StageSpec", "build_stage", "stage_tensor_names"]
 
-# A config.json is data from a stranger: no key of it may choose code, kernels or quantisers.
-_REFUSED_KEYS = frozenset(
-    {
-        "auto_map",
-        "attn_implementation",
-        "experts_implementation",
-        "fusion_config",
-        "custom_generate",
-        "custom_pipelines",
-    }
-)
+# transformers' loader reads ahead in threads: all experts of a stage would lie in memory before the first are fused.
+os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
+_SLACK_VALUES = 1 << 20  # tied tensors count twice, and small models round up
+_MAX_COMPUTED_BYTES = 4 << 30  # rotary tables and masks; GPT-Neo's masks, the largest, take 4 MiB in each layer
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ def stage_tensor_names(spec: StageSpec) -> tuple[list[str], list[str]]:
     Raises:
         ModelError: code "unsupported_architecture", "bad_config" or "bad_layer_range".
     """
-    model = _outline(spec, *_resolve(spec))
+    model = _outline(spec, *resolve(spec.config, spec.n_layers))
     container = model.azu_container
     layers, shared = [], set()
     for name in state_names(model):
@@ -75,6 +74,7 @@ def build_stage(
     dtype: torch.dtype,
     device: torch.device | str,
     tensors_from: Mapping[str, Path] | Iterable[Path],
+    integers: IntegerWeights | None = None,
 ) -> Stage:
     """Loads a stage.
 
@@ -82,20 +82,31 @@ def build_stage(
         dtype: what weights are cast to and what the stage computes in.
         tensors_from: the safetensors files that hold the stage's tensors, or a mapping whose values they are. Tensors
             that the stage does not need are skipped.
+        integers: how linear layers are turned into integers (`azu.models.quantize`); they stay floats where omitted.
 
     Raises:
         ModelError: code "missing_tensor" where the files do not hold all, "bad_weights" where shapes differ, and as
             `stage_tensor_names`.
+        torch.OutOfMemoryError: the device's memory does not suffice.
     """
     paths = list(tensors_from.values()) if isinstance(tensors_from, Mapping) else list(tensors_from)
-    family, config = _resolve(spec)
-    state = _state(_outline(spec, family, copy.deepcopy(config)), spec, paths, dtype)
+    family, config = resolve(spec.config, spec.n_layers)
+    outline = _outline(spec, family, copy.deepcopy(config))
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # no annotation upstream
     try:
-        model, report = spliced(family, spec.start, spec.end, spec.n_layers).from_pretrained(
-            None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
-        )
+        with _state(outline, spec, paths, dtype) as state:
+            _check_size(outline, state)
+            model, report = spliced(family, spec.start, spec.end, spec.n_layers).from_pretrained(
+                None,
+                config=config,
+                state_dict=state,
+                dtype=dtype,
+                quantization_config=integers,
+                output_loading_info=True,
+            )
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
+        if integers is not None and integers.out_of_memory is not None:  # which the loader hides in its report
+            raise integers.out_of_memory from error
         raise ModelError(f"the weights do not fit the model ({error})", code="bad_weights") from error
     if report["missing_keys"]:
         missing = ", ".join(sorted(report["missing_keys"])[:5])
@@ -105,24 +116,34 @@ def build_stage(
 
 def _outline(spec: StageSpec, family: type[PreTrainedModel], config: PreTrainedConfig) -> Any:
     """The stage on the meta device: names and shapes, no memory."""
-    try:
-        with torch.device("meta"):
-            return spliced(family, spec.start, spec.end, spec.n_layers)(config)
-    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError, ArithmeticError) as error:
-        raise ModelError(f"{family.__name__} cannot be built from its config ({error})", code="bad_config") from error
+    cut = spliced(family, spec.start, spec.end, spec.n_layers)
+    return on_meta(lambda: cut(config), family.__name__)
 
 
-def _state(outline: Any, spec: StageSpec, paths: list[Path], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """This stage's state dict: tied heads whose embedding lives in another stage get the embedding's tensor."""
+@contextmanager
+def _state(outline: Any, spec: StageSpec, paths: list[Path], dtype: torch.dtype) -> Iterator[dict[str, StoredTensor]]:
+    """This stage's state dict: a tied head whose embedding lives in another stage gets the embedding's tensor."""
     stored = {name: outline.azu_tied.get(name, name) for name in state_names(outline)}
     shared = {source for name, source in stored.items() if not name.startswith(outline.azu_container)}
     layers = LayerNames(outline.azu_container, spec.start, spec.end)
     full_precision = outline._keep_in_fp32_modules | outline._keep_in_fp32_modules_strict
-    state = read_tensors(paths, layers, shared, dtype=dtype, uncast=full_precision)
-    for name, source in stored.items():
-        if name != source and source in state:
-            state[name] = state[source] if source in stored else state.pop(source)
-    return state
+    with open_stored(paths, layers, shared, dtype=dtype, uncast=full_precision) as state:
+        for name, source in stored.items():
+            if name != source and source in state and source not in stored:
+                state[name] = state.pop(source)
+        yield state
+
+
+def _check_size(outline: Any, state: Mapping[str, StoredTensor]) -> None:
+    """Before the loader allocates what the config asks for: that has to be about what the files hold."""
+    stated = outline.state_dict()
+    asked = sum(map(torch.numel, stated.values()))
+    held = sum(math.prod(tensor.file[tensor.name].shape) for tensor in state.values())
+    if asked > 2 * held + _SLACK_VALUES:
+        raise ModelError(f"config.json asks for {asked} weights, the files hold {held}", code="bad_weights")
+    computed = sum(buffer.nbytes for name, buffer in outline.named_buffers() if name not in stated)
+    if computed > _MAX_COMPUTED_BYTES:
+        raise ModelError(f"the model computes tables of {computed} bytes", code="bad_config")
 
 
 class Stage:
@@ -134,12 +155,16 @@ class Stage:
         self.is_last = spec.end == spec.n_layers
         self.hidden_size: int = model.config.hidden_size
         self.model: PreTrainedModel = model
-        self._base = model.base_model
+        self._incoming: Any = getattr(model, "azu_incoming", None)  # in all stages but the first
         self._device = next(model.parameters()).device
 
-    def new_cache(self) -> Cache:
-        """Returns an empty KV cache for this stage's layers."""
-        return DynamicCache(config=self.model.config)
+    def new_cache(self, tokens: int = 0) -> Cache:
+        """Returns an empty KV cache for this stage's layers, with room for `tokens` and growing where more come."""
+        cache = new_cache(self.model.config, tokens)
+        # Families ask their first attention layer for a length. Where all layers are linear, nobody uses the answer,
+        # but there has to be one.
+        cache.layers.append(DynamicLayer())  # type: ignore[no-untyped-call]  # no annotation upstream
+        return cache
 
     @torch.inference_mode()
     def forward(self, inputs: torch.Tensor, cache: Cache, position: int) -> torch.Tensor:
@@ -162,21 +187,24 @@ class Stage:
         if self.is_first:
             arguments["input_ids"] = inputs.unsqueeze(0)
         else:
-            arguments["inputs_embeds"] = self.model.azu_incoming = inputs.unsqueeze(0)
-        if self.is_last:
-            logits: torch.Tensor = self.model(**arguments, logits_to_keep=1).logits
-            return logits[0, -1:]
+            self._incoming.hidden = inputs.unsqueeze(0)
+            arguments["inputs_embeds"] = inputs.unsqueeze(0).clone()  # some families scale their embeddings in place
         try:
-            self._base(**arguments)
+            logits: torch.Tensor = self.model(**arguments, logits_to_keep=1).logits
         except LastLayerDone as done:
             return done.hidden[0]
-        raise InternalError("the forward pass ended without reaching the stage's last layer")
+        if not self.is_last:
+            raise InternalError("the forward pass ended without reaching the stage's last layer")
+        return logits[0, -1:]
 
     def cache_bytes(self, cache: Cache) -> int:
-        """Returns the memory that a cache's keys and values take, in bytes."""
-        layers: list[Any] = list(cache.layers)
-        held = (getattr(layer, part, None) for layer in layers for part in ("keys", "values"))
-        return sum(tensor.nbytes for tensor in held if tensor is not None)
+        """Returns the memory that a cache takes, in bytes: keys and values, and the state of linear attention.
+
+        Counts whole storages: a sliding window is a view of what its last step was computed from, until the next one.
+        """
+        tensors = (tensor for layer in cache.layers for tensor in _tensors(vars(layer)))
+        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+        return sum(storages.values())
 
     def _check(self, inputs: torch.Tensor) -> None:
         if self.is_first:
@@ -188,26 +216,9 @@ class Stage:
             raise InputError(problem, code="bad_stage_input")
 
 
-def _resolve(spec: StageSpec) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
-    given = {key: value for key, value in spec.config.items() if key not in _REFUSED_KEYS and not key.startswith("_")}
-    if given.get("quantization_config"):
-        raise ModelError("quantised checkpoints are not supported", code="unsupported_quantization")
-    architecture = (given.get("architectures") or ["none"])[0]
-    model_type = given.pop("model_type", None)
-    try:
-        config = AutoConfig.for_model(model_type, **given)
-        family: Any = AutoModelForCausalLM._model_mapping[type(config)]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _unsupported(architecture) from error
-    if family.__name__ != architecture:
-        raise _unsupported(architecture)
-    if config.num_hidden_layers != spec.n_layers:
-        problem = f"config.json has {config.num_hidden_layers} layers, not {spec.n_layers}"
-        raise ModelError(problem, code="bad_config")
-    config._attn_implementation = "sdpa" if family._supports_sdpa else "eager"
-    return family, config
-
-
-def _unsupported(architecture: str) -> ModelError:
-    remedy = "Only causal language models that transformers implements can be served."
-    return ModelError(f"architecture {architecture} is not supported", code="unsupported_architecture", remedy=remedy)
+def _tensors(held: Mapping[Any, Any]) -> Iterator[torch.Tensor]:
+    for value in held.values():
+        if isinstance(value, Mapping):  # states of linear attention, by number
+            yield from _tensors(value)
+        elif isinstance(value, torch.Tensor) and value.ndim:  # no scalars: a sliding layer keeps its window's size
+            yield value

@@ -8,7 +8,7 @@ outside the layers that the range does not need is replaced by a stand-in. Then:
 - end < n_layers: a hook on the last kept layer takes its output and leaves the forward by an exception, which skips
   the final norm and whatever else a family does there.
 
-Which modules come before the first layer is observed, not tabulated: one forward on the meta device notes them.
+Which modules come before the first layer is observed, not tabulated (`azu.models.observe`).
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from azu.errors import ModelError
+from azu.models.architecture import unsupported
+from azu.models.observe import modules_before
 
 __all__ = ["LastLayerDone", "spliced", "state_names"]
 
@@ -32,8 +33,10 @@ class LastLayerDone(Exception):
         self.hidden = hidden
 
 
-class _FirstLayerReached(Exception):
-    """Control flow, not an error: ends the observing forward."""
+class _Incoming:
+    """The hidden states [1, n, hidden] that the first kept layer takes next."""
+
+    hidden: torch.Tensor
 
 
 class _StandIn(nn.Module):
@@ -59,7 +62,8 @@ def spliced(family: type[PreTrainedModel], start: int, end: int, n_layers: int) 
 
 
 def _cut(model: Any, start: int, end: int, n_layers: int) -> None:
-    model.config.pad_token_id = None  # we never pad; some families would search the ids for it at every step
+    # We never pad; some families would search the ids for it at every step, and some forbid to unset it.
+    object.__setattr__(model.config, "pad_token_id", None)
     path = _container(model, n_layers)
     layers = model.get_submodule(path)
     inside = f"{path}."
@@ -68,50 +72,31 @@ def _cut(model: Any, start: int, end: int, n_layers: int) -> None:
         for name, module in model.named_modules()
         if not name.startswith(inside) and next(module.parameters(recurse=False), None) is not None
     ]
-    before = _modules_before(model, layers[0], outside)
+    before = modules_before(model, list(layers), outside)
     tied = dict(model.all_tied_weights_keys)
+    gone: tuple[str, ...] = ()
     for name in outside:
-        if not (start == 0 if name in before else end == n_layers):
+        needed = start == 0 if name in before else end == n_layers
+        if not needed and not name.startswith(gone):  # a module goes with all that is in it
             model.set_submodule(name, _StandIn(model.get_submodule(name)))
+            gone += (f"{name}.",)
     _keep_layers(model, path, start, end, n_layers)
+    _forget_lengths(model)
     names = set(state_names(model))
     model.azu_container, model.azu_tied = inside, tied
     model.all_tied_weights_keys = {name: source for name, source in tied.items() if {name, source} <= names}
 
 
 def _container(model: Any, n_layers: int) -> str:
-    lists: list[str] = [
-        name
-        for name, module in model.base_model.named_modules(prefix=model.base_model_prefix)
+    """The decoder's list of layers: of all lists that long, the one with the most weights in it."""
+    lists: dict[str, int] = {
+        name: sum(parameter.numel() for parameter in module.parameters())
+        for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == n_layers
-    ]
+    }
     if not lists:
-        problem = f"{type(model).__name__} has no list of {n_layers} layers"
-        raise ModelError(problem, code="unsupported_architecture")
-    return lists[0]  # the outermost: named_modules walks from the root
-
-
-def _modules_before(model: Any, first: nn.Module, names: list[str]) -> set[str]:
-    """Which of the named modules the family's forward calls before its first layer, observed on the meta device."""
-    seen: set[str] = set()
-
-    def reached(*_: object) -> None:
-        raise _FirstLayerReached
-
-    def watch(name: str) -> Any:
-        return model.get_submodule(name).register_forward_pre_hook(lambda *_: seen.add(name))
-
-    handles = [first.register_forward_pre_hook(reached), *map(watch, names)]
-    try:
-        with torch.device("meta"), torch.no_grad():
-            # With a cache, since without one transformers looks at the values for packed sequences.
-            model.base_model(input_ids=torch.zeros((1, 2), dtype=torch.int64), past_key_values=DynamicCache())
-    except _FirstLayerReached:
-        return seen
-    finally:
-        for handle in handles:
-            handle.remove()
-    raise ModelError(f"{type(model).__name__} does not run its layers", code="unsupported_architecture")
+        raise unsupported(type(model).__name__, f"it has no list of {n_layers} layers")
+    return max(lists, key=lists.__getitem__)  # the outermost, where one is all that another holds
 
 
 def _keep_layers(model: Any, path: str, start: int, end: int, n_layers: int) -> None:
@@ -124,17 +109,43 @@ def _keep_layers(model: Any, path: str, start: int, end: int, n_layers: int) -> 
     types = getattr(model.config, "layer_types", None)
     model.config.num_hidden_layers = end - start
     if types is not None:
-        model.config.layer_types = types[start:end]
+        _set_layer_types(model.config, types[start:end])
     if start > 0:
-        kept[0].register_forward_pre_hook(lambda _, args, kwargs: _swap(model, args, kwargs), with_kwargs=True)
+        # Not the model itself: in a circle with its layer, it would stay in memory after the last use of it.
+        model.azu_incoming = incoming = _Incoming()
+        kept[0].register_forward_pre_hook(lambda _, args, kwargs: _swap(incoming, args, kwargs), with_kwargs=True)
     if end < n_layers:
         kept[-1].register_forward_hook(_leave)
 
 
-def _swap(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _forget_lengths(model: Any) -> None:
+    """Dynamic NTK rotary tables grow with the longest job that they saw; a stage's jobs must not change each other."""
+
+    def forget(module: Any, *_: object) -> None:
+        kinds = module.rope_type if isinstance(module.rope_type, dict) else ()
+        for prefix in ("", *(f"{kind}_" for kind in kinds)):
+            if hasattr(module, f"{prefix}original_inv_freq"):
+                setattr(module, f"{prefix}inv_freq", getattr(module, f"{prefix}original_inv_freq"))
+                setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
+
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", "")
+        if "dynamic" in (kinds.values() if isinstance(kinds, dict) else [kinds]):
+            module.register_forward_pre_hook(forget)
+
+
+def _set_layer_types(config: Any, types: list[str]) -> None:
+    try:
+        config.layer_types = types
+    except AttributeError:  # a property, which would count the stage's layers from the model's first
+        name = config.attribute_map.get("layer_types", "layer_types")
+        config.__class__ = type(type(config).__name__, (type(config),), {name: types})
+
+
+def _swap(incoming: _Incoming, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if args:
-        return (model.azu_incoming, *args[1:]), kwargs
-    return args, kwargs | {"hidden_states": model.azu_incoming}
+        return (incoming.hidden, *args[1:]), kwargs
+    return args, kwargs | {"hidden_states": incoming.hidden}
 
 
 def _leave(_module: nn.Module, _args: object, output: Any) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
-from azu.models.manifest import Blob, LayerCache, Manifest
+from azu.models.manifest import Blob, LayerCache, Manifest, Weights
 from azu.models.publish import publish
 from azu.models.store import LayerStore
 
@@ -46,6 +46,17 @@ class Published(NamedTuple):
     def paths(self, start: int, end: int, shared: list[str]) -> dict[str, Path]:
         blobs = self.manifest.blobs_for(start, end, shared)
         return {name: self.store.path(blob.digest) for name, blob in blobs.items()}
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Tiny models gain nothing from more threads, and with one the order of sums is fixed."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
@@ -94,7 +105,9 @@ def manifest() -> Manifest:
     """A small manifest of blobs that do not exist."""
 
     def blob(number: int, size: int = 1000) -> Blob:
-        return Blob(hashlib.sha256(bytes([number])).hexdigest(), size)
+        return Blob(
+            hashlib.sha256(bytes([number])).hexdigest(), size, weights=(Weights("F16", size, size - size // 5),)
+        )
 
     return Manifest(
         model_id="owner/tiny",

@@ -1,16 +1,14 @@
-"""A model in stages gives bit by bit what it gives in one piece, and a stage holds nothing but its own."""
+"""A stage holds nothing but its own, and refuses what does not fit it; `test_families` says what it computes."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from itertools import pairwise
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers
 from tokenizers import Tokenizer
 
 from azu.errors import InputError, ModelError
@@ -19,99 +17,15 @@ from azu.models.publish import publish
 from azu.models.splice import Stage, StageSpec, build_stage, stage_tensor_names
 from azu.models.store import LayerStore
 from tests.models.conftest import Published
+from tests.models.running import build, in_stages
 
 SaveTiny = Callable[..., Path]
-
-GPT = {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64}
-FAMILIES: dict[str, dict[str, Any]] = {
-    "LlamaConfig": {},
-    "Qwen2Config": {},
-    "MistralConfig": {"sliding_window": 8},
-    "Gemma2Config": {"head_dim": 8, "sliding_window": 8},
-    "GPT2Config": {**GPT, "scale_attn_by_inverse_layer_idx": True},
-    "OPTConfig": {"ffn_dim": 48, "word_embed_proj_dim": 16},
-    "BloomConfig": {"n_layer": 4, "n_head": 4},
-    "GPTNeoConfig": {"num_layers": 4, "num_heads": 4, "attention_types": [[["global", "local"], 2]], "window_size": 8},
-    "GPTNeoXConfig": {},
-    "MixtralConfig": {"num_local_experts": 4},
-    "GraniteConfig": {"logits_scaling": 2.0, "embedding_multiplier": 3.0},
-}
-CUTS = [(0, 4), (0, 1, 4), (0, 2, 4), (0, 3, 4), (0, 1, 2, 4), (0, 1, 3, 4), (0, 2, 3, 4)]
-STEPS = 16
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # tiny models gain nothing from more, and the order of sums is fixed
-    yield
-    torch.set_num_threads(before)
-
-
-def build(published: Published, start: int, end: int, dtype: torch.dtype = torch.float32) -> Stage:
-    spec = StageSpec(published.config, start, end, published.manifest.n_layers)
-    _, shared = stage_tensor_names(spec)
-    return build_stage(spec, dtype, "cpu", published.paths(start, end, shared))
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tiny(save_tiny: SaveTiny, store: LayerStore, name: str = "LlamaConfig", **changes: Any) -> Published:
     source = save_tiny(name, **changes)
     return Published(publish(str(source), store), store, source)
-
-
-def reference(source: Path, ids: torch.Tensor, steps: int) -> list[torch.Tensor]:
-    """Logits [1, vocab] of the prompt's last token and of each greedy step, by the unsplit model."""
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    for parameter in model.parameters():  # out of the file's mapping, whose alignment changes the last bit
-        parameter.data = parameter.data.clone()
-    cache = transformers.DynamicCache(config=model.config)
-    logits: list[torch.Tensor] = []
-    with torch.inference_mode():
-        for _ in range(steps):
-            output = model(input_ids=ids[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
-            logits.append(output.logits[0, -1:])
-            ids = logits[-1].argmax(-1)
-    return logits
-
-
-def in_stages(stages: list[Stage], ids: torch.Tensor, steps: int, chunk: int = 1 << 30) -> list[torch.Tensor]:
-    caches = [stage.new_cache() for stage in stages]
-    logits: list[torch.Tensor] = []
-    position = 0
-    for _ in range(steps):
-        hidden = ids
-        for part in torch.split(ids, chunk):
-            hidden = part
-            for stage, cache in zip(stages, caches, strict=True):
-                hidden = stage.forward(hidden, cache, position)
-            position += len(part)
-        logits.append(hidden)
-        ids = hidden.argmax(-1)
-    return logits
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_cut_gives_the_same_bits(family: str, save_tiny: SaveTiny, store: LayerStore) -> None:
-    published = tiny(save_tiny, store, family, **FAMILIES[family])
-    ids = torch.randint(3, 64, (11,), generator=torch.Generator().manual_seed(1))
-    expected = reference(published.source, ids, STEPS)
-    built: dict[tuple[int, int], Stage] = {}
-    for cut in CUTS:
-        ranges = list(pairwise(cut))
-        for start, end in ranges:
-            if (start, end) not in built:
-                built[start, end] = build(published, start, end)
-        got = in_stages([built[part] for part in ranges], ids, STEPS)
-        assert [tensor.shape for tensor in got] == [(1, 64)] * STEPS
-        assert all(one.equal(other) for one, other in zip(got, expected, strict=True)), cut
-
-
-def test_prefill_in_chunks(save_tiny: SaveTiny, store: LayerStore) -> None:
-    published = tiny(save_tiny, store)
-    ids = torch.arange(3, 40)
-    stages = [build(published, 0, 2), build(published, 2, 4)]
-    whole, chunked = in_stages(stages, ids, 3), in_stages(stages, ids, 3, chunk=8)
-    assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(whole, chunked, strict=True))
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -142,7 +56,7 @@ def test_a_stage_holds_only_its_own(save_tiny: SaveTiny, store: LayerStore, tied
 def test_caches(save_tiny: SaveTiny, store: LayerStore) -> None:
     published = tiny(save_tiny, store)
     stage = build(published, 1, 4)
-    one, other = stage.new_cache(), stage.new_cache()
+    one, other = stage.new_cache(5), stage.new_cache()
     assert stage.cache_bytes(one) == 0
     stage.forward(torch.ones(5, 32), one, 0)
     assert stage.cache_bytes(one) == kv_bytes(published.manifest, 1, 4, 5, "float32")
@@ -162,9 +76,9 @@ def test_outputs(save_tiny: SaveTiny, store: LayerStore) -> None:
 def test_half_precision(save_tiny: SaveTiny, store: LayerStore, dtype: torch.dtype) -> None:
     published = tiny(save_tiny, store)
     stages = [build(published, 0, 1, dtype), build(published, 1, 4, dtype)]
-    got = in_stages(stages, torch.tensor([3, 4, 5]), 2)
+    got = in_stages(stages, [torch.tensor([3, 4, 5])])
     assert got[0].dtype == dtype
-    whole = in_stages([build(published, 0, 4, dtype)], torch.tensor([3, 4, 5]), 2)
+    whole = in_stages([build(published, 0, 4, dtype)], [torch.tensor([3, 4, 5])])
     assert got[0].equal(whole[0])
     model: Any = stages[1].model
     rotary = model.base_model.rotary_emb.inv_freq
@@ -196,39 +110,24 @@ def test_files_that_do_not_fit(save_tiny: SaveTiny, store: LayerStore) -> None:
     assert caught.value.code == "bad_weights"
 
 
-@pytest.mark.parametrize(
-    ("changes", "code"),
-    [
-        ({"model_type": "no-such-model"}, "unsupported_architecture"),
-        ({"model_type": None}, "unsupported_architecture"),
-        ({"architectures": ["OddForCausalLM"]}, "unsupported_architecture"),
-        ({"architectures": []}, "unsupported_architecture"),
-        ({"model_type": "vit", "architectures": ["ViTForImageClassification"]}, "unsupported_architecture"),
-        ({"num_hidden_layers": 10**9}, "bad_config"),
-        ({"hidden_act": "no-such-function"}, "bad_config"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "unsupported_quantization"),
-    ],
-)
-def test_configs_that_cannot_be_served(changes: dict[str, Any], code: str) -> None:
-    config = transformers.LlamaConfig(num_hidden_layers=4, architectures=["LlamaForCausalLM"]).to_dict()
-    with pytest.raises(ModelError) as caught:
-        stage_tensor_names(StageSpec({**config, **changes}, 0, 2, 4))
-    assert caught.value.code == code
-
-
-def test_a_config_cannot_choose_code(save_tiny: SaveTiny, store: LayerStore) -> None:
-    published = tiny(save_tiny, store)
-    hostile = {"auto_map": {"AutoModelForCausalLM": "evil.py--Evil"}, "_attn_implementation": "evil/kernel"}
-    hostile |= {"attn_implementation": "evil/kernel", "experts_implementation": "evil/kernel"}
-    spec = StageSpec(published.config | hostile, 1, 2, 4)
-    stage = build_stage(spec, torch.float32, "cpu", published.paths(1, 2, []))
-    assert stage.model.config._attn_implementation == "sdpa"
-
-
 @pytest.mark.parametrize(("start", "end"), [(-1, 2), (0, 5), (2, 2), (3, 1)])
 def test_ranges(start: int, end: int) -> None:
     with pytest.raises(ModelError):
         StageSpec({}, start, end, 4)
+
+
+def greedy(stages: list[Stage], ids: torch.Tensor, steps: int) -> list[int]:
+    caches = [stage.new_cache() for stage in stages]
+    tokens: list[int] = []
+    position = 0
+    for _ in range(steps):
+        hidden = ids
+        for stage, cache in zip(stages, caches, strict=True):
+            hidden = stage.forward(hidden, cache, position)
+        position += len(ids)
+        ids = hidden.argmax(-1)
+        tokens.append(int(ids))
+    return tokens
 
 
 def test_smollm2_in_three_stages_answers_as_generate_does(smollm2: Published) -> None:
@@ -242,7 +141,7 @@ def test_smollm2_in_three_stages_answers_as_generate_does(smollm2: Published) ->
     question = [{"role": "user", "content": "What is the capital of France?"}]
     prompt = jinja2.Template(template).render(messages=question, add_generation_prompt=True)
     ids = torch.tensor(tokenizer.encode(prompt).ids)
-    tokens = [int(logits.argmax()) for logits in in_stages(stages, ids, 8)]
+    tokens = greedy(stages, ids, 8)
     assert tokenizer.decode(tokens) == "The capital of France is Paris."
     assert tokens[-1] == 2
 
