@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 from azu.identity import Identity, Kind, open_envelope, seal
 from azu.wire.document import Digest, Document, PeerId, Tuple
 from azu.wire.messages import MAX_TOKENS, Count, JobId, TokenId
-from azu.wire.tensors import DType
+from azu.wire.tensors import WeightFormat
 
 __all__ = [
     "CLOCK_SKEW_S",
@@ -92,7 +92,7 @@ class JobTicket(Document):
     manifest: Digest
     n_layers: Annotated[int, Field(ge=1, le=MAX_STAGES)]
     stages: Annotated[Tuple[StageEntry], Field(min_length=1, max_length=MAX_STAGES)]
-    dtype: DType
+    dtype: WeightFormat
     prompt_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)]
     max_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)]
     stop_tokens: Annotated[Tuple[TokenId], Field(max_length=64)]
@@ -137,7 +137,7 @@ class Assignment(Document):
     manifest: Digest
     start: Layer
     end: Layer
-    dtype: DType
+    dtype: WeightFormat
     kv_tokens: Annotated[int, Field(ge=1, le=2**40)]  # positions of KV cache to keep room for
     sequence: Sequence  # so that an old one cannot be replayed
     expires_at: UnixTime

@@ -133,6 +133,7 @@ def test_a_good_ticket_is_accepted() -> None:
         ("wrong_range", {"loaded": (MANIFEST, 5, 10, "float16")}),
         ("wrong_range", {"loaded": (MANIFEST, 0, 10, "float16")}),
         ("wrong_dtype", {"loaded": (MANIFEST, 6, 10, "bfloat16")}),
+        ("wrong_dtype", {"loaded": (MANIFEST, 6, 10, "int4")}),
         ("", {"now": float(TICKET["expires_at"])}),
         ("", {"now": TICKET["issued_at"] - CLOCK_SKEW_S}),
     ],
@@ -192,7 +193,7 @@ def test_every_cut_of_the_layers_is_a_ticket(cuts: list[int]) -> None:
     "changes",
     [
         {"job_id": b"short"}, {"job_id": "j" * 16}, {"epoch": -1}, {"manifest": "C" * 64}, {"n_layers": 0},
-        {"n_layers": MAX_STAGES + 1}, {"n_layers": 11}, {"stages": ()}, {"dtype": "int8"}, {"prompt_tokens": 0},
+        {"n_layers": MAX_STAGES + 1}, {"n_layers": 11}, {"stages": ()}, {"dtype": "int2"}, {"prompt_tokens": 0},
         {"prompt_tokens": MAX_TOKENS + 1}, {"max_tokens": 0}, {"max_tokens": 1_048_577}, {"max_tokens": 7.0},
         {"stop_tokens": (-1,)}, {"stop_tokens": (2**31,)}, {"stop_tokens": (1,) * 65}, {"stop_tokens": (True,)},
         {"price": -1}, {"price": 2**63}, {"price": 0.5}, {"issued_at": -1}, {"expires_at": 2**40},

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from azu.errors import ProtocolError
 from azu.wire.document import encode_cbor
-from azu.wire.tensors import DTYPES, ITEMSIZE, TensorHeader
+from azu.wire.tensors import ACTIVATIONS, DTYPES, ITEMSIZE, WEIGHT_FORMATS, TensorHeader
 
 shapes = st.lists(st.integers(1, 2**31), min_size=1, max_size=4).map(tuple)
 
@@ -34,6 +34,12 @@ def test_round_trip_and_size(dtype: Any, shape: tuple[int, ...]) -> None:
 def test_no_other_dtype_or_shape(dtype: Any, shape: Any) -> None:
     with pytest.raises(ProtocolError):
         TensorHeader.from_cbor(encode_cbor({"dtype": dtype, "shape": shape}))
+
+
+def test_every_format_of_weights_has_activations_that_can_travel() -> None:
+    assert set(ACTIVATIONS) == set(WEIGHT_FORMATS)
+    assert set(ACTIVATIONS.values()) == set(DTYPES)
+    assert all(ACTIVATIONS[dtype] == dtype for dtype in DTYPES)
 
 
 @given(
