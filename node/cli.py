@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from functools import partial
 
-from azu.cli import program, run_program, settings_options
-from azu.config import NodeSettings
+from azu.cli import begin_logging, program, run_program, settings_options
+from azu.config import NodeSettings, PlanSettings
 
 __all__ = ["main"]
 
@@ -15,6 +15,7 @@ __all__ = ["main"]
     "azu-node",
     examples=[
         "azu-node join /ip4/203.0.113.7/tcp/4001/p2p/12D3KooW... --vram 8GiB",
+        "azu-node plan Qwen/Qwen3-8B --vram 8GiB --dtype int4",
         "azu-node join /dns4/boot.example.org/tcp/4001/p2p/12D3KooW... --device cuda:1 --payout-address 0x...",
     ],
 )
@@ -33,3 +34,13 @@ def join(settings: NodeSettings) -> None:
     from node.service import serve  # torch and libp2p load here, so that --help is fast
 
     run_program(partial(serve, settings), settings=settings)
+
+
+@main.command()
+@settings_options(PlanSettings, positional="model")
+def plan(settings: PlanSettings) -> None:
+    """Say what of a model would fit into how much memory, without downloading or loading it."""
+    from node.plan import plan as print_plan
+
+    begin_logging(settings)
+    print_plan(settings)

@@ -216,7 +216,8 @@ class StageJob:
         session, stage = self._session, self._stage
         if session.needs_prompt:
             await self._prompt_came.wait()
-        state = await self._device.run(partial(stage.open_job, self.ticket.sampling, self._prompt))
+        tokens = self.ticket.total_tokens
+        state = await self._device.run(partial(stage.open_job, self.ticket.sampling, self._prompt, tokens))
         self._state = state
         if session.is_first:
             for ids, sample in session.prompt_chunks(self._prompt):

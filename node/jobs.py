@@ -15,6 +15,7 @@ from azu.channel import Channel, refusal_of
 from azu.errors import AzuError, NetworkError
 from azu.identity import Identity
 from azu.logs import log
+from azu.models.memory import MAX_JOBS
 from azu.overlay import Overlay, OverlayStream
 from azu.tickets import JobTicket, Refusal, check_ticket, open_ticket
 from azu.wire.messages import JOB, RING, Failed, Hello, Open, ReceiptReply, Refused
@@ -46,6 +47,7 @@ class Loaded:
     kv_tokens: int
     kv_bytes_per_token: int
     layer_us: int
+    context_length: int
 
 
 class Jobs:
@@ -154,6 +156,14 @@ class Jobs:
             return Refusal("duplicate_job", "this job is already running here")
         if (ticket.job_id, ticket.epoch) in self._ended:
             return Refusal("duplicate_job", "this job has ended here; its ticket is worth one job")
+        if loaded is not None and ticket.total_tokens > loaded.context_length:
+            return Refusal(
+                "too_long",
+                f"the job may need {ticket.total_tokens} positions, the model attends to {loaded.context_length}",
+                "Ask for a shorter answer, or with a shorter prompt",
+            )
+        if len(self._jobs) >= MAX_JOBS:
+            return Refusal("no_capacity", f"{MAX_JOBS} jobs are running here", "Try again when one has ended")
         if ticket.total_tokens > self.kv_tokens_free:
             return Refusal(
                 "no_capacity",

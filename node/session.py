@@ -13,20 +13,12 @@ import struct
 from collections.abc import Iterator
 
 from azu.errors import ProtocolError
+from azu.models.memory import chunk_rows
 from azu.tickets import JobTicket
 from azu.wire.messages import Chunk, Next, Token
-from azu.wire.tensors import ITEMSIZE
+from azu.wire.tensors import ACTIVATIONS, ITEMSIZE
 
-__all__ = ["StageSession", "chunk_rows"]
-
-# A chunk of a prompt: large enough that the device is busy, small enough that stages overlap and buffers stay small.
-_MAX_CHUNK_ROWS = 256
-_MAX_CHUNK_BYTES = 4_194_304
-
-
-def chunk_rows(hidden_size: int, dtype: str) -> int:
-    """The most positions that travel in one chunk; a function of the model alone, so that both ends agree."""
-    return max(1, min(_MAX_CHUNK_ROWS, _MAX_CHUNK_BYTES // (hidden_size * ITEMSIZE[dtype])))
+__all__ = ["StageSession"]
 
 
 class StageSession:
@@ -44,6 +36,7 @@ class StageSession:
         self.is_last = index == len(ticket.stages) - 1
         self.hidden_size = hidden_size
         self.vocab_size = vocab_size
+        self.dtype = ACTIVATIONS[ticket.dtype]  # what hidden states travel in
         self.rows = chunk_rows(hidden_size, ticket.dtype)
         self.position = 0  # positions accepted so far
         self._sampled = 0  # tokens that this stage, as the last, sampled
@@ -52,7 +45,7 @@ class StageSession:
     @property
     def max_body(self) -> int:
         """The largest body in bytes that the previous stage may send."""
-        return 0 if self.is_first else self.rows * self.hidden_size * ITEMSIZE[self.ticket.dtype]
+        return 0 if self.is_first else self.rows * self.hidden_size * ITEMSIZE[self.dtype]
 
     @property
     def needs_prompt(self) -> bool:
@@ -87,7 +80,7 @@ class StageSession:
         """
         if self.is_first:
             raise ProtocolError("the first stage takes no hidden states", code="unexpected_message")
-        rows = chunk.tensor.check(body_length, dtype=self.ticket.dtype, width=self.hidden_size, max_rows=self.rows)
+        rows = chunk.tensor.check(body_length, dtype=self.dtype, width=self.hidden_size, max_rows=self.rows)
         end = self.position + rows
         prompt = self.ticket.prompt_tokens
         if chunk.position != self.position:

@@ -23,7 +23,7 @@ from azu.demo.screen import Screen
 from azu.distribution import Library
 from azu.errors import AzuError, InputError, InternalError, NetworkError
 from azu.models.manifest import Manifest
-from azu.models.memory import kv_bytes, weights_bytes
+from azu.models.memory import stage_memory
 
 __all__ = ["run"]
 
@@ -258,8 +258,7 @@ def worker_vram(manifest: Manifest, workers: int) -> int:
     """
     count = min(-(-manifest.n_layers // workers) + 2, manifest.n_layers)
     ends = [(0, count), (manifest.n_layers - count, manifest.n_layers)]
-    weights = max(weights_bytes(manifest, start, end, "float32") for start, end in ends)
-    return weights + kv_bytes(manifest, 0, count, _KV_TOKENS, "float32")
+    return max(stage_memory(manifest, start, end, "float32", _KV_TOKENS).total for start, end in ends)
 
 
 def read_event(line: str) -> dict[str, Any]:

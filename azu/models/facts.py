@@ -7,24 +7,24 @@ from dataclasses import dataclass
 from typing import Any
 
 from azu.errors import ModelError
-from azu.models.manifest import MAX_LAYERS, LayerCache
+from azu.models.manifest import MAX_LAYERS, LayerCache, Workspace
+from azu.models.shape import layer_caches, workspace
 
 __all__ = ["ConfigFacts", "read_facts"]
 
 _NAMES: Mapping[str, tuple[str, ...]] = {
     "n_layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
     "hidden_size": ("hidden_size", "n_embd", "n_embed", "d_model"),
-    "heads": ("num_attention_heads", "n_head", "n_heads", "num_heads"),
-    "kv_heads": ("num_key_value_heads", "num_kv_heads", "n_head_kv"),
     "context_length": ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length"),
     "vocab_size": ("vocab_size",),
 }
+_CAUSAL = ("ForCausalLM", "LMHeadModel")  # how transformers names decoder-only language models
 _UNBOUNDED_CONTEXT = 2048  # ALiBi families name no limit; this is what they were trained with
 
 
 @dataclass(frozen=True, slots=True)
 class ConfigFacts:
-    """Shape of a model; `caches` says what each layer keeps of a job."""
+    """Shape of a model; `caches` says what each layer keeps of a job, `workspace` what running it takes."""
 
     architecture: str
     n_layers: int
@@ -32,6 +32,7 @@ class ConfigFacts:
     vocab_size: int
     context_length: int
     caches: tuple[LayerCache, ...]
+    workspace: Workspace
     tied: bool | None
 
 
@@ -39,8 +40,9 @@ def read_facts(config: Mapping[str, Any]) -> ConfigFacts:
     """Reads the facts.
 
     Raises:
-        ModelError: code "bad_config" where one is missing or not a positive integer; "unsupported_quantization" where
-            the weights are packed in a way that only one library can unpack.
+        ModelError: code "bad_config" where one is missing or not a positive integer; "unsupported_architecture"
+            where it is no decoder-only language model; "unsupported_quantization" where the weights are packed in a
+            way that only one library can unpack.
     """
     if config.get("quantization_config"):
         remedy = "Publish the unquantised repository."
@@ -48,35 +50,27 @@ def read_facts(config: Mapping[str, Any]) -> ConfigFacts:
     architectures = config.get("architectures")
     if not isinstance(architectures, list) or not architectures or not isinstance(architectures[0], str):
         raise _bad("it names no architecture")
+    if not architectures[0].endswith(_CAUSAL) or config.get("is_encoder_decoder"):
+        remedy = f"Publish a model whose architecture ends in {_CAUSAL[0]}; of one that takes images, its text model."
+        problem = f"{architectures[0][:100]} is not a decoder-only language model"
+        raise ModelError(problem, code="unsupported_architecture", remedy=remedy)
     n_layers = _positive(config, "n_layers")
     if n_layers > MAX_LAYERS:  # before anything is laid out for them
         raise _bad(f"it has more than {MAX_LAYERS} layers")
+    try:
+        caches, space = layer_caches(config, n_layers), workspace(config)
+    except ModelError as error:
+        raise error if error.code == "bad_config" else _bad("a number in it is out of range") from error
     return ConfigFacts(
         architecture=architectures[0],
         n_layers=n_layers,
         hidden_size=_positive(config, "hidden_size"),
         vocab_size=_positive(config, "vocab_size"),
         context_length=_positive(config, "context_length", _UNBOUNDED_CONTEXT),
-        caches=(LayerCache(_kv_values(config)),) * n_layers,
+        caches=caches,
+        workspace=space,
         tied=_boolean(config.get("tie_word_embeddings")),
     )
-
-
-def _kv_values(config: Mapping[str, Any]) -> int:
-    heads = _positive(config, "heads")
-    head_dim = config.get("head_dim") or _positive(config, "hidden_size") // heads
-    latent, rope = config.get("kv_lora_rank"), config.get("qk_rope_head_dim")
-    if isinstance(latent, int) and isinstance(rope, int):  # DeepSeek caches one compressed vector for all heads
-        return latent + rope
-    if not isinstance(head_dim, int) or head_dim < 1:
-        raise _bad("its head_dim is malformed")
-    return 2 * _kv_heads(config, heads) * head_dim
-
-
-def _kv_heads(config: Mapping[str, Any], heads: int) -> int:
-    if config.get("multi_query") and not config.get("new_decoder_architecture"):  # Falcon 7B
-        return 1
-    return _positive(config, "kv_heads", heads)
 
 
 def _positive(config: Mapping[str, Any], fact: str, default: int | None = None) -> int:
@@ -91,4 +85,5 @@ def _boolean(value: object) -> bool | None:
 
 
 def _bad(problem: str) -> ModelError:
-    return ModelError(f"config.json cannot be used: {problem}", code="bad_config")
+    remedy = "Choose a repository that transformers loads as it is."
+    return ModelError(f"config.json cannot be used: {problem}", code="bad_config", remedy=remedy)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from types import MappingProxyType
 from typing import Any
 
@@ -28,6 +28,7 @@ __all__ = [
     "LayerCache",
     "Manifest",
     "Weights",
+    "Workspace",
     "is_digest",
 ]
 
@@ -51,15 +52,14 @@ _DTYPE = re.compile("|".join(DTYPE_BYTES))
 _TENSOR_DTYPE = re.compile(r"[A-Z0-9_]{1,16}")  # safetensors' own names
 _TEXTS = ("model_id", "revision", "origin", "architecture", "dtype")
 _SCALARS = ("n_layers", "hidden_size", "vocab_size", "context_length")
-_FIELDS = frozenset(
-    {"format", "version", "config", "tokenizer", "layers", "caches", "shared", "sources", "tied", *_TEXTS, *_SCALARS}
-)
+_PARTS = ("config", "tokenizer", "layers", "caches", "workspace", "shared", "sources", "tied")
+_FIELDS = frozenset({"format", "version", *_PARTS, *_TEXTS, *_SCALARS})
 
 
 @dataclass(frozen=True, slots=True)
 class Weights:
     """What a safetensors file holds of one dtype (safetensors' name): `nbytes` in all, `matrix_nbytes` of them in
-    tensors of two or more dimensions, which are what a worker may quantise."""
+    matrices that a worker may hold as integers (`azu.models.inventory`)."""
 
     dtype: str
     nbytes: int
@@ -125,6 +125,28 @@ class LayerCache:
 
 
 @dataclass(frozen=True, slots=True)
+class Workspace:
+    """What running the largest layer takes at its peak, besides its weights and cache (`azu.models.memory`).
+
+    Args:
+        mlp, attention: numbers for each row of a chunk, in the feed-forward network and in the attention.
+        token: numbers for each token attended to, such as keys repeated for all heads.
+        pair: bytes for each row and token: scores and masks.
+        tables: bytes that each layer computes as it is loaded; fused: 1 where tensors are then put together (experts).
+    """
+
+    mlp: int = 0
+    attention: int = 0
+    token: int = 0
+    pair: int = 0
+    tables: int = 0
+    fused: int = 0
+
+    def __post_init__(self) -> None:
+        _require(all(_is_int(value, 0, MAX_DIMENSION) for value in astuple(self)), "a workspace is out of range")
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """A published model.
 
@@ -142,6 +164,7 @@ class Manifest:
         tokenizer: file name to blob, for those of tokenizer.json, tokenizer_config.json and so on that exist.
         layers: one safetensors file per decoder layer.
         caches: what each layer keeps of a job.
+        workspace: what running a layer takes.
         shared: tensor name to a safetensors file with that one tensor (embeddings, final norm, head).
         sources: source file name to its SHA-256.
         tied: whether the head is the embedding.
@@ -166,6 +189,7 @@ class Manifest:
     shared: Mapping[str, Blob]
     sources: Mapping[str, str]
     tied: bool
+    workspace: Workspace = field(default_factory=Workspace)
     _encoded: bytes = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -218,6 +242,7 @@ class Manifest:
             caches=tuple(_cache(item) for item in _sequence(fields["caches"])),
             shared=_blobs(fields["shared"]),
             sources=_mapping(fields["sources"]),
+            workspace=Workspace(*_row(fields["workspace"], 6)),
         )
         # One model has one digest: bytes that decode to the same fields but differ are refused.
         _require(manifest._encoded == bytes(data), "it is not in canonical form")
@@ -277,6 +302,7 @@ def _encode(manifest: Manifest) -> bytes:
         "config": _plain_blob(manifest.config),
         "layers": [_plain_blob(blob) for blob in manifest.layers],
         "caches": [[cache.per_token, cache.window, cache.state_bytes] for cache in manifest.caches],
+        "workspace": list(astuple(manifest.workspace)),
         "sources": dict(manifest.sources),
         **scalars,
         **blobs,

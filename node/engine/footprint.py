@@ -1,7 +1,7 @@
-"""How much memory the unsplit model takes: `python -m node.engine.footprint DATA_DIR MANIFEST` prints it as JSON.
+"""How much memory is really held: by this process, and by an unsplit model in a process of its own.
 
-The process does what a worker with enough memory for every layer would do: it loads the whole model out of a node's
-data folder, runs one token through it, and reads its own resident memory.
+`python -m node.engine.footprint DATA_DIR MANIFEST` does what a worker with enough memory for every layer would do: it
+loads the whole model out of a node's data folder, runs one token through it, and prints its resident memory as JSON.
 """
 
 from __future__ import annotations
@@ -10,12 +10,22 @@ import json
 import sys
 from pathlib import Path
 
+import psutil
+import torch
+
 from azu.distribution import Library
 from azu.errors import InputError
 from azu.models.splice import StageSpec, stage_tensor_names
-from node.engine.stage import find_device, load_stage, resident_bytes
+from node.engine.stage import Device, find_device, load_stage
 
-__all__ = ["main"]
+__all__ = ["held_bytes", "main"]
+
+
+def held_bytes(device: Device) -> int:
+    """Bytes that count as `azu.models.memory` counts them: resident memory, or what torch reserves on a CUDA device."""
+    if device.torch_name == "cpu":
+        return int(psutil.Process().memory_info().rss)
+    return int(torch.cuda.memory_reserved(device.torch_name))
 
 
 def main(data_dir: str, digest: str) -> None:
@@ -28,9 +38,10 @@ def main(data_dir: str, digest: str) -> None:
     spec = StageSpec(config=config, start=0, end=manifest.n_layers, n_layers=manifest.n_layers)
     blobs = manifest.blobs_for(0, manifest.n_layers, stage_tensor_names(spec)[1])
     files = {name: library.store.path(blob.digest) for name, blob in blobs.items()}
-    stage = load_stage(spec, "float32", find_device("cpu", None, 1), files, vocab_size=manifest.vocab_size)
+    device = find_device("cpu", None, 1)
+    stage = load_stage(spec, "float32", device, files, vocab_size=manifest.vocab_size)
     stage.measure_layer_us(1)
-    sys.stdout.write(json.dumps({"resident_bytes": resident_bytes()}) + "\n")
+    sys.stdout.write(json.dumps({"resident_bytes": held_bytes(device)}) + "\n")
 
 
 if __name__ == "__main__":

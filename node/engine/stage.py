@@ -14,19 +14,22 @@ from typing import Any
 import psutil
 import torch
 
-from azu.errors import CapacityError, InputError, InternalError
+from azu.errors import AzuError, CapacityError, InputError, InternalError, ModelError
+from azu.models.quantize import integer_weights, return_freed_memory
 from azu.models.splice import Stage, StageSpec, build_stage
 from azu.tickets import Sampling
 from azu.wire.frames import Buffer
-from azu.wire.tensors import DType, TensorHeader
+from azu.wire.tensors import ACTIVATIONS, DType, TensorHeader, WeightFormat
+from node.engine.allocator import settle_allocator
 from node.engine.sampler import Sampler
 
-__all__ = ["Device", "JobState", "LoadedStage", "Output", "find_device", "load_stage", "resident_bytes"]
+__all__ = ["Device", "JobState", "LoadedStage", "Output", "find_device", "load_stage"]
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # Of a GPU's free memory, and of the free main memory where the CPU computes: the rest is for activations, the allocator
 # and whatever else the owner runs.
 _GPU_SHARE, _CPU_SHARE = 0.9, 0.6
+_CUDA_LIBRARIES = 64 << 20  # bytes: what cuBLAS takes for itself at its first product; the context is taken already
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,30 +60,42 @@ class JobState:
         self.position = 0  # positions in the cache
 
 
+def _plain_strides(_head: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """The chunk's last row as a tensor of its own: for a view of the chunk, oneDNN copies the head's whole weight."""
+    return (inputs[0].flatten().view(inputs[0].shape), *inputs[1:])
+
+
 class LoadedStage:
     """Layers [start, end) of a model, ready to run."""
 
-    def __init__(self, stage: Stage, spec: StageSpec, dtype: DType, device: Device, vocab_size: int) -> None:
+    def __init__(self, stage: Stage, spec: StageSpec, dtype: WeightFormat, device: Device, vocab_size: int) -> None:
         self._stage = stage
         self._device = torch.device(device.torch_name)
-        self._dtype = _DTYPES[dtype]
-        self.dtype = dtype
+        self._activations = ACTIVATIONS[dtype]
+        self._dtype = _DTYPES[self._activations]
+        self.dtype = dtype  # of its weights
         self.is_first = spec.start == 0
         self.is_last = spec.end == spec.n_layers
         self.hidden_size = stage.hidden_size
         self.vocab_size = vocab_size
         self.n_layers = spec.end - spec.start
+        if self.is_last and self._dtype != torch.float32:
+            head: Any = stage.model.get_output_embeddings()  # type: ignore[no-untyped-call]  # upstream
+            head.register_forward_pre_hook(_plain_strides)
 
-    def open_job(self, sampling: Sampling, prompt: tuple[int, ...] = ()) -> JobState:
-        """The state of a new job; `prompt` is needed only for a repetition penalty in the last stage."""
-        return JobState(self._stage.new_cache(), Sampler(sampling, prompt) if self.is_last else None)
+    def open_job(self, sampling: Sampling, prompt: tuple[int, ...] = (), tokens: int = 0) -> JobState:
+        """The state of a new job, with KV cache for `tokens` (it grows where more come).
+
+        `prompt` is needed only for a repetition penalty in the last stage.
+        """
+        return JobState(self._stage.new_cache(tokens), Sampler(sampling, prompt) if self.is_last else None)
 
     def run_tokens(self, job: JobState, tokens: tuple[int, ...], *, sample: bool) -> Output:
         """First stage only: run token ids at the job's position."""
         return self._run(job, torch.tensor(tokens, dtype=torch.int64, device=self._device), sample)
 
     def run_hidden(self, job: JobState, body: bytearray, rows: int, *, sample: bool) -> Output:
-        """Run hidden states [rows, hidden] (the stage's dtype) that came as `body`; its memory is used in place."""
+        """Run hidden states [rows, hidden] that came as `body`, whose memory is used in place."""
         hidden = torch.frombuffer(body, dtype=self._dtype).view(rows, self.hidden_size)
         return self._run(job, hidden.to(self._device), sample)
 
@@ -100,13 +115,15 @@ class LoadedStage:
                 code="device_out_of_memory",
                 remedy="Give the worker a smaller --vram so that it takes fewer layers",
             ) from error
-        except RuntimeError as error:
+        except AzuError:
+            raise
+        except Exception as error:  # a border: anything may come out of a family's code
             raise InternalError(f"the stage failed: {error}", code="stage_failed") from error
 
     def _encode(self, hidden: torch.Tensor) -> Output:
         hidden = hidden.to("cpu").contiguous()
         body = memoryview(hidden.view(torch.uint8).numpy()).cast("B")  # type: ignore[arg-type]  # numpy's stubs
-        return Output(TensorHeader(dtype=self.dtype, shape=tuple(hidden.shape)), body)
+        return Output(TensorHeader(dtype=self._activations, shape=tuple(hidden.shape)), body)
 
     def measure_layer_us(self, steps: int = 4) -> int:
         """Microseconds per decoded token and layer: the fastest of a few steps after a warm-up."""
@@ -128,12 +145,13 @@ def find_device(name: str, vram: int | None, threads: int) -> Device:
     """The device called `name` ("auto", "cpu", "cuda:N") with the memory that may be used on it.
 
     Args:
-        vram: bytes to use at most; measured where None.
+        vram: bytes to use at most; measured where None. On CUDA no more than is free, whatever is asked for.
         threads: CPU threads to compute with, in the whole process.
 
     Raises:
         InputError: there is no such device.
     """
+    settle_allocator()
     torch.set_num_threads(threads)
     if name == "auto":
         name = "cuda:0" if torch.cuda.is_available() else "cpu"
@@ -147,7 +165,8 @@ def find_device(name: str, vram: int | None, threads: int) -> Device:
             )
         free, _ = torch.cuda.mem_get_info(index)
         label = torch.cuda.get_device_name(index)
-        return Device(f"cuda:{index}", label, vram or int(free * _GPU_SHARE), "bfloat16")
+        free -= _CUDA_LIBRARIES
+        return Device(f"cuda:{index}", label, min(vram, free) if vram else int(free * _GPU_SHARE), "bfloat16")
     if name != "cpu":
         raise InputError(f"device {name} is not supported", code="no_such_device", remedy="Use auto, cpu or cuda:N")
     available = psutil.virtual_memory().available
@@ -156,21 +175,28 @@ def find_device(name: str, vram: int | None, threads: int) -> Device:
 
 
 def load_stage(
-    spec: StageSpec, dtype: DType, device: Device, files: Mapping[str, Path], *, vocab_size: int
+    spec: StageSpec, dtype: WeightFormat, device: Device, files: Mapping[str, Path], *, vocab_size: int
 ) -> LoadedStage:
     """Build a stage out of its safetensors files.
 
     Raises:
-        ModelError: the files or the architecture are unusable.
+        ModelError: the files or the architecture are unusable, or the vocabulary is not the manifest's.
         CapacityError: the device's memory does not suffice.
+        InputError: integer weights are wanted and torchao is not installed.
     """
+    computing = torch.device(device.torch_name)
     try:
-        stage = build_stage(spec, _DTYPES[dtype], torch.device(device.torch_name), files)
+        stage = build_stage(spec, _DTYPES[ACTIVATIONS[dtype]], computing, files, integer_weights(dtype, computing))
+        return_freed_memory()
+        _check_vocabulary(stage, vocab_size)
         return LoadedStage(stage, spec, dtype, device, vocab_size)
     except torch.OutOfMemoryError as error:
         raise CapacityError("the stage does not fit in the device's memory", code="device_out_of_memory") from error
 
 
-def resident_bytes() -> int:
-    """This process's resident memory in bytes."""
-    return int(psutil.Process().memory_info().rss)
+def _check_vocabulary(stage: Stage, vocab_size: int) -> None:
+    """Token ids are checked against `vocab_size` alone; one past the embedding's end would put a GPU out of use."""
+    model: Any = stage.model
+    too_few = stage.is_first and len(model.get_input_embeddings().weight) < vocab_size
+    if too_few or (stage.is_last and len(model.get_output_embeddings().weight) > vocab_size):
+        raise ModelError(f"the model's vocabulary is not of {vocab_size} tokens", code="bad_manifest")

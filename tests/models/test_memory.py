@@ -1,14 +1,26 @@
-"""Memory estimates follow from the manifest and agree with what a stage really takes."""
+"""The arithmetic of memory on a small made-up manifest; what really is used: tests/node/engine/test_memory.py."""
 
 from __future__ import annotations
 
 import dataclasses
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from azu.errors import ModelError
-from azu.models.manifest import Manifest
-from azu.models.memory import kv_bytes, max_layers, weights_bytes
+from azu.models.manifest import LayerCache, Manifest, Weights, Workspace
+from azu.models.memory import MAX_JOBS, chunk_rows, kv_bytes, kv_room, max_layers, stage_memory, weights_bytes
+from azu.wire.tensors import WEIGHT_FORMATS, WeightFormat
+
+
+def with_layers(manifest: Manifest, *weights: Weights) -> Manifest:
+    layers = tuple(dataclasses.replace(blob, weights=weights) for blob in manifest.layers)
+    return dataclasses.replace(manifest, layers=layers)
+
+
+def with_caches(manifest: Manifest, *caches: LayerCache) -> Manifest:
+    return dataclasses.replace(manifest, caches=caches)
 
 
 def test_weights_of_each_position(manifest: Manifest) -> None:
@@ -28,21 +40,102 @@ def test_a_tied_embedding_is_in_both_ends_but_once_in_one_stage(manifest: Manife
     assert weights_bytes(tied, 0, 4, "float16") == 4000 + 5010
 
 
+def test_floats_are_cast_and_integers_are_not(manifest: Manifest) -> None:
+    mixed = with_layers(manifest, Weights("BF16", 100, 0), Weights("F32", 200, 0), Weights("I64", 80, 0))
+    assert weights_bytes(mixed, 1, 2, "float32") == 200 + 200 + 80
+    assert weights_bytes(mixed, 1, 2, "float16") == 100 + 100 + 80
+
+
+def test_integer_formats_take_the_layers_matrices_only(manifest: Manifest) -> None:
+    # 400 values in matrices of 32 columns, 100 others; the embedding's 2,500 values stay 16-bit.
+    assert weights_bytes(manifest, 1, 2, "int8") == 400 + 3 * 13 + 200
+    assert weights_bytes(manifest, 1, 2, "int4") == 200 + 4 * 13 + 200
+    assert weights_bytes(manifest, 0, 1, "int8") == weights_bytes(manifest, 1, 2, "int8") + 5000
+
+
+def test_tables_are_weights_of_each_layer(manifest: Manifest) -> None:
+    tables = dataclasses.replace(manifest, workspace=Workspace(tables=7))
+    assert weights_bytes(tables, 1, 3, "float16") == 2000 + 14
+
+
 def test_kv(manifest: Manifest) -> None:
     assert kv_bytes(manifest, 0, 3, 100, "float16") == 64 * 300
     assert kv_bytes(manifest, 0, 3, 100, "float32") == 64 * 600
+    assert kv_bytes(manifest, 0, 3, 100, "int4") == 64 * 300  # computed in bfloat16
 
 
-def test_max_layers(manifest: Manifest) -> None:
-    assert max_layers(manifest, 0, 5999, 0, "float16") == 0
-    assert max_layers(manifest, 0, 7000, 0, "float16") == 2
-    assert max_layers(manifest, 0, 7000, 1, "float16") == 1  # the cache of one token
-    assert max_layers(manifest, 1, 1 << 40, 100, "float32") == 3
+def test_a_window_costs_no_more_than_all_tokens_and_no_more_than_all_jobs_windows(manifest: Manifest) -> None:
+    sliding = with_caches(manifest, *[LayerCache(32, window=10)] * 4)
+    chunk = chunk_rows(32, "float16")
+    assert kv_bytes(sliding, 0, 1, 100, "float16") == 64 * 100
+    assert kv_bytes(sliding, 0, 1, 1 << 30, "float16") == 64 * MAX_JOBS * (10 + chunk)
+
+
+def test_each_job_has_a_state(manifest: Manifest) -> None:
+    linear = with_caches(manifest, *[LayerCache(0, state_bytes=1000)] * 4)
+    assert kv_bytes(linear, 0, 2, 1 << 30, "float16") == 2 * MAX_JOBS * 1000
+    assert kv_bytes(linear, 0, 2, 3, "float16") == 2 * 3 * 1000
+    assert kv_room(linear, 0, 2, "float16", 1 << 30) == MAX_JOBS * linear.context_length
+
+
+def test_the_parts_of_a_stages_peak(manifest: Manifest) -> None:
+    work = Workspace(mlp=1000, attention=10, token=100, pair=5)
+    busy = dataclasses.replace(manifest, workspace=work)
+    rows, stream = 256, 256 * 4 * 32 * 2
+    assert stage_memory(busy, 1, 2, "float16", 64).activations == stream + rows * 1000 * 2
+    wide = dataclasses.replace(manifest, workspace=dataclasses.replace(work, attention=1000))
+    attention = rows * 1000 * 2 + 64 * 100 * 2 + rows * 64 * 5
+    assert stage_memory(wide, 1, 2, "float16", 64).activations == stream + attention
+    # No job is longer than the model's context of 128.
+    assert stage_memory(wide, 1, 2, "float16", 999).activations == stream + attention + 64 * (200 + rows * 5)
+    large = dataclasses.replace(manifest, vocab_size=1 << 30)
+    assert stage_memory(large, 3, 4, "float16", 1).activations > 1 << 30  # sampling
+    assert stage_memory(large, 2, 3, "float16", 1).activations < 1 << 20
+
+
+def test_fusing_experts_is_over_before_jobs_come(manifest: Manifest) -> None:
+    fused = dataclasses.replace(manifest, workspace=Workspace(fused=1))
+    memory = stage_memory(fused, 1, 3, "float16", 0)
+    assert memory.loading == 500
+    assert memory.total == memory.weights + memory.overhead + max(500, memory.activations)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])  # it never changes
+@given(
+    dtype=st.sampled_from(WEIGHT_FORMATS),
+    start=st.integers(0, 3),
+    memory=st.integers(0, 1 << 26),
+    window=st.sampled_from([0, 7, 64]),
+    state=st.sampled_from([0, 50_000]),
+)
+def test_what_fits_fits_and_one_more_does_not(
+    manifest: Manifest, dtype: WeightFormat, start: int, memory: int, window: int, state: int
+) -> None:
+    caches = (LayerCache(3200, window, state),) * 4
+    manifest = dataclasses.replace(manifest, caches=caches, workspace=Workspace(1000, 10, 9, 5))
+    room = kv_room(manifest, start, 4, dtype, memory)
+    if room >= 0:
+        assert stage_memory(manifest, start, 4, dtype, room).total <= memory
+    if room < MAX_JOBS * manifest.context_length:
+        assert stage_memory(manifest, start, 4, dtype, room + 1).total > memory
+    count = max_layers(manifest, start, memory, 50, dtype)
+    if count:
+        assert stage_memory(manifest, start, start + count, dtype, 50).total <= memory
+    if start + count < 4:
+        assert stage_memory(manifest, start, start + count + 1, dtype, 50).total > memory
+
+
+def test_max_layers_stops_where_it_is_told(manifest: Manifest) -> None:
+    assert max_layers(manifest, 0, 1 << 40, 100, "float32") == 4
+    assert max_layers(manifest, 1, 1 << 40, 100, "float32", limit=3) == 2
     assert max_layers(manifest, 4, 1 << 40, 100, "float32") == 0
+    assert max_layers(manifest, 0, 1000, 0, "float32") == 0
 
 
 def test_refusals(manifest: Manifest) -> None:
-    with pytest.raises(ModelError):
+    with pytest.raises(ModelError) as caught:
         weights_bytes(manifest, 2, 5, "float16")
-    with pytest.raises(ModelError):
-        kv_bytes(manifest, 0, 1, 1, "float8")
+    assert caught.value.code == "bad_layer_range"
+    with pytest.raises(ModelError) as caught:
+        kv_bytes(manifest, 0, 1, 1, "float8")  # type: ignore[arg-type]
+    assert caught.value.code == "unsupported_dtype"

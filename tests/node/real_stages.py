@@ -40,6 +40,7 @@ from azu.wire.messages import (
     ReceiptReply,
     Token,
 )
+from azu.wire.tensors import WeightFormat
 from node.engine.device import open_device_thread
 from node.engine.stage import LoadedStage, find_device, load_stage
 from node.jobs import Jobs, Loaded
@@ -58,13 +59,14 @@ class TinyModel:
     manifest: Manifest
     store: LayerStore
     unsplit: Any
+    dtype: WeightFormat = "float32"
 
     def stage(self, start: int, end: int) -> LoadedStage:
         config = json.loads(self.store.path(self.manifest.config.digest).read_bytes())
         spec = StageSpec(config=config, start=start, end=end, n_layers=N_LAYERS)
         blobs = self.manifest.blobs_for(start, end, stage_tensor_names(spec)[1])
         files = {name: self.store.path(blob.digest) for name, blob in blobs.items()}
-        return load_stage(spec, "float32", find_device("cpu", 2**30, 1), files, vocab_size=VOCAB)
+        return load_stage(spec, self.dtype, find_device("cpu", 2**30, 1), files, vocab_size=VOCAB)
 
     @torch.inference_mode()
     def greedy(self, prompt: Sequence[int], count: int) -> list[int]:
@@ -235,7 +237,7 @@ async def peer(number: int) -> AsyncIterator[Overlay]:
 async def real_stage(model: TinyModel, number: int, start: int, end: int) -> AsyncIterator[Stage]:
     async with peer(number) as overlay, open_device_thread() as thread:
         jobs = Jobs(identity(number), overlay, thread, is_trusted=lambda peer_id: peer_id == identity(99).peer_id)
-        jobs.loaded = Loaded(model.manifest.digest, start, end, model.stage(start, end), KV_TOKENS, 1, 1)
+        jobs.loaded = Loaded(model.manifest.digest, start, end, model.stage(start, end), KV_TOKENS, 1, 1, 2 * KV_TOKENS)
         overlay.handle(JOB_PROTOCOL, jobs.handle_job)
         overlay.handle(RING_PROTOCOL, jobs.handle_ring)
         yield Stage(identity(number), overlay, jobs, start, end)

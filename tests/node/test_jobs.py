@@ -8,6 +8,8 @@ import os
 import random
 import time
 from collections.abc import Callable
+from contextlib import AsyncExitStack
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ import trio
 
 from azu.channel import Channel
 from azu.errors import CapacityError
+from azu.models.memory import MAX_JOBS
 from azu.tickets import sign_ticket
 from azu.wire.messages import (
     JOB,
@@ -32,6 +35,7 @@ from azu.wire.messages import (
     Refused,
     Token,
 )
+from azu.wire.tensors import WeightFormat
 from node import job as job_module
 from node.jobs import Jobs
 from tests.node.real_stages import (
@@ -66,6 +70,21 @@ async def test_the_answer_is_the_unsplit_models(model: TinyModel, count: int) ->
             assert [end.receipts[index].tokens for index in range(count)] == [length + 11] * count
             for stage in coordinator.stages:
                 stage.assert_idle()
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+async def test_integer_weights(model: TinyModel, dtype: WeightFormat) -> None:
+    prompt = prompt_of(30)
+    answers = []
+    for count in (1, 3):
+        async with real_ring(replace(model, dtype=dtype), count) as coordinator:
+            end = await coordinator.answer(coordinator.ticket(30, 12, dtype=dtype), prompt)
+            assert (end.finish, end.failures, sorted(end.receipts)) == ("length", [], list(range(count)))
+            answers.append(end.tokens)
+            for other in sorted({"float32", "bfloat16", "int8", "int4"} - {dtype}):
+                async with coordinator.opened(coordinator.ticket(30, dtype=other)) as channel:
+                    assert (await next_of(channel, Refused)).code == "wrong_dtype"
+    assert answers[0] == answers[1]
 
 
 async def test_a_stop_token_ends_the_answer(model: TinyModel) -> None:
@@ -187,9 +206,11 @@ STAGES = [
         ("not_loaded", {"manifest": "0" * 64}),
         ("wrong_range", {"stages": STAGES}),
         ("wrong_dtype", {"dtype": "float16"}),
+        ("wrong_dtype", {"dtype": "int8"}),
         ("not_my_stage", {"stages": [{"peer_id": identity(7).peer_id, "start": 0, "end": 4}]}),
         ("wrong_signer", {"coordinator": identity(7).peer_id}),
         ("no_capacity", {"max_tokens": KV_TOKENS}),
+        ("too_long", {"max_tokens": 2 * KV_TOKENS}),
     ],
 )
 async def test_refused_tickets(model: TinyModel, code: str, changes: dict[str, Any]) -> None:
@@ -234,6 +255,17 @@ async def test_what_is_reserved_is_not_given_twice(model: TinyModel) -> None:
             end = await coordinator.answer(coordinator.ticket(4, 2), prompt_of(4))
             assert end.finish == "length"
         await stage.until_idle()
+
+
+async def test_no_more_jobs_at_once_than_memory_was_counted_for(model: TinyModel) -> None:
+    async with real_ring(model, 1) as coordinator, AsyncExitStack() as stack:
+        stage = coordinator.stages[0]
+        for _ in range(MAX_JOBS):
+            await stack.enter_async_context(coordinator.opened(coordinator.ticket(4, 8)))
+        while stage.jobs.count < MAX_JOBS:
+            await trio.sleep(0.005)
+        async with coordinator.opened(coordinator.ticket(4, 8)) as refused:
+            assert (await next_of(refused, Refused)).code == "no_capacity"
 
 
 @pytest.mark.parametrize("prompt", [[], [3, 4, 5], [3, 4, 5, 6, 7], [3, 4, 5, 64], [2**31, 4, 5, 6]])

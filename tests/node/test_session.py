@@ -13,10 +13,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from azu.errors import ProtocolError
 from azu.identity import Identity
+from azu.models.memory import chunk_rows
 from azu.tickets import JobTicket
 from azu.wire.messages import Chunk, Next, Token
-from azu.wire.tensors import ITEMSIZE, DType, TensorHeader
-from node.session import StageSession, chunk_rows
+from azu.wire.tensors import ACTIVATIONS, ITEMSIZE, WEIGHT_FORMATS, DType, TensorHeader, WeightFormat
+from node.session import StageSession
 
 PEERS = [Identity(bytes([number]) * 32).peer_id for number in range(1, 5)]
 HIDDEN, VOCABULARY = 8, 50
@@ -61,11 +62,11 @@ def ids(*tokens: int) -> bytearray:
 # --- chunks
 
 
-@given(st.integers(1, 2**20), st.sampled_from(["float32", "float16", "bfloat16"]))
-def test_a_chunk_has_a_row_at_least_and_is_bounded(hidden: int, dtype: str) -> None:
+@given(st.integers(1, 2**20), st.sampled_from(WEIGHT_FORMATS))
+def test_a_chunk_has_a_row_at_least_and_is_bounded(hidden: int, dtype: WeightFormat) -> None:
     rows = chunk_rows(hidden, dtype)
     assert 1 <= rows <= 256
-    assert rows == 1 or rows * hidden * ITEMSIZE[dtype] <= 4_194_304
+    assert rows == 1 or rows * hidden * ITEMSIZE[ACTIVATIONS[dtype]] <= 4_194_304
 
 
 def test_max_body_is_what_a_full_chunk_has() -> None:

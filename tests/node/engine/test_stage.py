@@ -1,0 +1,108 @@
+"""A loaded stage at its limits: what cannot be loaded or run is said by name, and nothing outlives its last use."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from azu.errors import CapacityError, InternalError, ModelError
+from azu.models.publish import publish
+from azu.models.splice import StageSpec, stage_tensor_names
+from azu.models.store import LayerStore
+from azu.tickets import Sampling
+from azu.wire.tensors import WeightFormat
+from node.engine.stage import JobState, LoadedStage, find_device, load_stage
+from tests.models.conftest import TINY, Published
+
+Load = Callable[..., LoadedStage]
+VOCAB = TINY["vocab_size"]
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
+    """Loads layers of a random model."""
+    folder = tmp_path_factory.mktemp("model")
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY)).save_pretrained(folder / "source")
+    store = LayerStore(folder / "store")
+    model = Published(publish(str(folder / "source"), store), store, folder / "source")
+
+    def load(start: int, end: int, dtype: WeightFormat = "float32", vocab_size: int = VOCAB) -> LoadedStage:
+        spec = StageSpec(model.config, start, end, 4)
+        files: dict[str, Path] = model.paths(start, end, stage_tensor_names(spec)[1])
+        return load_stage(spec, dtype, find_device("cpu", None, 1), files, vocab_size=vocab_size)
+
+    return load
+
+
+@pytest.fixture
+def no_collector() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def run(stage: LoadedStage, job: JobState) -> None:
+    if stage.is_first:
+        stage.run_tokens(job, (3, 4, 5), sample=True)
+    else:
+        stage.run_hidden(job, bytearray(3 * 4 * stage.hidden_size), 3, sample=True)
+
+
+@pytest.mark.usefixtures("no_collector")
+@pytest.mark.parametrize(("start", "end"), [(0, 4), (0, 2), (1, 3), (2, 4)])
+def test_nothing_outlives_its_last_use(load: Load, start: int, end: int) -> None:
+    """The next job's cache and the next model need the room at once, not when Python looks for circles."""
+    stage = load(start, end)
+    job = stage.open_job(Sampling(), (), 8)
+    run(stage, job)
+    weight, cache = (weakref.ref(held) for held in (next(stage._stage.model.parameters()), job.cache.layers[0]))
+    del job
+    assert cache() is None
+    del stage
+    assert weight() is None
+
+
+def test_a_failure_inside_a_family_is_an_error_of_ours(load: Load) -> None:
+    stage = load(0, 2)
+    with pytest.raises(InternalError) as caught:  # torch raises an IndexError
+        stage.run_tokens(stage.open_job(Sampling()), (VOCAB,), sample=False)
+    assert caught.value.code == "stage_failed"
+    run(stage, stage.open_job(Sampling()))
+
+
+@pytest.mark.parametrize(("part", "vocab_size"), [((0, 2), VOCAB + 1), ((2, 4), VOCAB - 1)])
+def test_a_vocabulary_that_is_not_the_manifests(load: Load, part: tuple[int, int], vocab_size: int) -> None:
+    with pytest.raises(ModelError) as caught:
+        load(*part, vocab_size=vocab_size)
+    assert caught.value.code == "bad_manifest"
+    load(1, 2, vocab_size=vocab_size)  # no token ids here
+
+
+def exhausted(*_: object, **__: object) -> Any:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_out_of_memory_while_weights_become_integers(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = pytest.importorskip("azu.models.integer_weights", exc_type=ImportError)
+    monkeypatch.setattr(module, "integer_weight", exhausted)
+    with pytest.raises(CapacityError) as caught:
+        load(0, 2, "int8")
+    assert caught.value.code == "device_out_of_memory"
+
+
+def test_out_of_memory_in_a_job(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = load(0, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(stage._stage, "forward", exhausted)
+        with pytest.raises(CapacityError) as caught:
+            run(stage, stage.open_job(Sampling()))
+    assert caught.value.code == "device_out_of_memory"
+    run(stage, stage.open_job(Sampling()))
