@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
     from azu.config import BaseAzuSettings
 
-__all__ = ["ProgramCommand", "ProgramGroup", "program", "report", "run_program", "settings_options"]
+__all__ = ["ProgramCommand", "ProgramGroup", "begin_logging", "program", "report", "run_program", "settings_options"]
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -191,6 +191,11 @@ def _tell(error: BaseException, program: str, debug: bool) -> None:
         click.echo(f"  remedy: {remedy}", err=True)
 
 
+def begin_logging(settings: BaseAzuSettings) -> None:
+    """Log, and report errors, as the settings say; `run_program` does it for those that need trio."""
+    configure_logging(json=settings.log_json, level=settings.log_level, program=_program_name())
+
+
 def run_program(main: Callable[[], Awaitable[T]], *, settings: BaseAzuSettings | None = None) -> T:
     """Run the program's main task under trio until it returns or a signal comes, and return what it returned.
 
@@ -205,7 +210,7 @@ def run_program(main: Callable[[], Awaitable[T]], *, settings: BaseAzuSettings |
     import trio
 
     if settings is not None:
-        configure_logging(json=settings.log_json, level=settings.log_level, program=_program_name())
+        begin_logging(settings)
     stop: _Stop[T] = _Stop()
     trio.run(_until_stopped, main, stop)
     if stop.received is not None:

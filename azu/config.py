@@ -2,10 +2,15 @@
 
     BaseAzuSettings              logging and --debug
     ├── MemberSettings           where to join and to listen
-    │   ├── NodeSettings         azu-node
+    │   ├── NodeSettings         azu-node join, with WorkerSettings
     │   └── CoordinatorSettings  azu-coordinator
+    ├── WorkerSettings           what a worker has and offers
+    │   └── PlanSettings         azu-node plan
     ├── BootstrapSettings        azu-bootstrap
     ├── DhtSettings              azu-dht
+    ├── CatalogueSettings        azu-coordinator models
+    │   ├── ShardSettings        azu-coordinator shard
+    │   └── RemoveSettings       azu-coordinator remove
     └── DemoSettings             azu-demo
 
 A value comes from, in this order: the command line, an AZU_* environment variable, a .env file in the working folder,
@@ -20,27 +25,34 @@ from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from azu.errors import InputError
 from azu.operator_input import check_device, check_multiaddr, check_peer_address, check_peer_id
 from azu.sizes import format_size, parse_size
+from azu.wire.tensors import WeightFormat
 
 __all__ = [
     "ENV_PREFIX",
     "BaseAzuSettings",
     "BootstrapSettings",
+    "CatalogueSettings",
     "CoordinatorSettings",
     "DemoSettings",
     "DhtSettings",
     "NodeSettings",
+    "PlanSettings",
+    "RemoveSettings",
+    "ShardSettings",
     "format_size",
     "parse_size",
 ]
 
 ENV_PREFIX = "AZU_"
+_COORDINATOR_DIR = Path("~/.azu/coordinator")
+_KV_TOKENS = 8192  # what every worker keeps room for, unless the coordinator's operator says otherwise
 _MAX_TOKENS = 1_000_000  # tokens; far above any context length, below what could overflow an estimate
 
 T = TypeVar("T")
@@ -119,10 +131,23 @@ class MemberSettings(BaseAzuSettings):
         description="An address to accept peers on; port 0 lets the system choose one. May be given several times.",
         json_schema_extra=_cli(metavar="MULTIADDR"),
     )
+    upload_limit: Size | None = Field(
+        default=None,
+        description="Bytes of layer files to send per second, all peers together, such as 10MiB. No limit where "
+        "omitted.",
+        json_schema_extra=_cli(metavar="SIZE"),
+    )
+    uploads: int = Field(
+        default=16,
+        ge=1,
+        le=256,
+        description="Peers to send layer files to at once; others are told to come again.",
+        json_schema_extra=_cli(metavar="NUMBER"),
+    )
 
 
-class NodeSettings(MemberSettings):
-    """A worker: where it joins, what it offers, where it keeps things."""
+class WorkerSettings(BaseAzuSettings):
+    """What a worker has and offers, whether it joins or only plans."""
 
     device: Device = Field(
         default="auto",
@@ -134,21 +159,38 @@ class NodeSettings(MemberSettings):
         description="Memory to offer for layers and their caches, such as 8GiB. Measured on the device where omitted.",
         json_schema_extra=_cli(metavar="SIZE"),
     )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+    dtype: Literal["auto", WeightFormat] = Field(
         default="auto",
-        description="Number format to compute in; auto is bfloat16 on a GPU and float32 on a CPU.",
-    )
-    threads: int | None = Field(
-        default=None,
-        ge=1,
-        le=1024,
-        description="CPU threads to compute with. One for each CPU that the process may use where omitted.",
+        description="Format of the weights in memory; auto is bfloat16 on a GPU and float32 on a CPU. int8 and int4 "
+        "take a quarter and a sixth of float32's memory, compute in bfloat16, and need torchao.",
     )
     data_dir: Folder = Field(
         default=Path("~/.azu/node"),
         description="Holds the identity key (keep it: it is your peer id and earns your money) and the layers fetched. "
         "Every program that runs at once needs its own.",
         json_schema_extra=_cli(metavar="FOLDER"),
+    )
+
+
+class NodeSettings(WorkerSettings, MemberSettings):
+    """A worker: where it joins, what it offers, where it keeps things."""
+
+    threads: int | None = Field(
+        default=None,
+        ge=1,
+        le=1024,
+        description="CPU threads to compute with. One for each CPU that the process may use where omitted.",
+    )
+    cache_limit: Size | None = Field(
+        default=None,
+        description="Disk space that layer files may take, such as 50GiB; those not used for longest are deleted. As "
+        "much as the disk has where omitted.",
+        json_schema_extra=_cli(metavar="SIZE"),
+    )
+    no_hub: bool = Field(
+        default=False,
+        description="Never fetch from the model hub: without it, files that no peer has come from the repository that "
+        "the model was published from.",
     )
     payout_address: Text | None = Field(
         default=None,
@@ -163,13 +205,35 @@ class NodeSettings(MemberSettings):
     )
 
 
+class PlanSettings(WorkerSettings):
+    """A model, and the memory to plan it for."""
+
+    model: Text = Field(
+        description="A folder of safetensors, a .gguf file, a hub id such as Qwen/Qwen3-0.6B (only headers are "
+        "fetched), or a model that the data folder holds, by its id or its manifest's digest.",
+        json_schema_extra=_cli(metavar="MODEL"),
+    )
+    kv_tokens: int = Field(
+        default=_KV_TOKENS,
+        ge=1,
+        le=_MAX_TOKENS * 100,
+        description="Tokens of KV cache to keep room for, summed over all jobs; as the coordinator's --kv-tokens.",
+        json_schema_extra=_cli(metavar="TOKENS"),
+    )
+    as_json: bool = Field(
+        default=False,
+        description="Print one JSON document instead of tables, with all sizes in bytes.",
+        json_schema_extra=_cli(option="--json"),
+    )
+
+
 class CoordinatorSettings(MemberSettings):
     """A coordinator: which swarm, which models, where its HTTP endpoint listens."""
 
     models: Words = Field(
         default=(),
-        description="A model to serve: a folder of safetensors, a .gguf file, or a hub id such as Qwen/Qwen3-0.6B. "
-        "May be given several times.",
+        description="A model to serve besides those that were sharded: a folder of safetensors, a .gguf file, or a hub "
+        "id such as Qwen/Qwen3-0.6B. May be given several times.",
         json_schema_extra=_cli(metavar="PATH_OR_HUB_ID", option="--model"),
     )
     host: Text = Field(
@@ -190,17 +254,61 @@ class CoordinatorSettings(MemberSettings):
         json_schema_extra=_cli(metavar="TOKENS"),
     )
     kv_tokens: int = Field(
-        default=8192,
+        default=_KV_TOKENS,
         ge=1,
         le=_MAX_TOKENS * 100,
         description="Tokens of KV cache that each worker has to keep room for, summed over all jobs that run at once.",
         json_schema_extra=_cli(metavar="TOKENS"),
     )
+    admin_token: SecretStr | None = Field(
+        default=None,
+        description="What a client must send to POST /models/shard.",
+        json_schema_extra=_cli(option=""),
+    )
+    admin_token_file: Folder | None = Field(
+        default=None,
+        description="A file with the token that a client must send to POST /models/shard. AZU_ADMIN_TOKEN may hold it "
+        "instead; else it is made in the data folder, as admin-token.",
+        json_schema_extra=_cli(metavar="FILE"),
+    )
     data_dir: Folder = Field(
-        default=Path("~/.azu/coordinator"),
+        default=_COORDINATOR_DIR,
         description="Holds the identity key, what workers earned and the models cut into layers. "
         "Every program that runs at once needs its own.",
         json_schema_extra=_cli(metavar="FOLDER"),
+    )
+
+
+class CatalogueSettings(BaseAzuSettings):
+    """A look into a coordinator's data folder, whether or not it runs."""
+
+    data_dir: Folder = Field(
+        default=_COORDINATOR_DIR,
+        description="The coordinator's data folder.",
+        json_schema_extra=_cli(metavar="FOLDER"),
+    )
+    as_json: bool = Field(
+        default=False,
+        description="Print one JSON document on stdout; progress goes to stderr.",
+        json_schema_extra=_cli(option="--json"),
+    )
+
+
+class ShardSettings(CatalogueSettings):
+    """A model to cut."""
+
+    model: Text = Field(
+        description="A folder of safetensors, a .gguf file, or a hub id such as Qwen/Qwen3-0.6B or "
+        "Qwen/Qwen3-0.6B@REVISION.",
+        json_schema_extra=_cli(metavar="MODEL"),
+    )
+
+
+class RemoveSettings(CatalogueSettings):
+    """A model to remove."""
+
+    model_id: Text = Field(  # not `model`: AZU_MODEL is azu-demo's, and would make a bare `remove` delete it
+        description="Its id, as `azu-coordinator models` lists it.", json_schema_extra=_cli(metavar="MODEL_ID")
     )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from azu.errors import InputError, InternalError
 from azu.identity import Identity, load_or_create_identity
 
-__all__ = ["open_data_dir"]
+__all__ = ["open_data_dir", "share_data_dir"]
 
 
 @contextmanager
@@ -22,14 +22,9 @@ def open_data_dir(path: Path) -> Iterator[Identity]:
         InputError: another process holds it, or its key is exposed or damaged.
         InternalError: it cannot be made.
     """
-    try:
+    with _usable(path):
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
         descriptor = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-    except OSError as error:
-        raise InternalError(
-            f"the data folder {path} cannot be used: {error.strerror}",
-            remedy="Give --data-dir a folder that this user may write to",
-        ) from error
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -42,3 +37,26 @@ def open_data_dir(path: Path) -> Iterator[Identity]:
         yield load_or_create_identity(path / "identity.key")
     finally:
         os.close(descriptor)
+
+
+def share_data_dir(path: Path) -> Identity:
+    """Return the identity kept in a data folder, whether or not a process holds it; both are made where missing.
+
+    Raises:
+        InputError: its key is exposed or damaged.
+        InternalError: it cannot be made.
+    """
+    with _usable(path):
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return load_or_create_identity(path / "identity.key")
+
+
+@contextmanager
+def _usable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InternalError(
+            f"the data folder {path} cannot be used: {error.strerror}",
+            remedy="Give --data-dir a folder that this user may write to",
+        ) from error

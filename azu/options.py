@@ -6,6 +6,7 @@ import os
 import types
 from collections.abc import Callable, Mapping
 from functools import wraps
+from inspect import cleandoc
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DEBUG_META", "settings_options"]
 
+ENV_ONLY = ""  # a field's option, where it shall have none: a secret on a command line is seen by every user
 DEBUG_META = "azu.debug"  # in click's meta: --debug was given, before or after the sub-command
 
 S = TypeVar("S", bound="BaseAzuSettings")
@@ -39,7 +41,8 @@ def settings_options(cls: type[S], *, positional: str | None = None) -> Decorato
         cls: the settings class; its fields' descriptions become the help.
         positional: a field that is written without an option name; one that is a list takes several words.
     """
-    parameters = [_parameter(cls, name, field, name == positional) for name, field in cls.model_fields.items()]
+    shown = {name: field for name, field in cls.model_fields.items() if _extra(field, "option") != ENV_ONLY}
+    parameters = [_parameter(cls, name, field, name == positional) for name, field in shown.items()]
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         @click.pass_context
@@ -52,7 +55,9 @@ def settings_options(cls: type[S], *, positional: str | None = None) -> Decorato
         own_parameters = getattr(function, "__click_params__", [])
         if positional is not None:  # click shows no help for arguments
             field = cls.model_fields[positional]
-            command.__doc__ = f"{function.__doc__ or ''}\n\n{_metavar(field)}: {_help(cls, positional, field)}"
+            command.__doc__ = (
+                f"{cleandoc(function.__doc__ or '')}\n\n{_metavar(field)}: {_help(cls, positional, field)}"
+            )
         command.__click_params__ = [*own_parameters, *reversed(parameters)]  # type: ignore[attr-defined]
         return command
 
@@ -105,7 +110,7 @@ def _variable(cls: type[BaseAzuSettings], name: str) -> str:
 
 def _help(cls: type[BaseAzuSettings], name: str, field: FieldInfo) -> str:
     notes = [f"env: {_variable(cls, name)}"]
-    if field.default not in (None, (), False):
+    if not field.is_required() and field.default not in (None, (), False):
         default = " ".join(field.default) if isinstance(field.default, tuple) else str(field.default)
         notes.insert(0, f"default: {default}")
     return f"{field.description} [{'; '.join(notes)}]"
@@ -138,11 +143,15 @@ def _told(
     option = _option_name(name, field) if field is not None else name
     argument = any(isinstance(p, click.Argument) and p.name == name for p in ctx.command.params)
     variable = _variable(cls, name)
+    shown = (_metavar(field) if argument and field is not None else None) or option
+    if first["type"] == "missing":
+        problem, remedy = f"{shown} is missing", f"see `{ctx.command_path} --help`"
+        return InputError(problem, code="missing_option", remedy=remedy)
     if name in given:
-        where = (_metavar(field) if argument and field is not None else None) or option
+        where = shown
     else:
         where = f"the environment variable {variable}" if _in_environment(variable) else f"{variable} in .env"
-    remedy = str(first.get("ctx", {}).get("remedy") or f"see `{ctx.command_path} --help` for what {option} takes")
+    remedy = str(first.get("ctx", {}).get("remedy") or f"see `{ctx.command_path} --help` for what {shown} takes")
     return InputError(f"{where}: {_lowered(first['msg'])}", code="bad_setting", remedy=remedy)
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from functools import partial
 
-from azu.cli import program, run_program, settings_options
-from azu.config import CoordinatorSettings
+from azu.cli import begin_logging, program, run_program, settings_options
+from azu.config import CatalogueSettings, CoordinatorSettings, RemoveSettings, ShardSettings
 
 __all__ = ["main"]
 
@@ -13,8 +13,10 @@ __all__ = ["main"]
 @program(
     "azu-coordinator",
     examples=[
-        "azu-coordinator serve --bootstrap /ip4/203.0.113.7/tcp/4001/p2p/12D3KooW... --model Qwen/Qwen3-0.6B",
+        "azu-coordinator shard Qwen/Qwen3-0.6B",
+        "azu-coordinator serve --bootstrap /ip4/203.0.113.7/tcp/4001/p2p/12D3KooW...",
         "azu-coordinator serve --bootstrap /dns4/boot.example.org/tcp/4001/p2p/12D3KooW... --model ./model.gguf",
+        "azu-coordinator models --json",
     ],
 )
 def main() -> None:
@@ -24,7 +26,43 @@ def main() -> None:
 @main.command()
 @settings_options(CoordinatorSettings)
 def serve(settings: CoordinatorSettings) -> None:
-    """Publish models, keep them covered by the swarm's workers, and answer at http://HOST:PORT/v1."""
+    """Keep models covered by the swarm's workers, and answer at http://HOST:PORT/v1.
+
+    Serves what was sharded into the data folder, and what --model names.
+    """
     from coordinator.service import serve as serve_coordinator  # libp2p loads here, so that --help is fast
 
     run_program(partial(serve_coordinator, settings), settings=settings)
+
+
+@main.command()
+@settings_options(ShardSettings, positional="model")
+def shard(settings: ShardSettings) -> None:
+    """Cut a model into layer files, sign its manifest, and have it served.
+
+    A coordinator that runs on the same data folder serves it at once, another one when it is started. May be
+    interrupted and run again: what was downloaded or cut is kept. An unchanged revision is not cut again.
+    """
+    from coordinator.catalogue_commands import shard as shard_model
+
+    run_program(partial(shard_model, settings), settings=settings)
+
+
+@main.command()
+@settings_options(CatalogueSettings)
+def models(settings: CatalogueSettings) -> None:
+    """List the models that were sharded into a data folder."""
+    from coordinator.catalogue_commands import list_models
+
+    begin_logging(settings)
+    list_models(settings)
+
+
+@main.command()
+@settings_options(RemoveSettings, positional="model_id")
+def remove(settings: RemoveSettings) -> None:
+    """Serve a sharded model no longer, and delete its files."""
+    from coordinator.catalogue_commands import remove as remove_model
+
+    begin_logging(settings)
+    remove_model(settings)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable
-from functools import partial
+from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import lru_cache, partial
 
 import trio
 
@@ -14,13 +14,14 @@ from azu.errors import AzuError
 from azu.identity import Identity
 from azu.logs import log
 from azu.models.manifest import Manifest
-from azu.models.memory import kv_bytes, weights_bytes
+from azu.models.memory import stage_memory
 from azu.records import HeldRange, WorkerRecord
 from azu.tickets import Assignment, sign_assignment
+from azu.wire.tensors import WeightFormat
 from coordinator.planner import ModelShape, Placement, WorkerView, place, uncovered
 from coordinator.swarm import SwarmView
 
-__all__ = ["Placer", "layers_text", "missing_layers", "shape_of", "views_for"]
+__all__ = ["Placer", "layers_text", "missing_layers", "shape_of", "views_for", "with_spares_free"]
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +60,25 @@ def _active(worker: WorkerRecord) -> list[HeldRange]:
     return [held for held in worker.ranges if held.state != "cached"]
 
 
+def _without(retired: Collection[str], worker: WorkerRecord) -> WorkerRecord:
+    """A worker's record without what it holds of models that nobody shall use any more."""
+    if not any(held.manifest in retired for held in worker.ranges):
+        return worker
+    return worker.model_copy(update={"ranges": tuple(h for h in worker.ranges if h.manifest not in retired)})
+
+
+def with_spares_free(workers: Sequence[WorkerRecord]) -> list[WorkerRecord]:
+    """The workers as if those that only repeat what another has loaded, and run no job, held nothing."""
+    kept: set[tuple[str, int, int, str]] = set()
+    freed: list[WorkerRecord] = []
+    for worker in sorted(workers, key=lambda worker: (-worker.jobs, worker.peer_id)):
+        loaded = {(h.manifest, h.start, h.end, worker.dtype) for h in worker.ranges if h.state == "loaded"}
+        is_spare = bool(loaded) and not worker.jobs and loaded <= kept
+        kept |= loaded
+        freed.append(_without({manifest for manifest, *_ in loaded}, worker) if is_spare else worker)
+    return freed
+
+
 def missing_layers(manifest: Manifest, workers: Iterable[WorkerRecord]) -> tuple[tuple[int, int], ...]:
     """The [start, end) stretches of a model's layers for which no job can be routed now.
 
@@ -70,6 +90,17 @@ def missing_layers(manifest: Manifest, workers: Iterable[WorkerRecord]) -> tuple
     return min(missing, key=_length, default=((0, manifest.n_layers),))
 
 
+def _is_missing(manifest: Manifest, workers: Iterable[WorkerRecord]) -> bool:
+    """Whether layers will be missing even once all that is being loaded is ready."""
+
+    def ready(held: HeldRange) -> HeldRange:
+        return held.model_copy(update={"state": "loaded"}) if held.state == "loading" else held
+
+    return bool(
+        missing_layers(manifest, [w.model_copy(update={"ranges": tuple(map(ready, w.ranges))}) for w in workers])
+    )
+
+
 def layers_text(ranges: Iterable[tuple[int, int]]) -> str:
     """Stretches [start, end) of layers as people write them: "0-9, 20"."""
     return ", ".join(f"{start}-{end - 1}" if end - start > 1 else str(start) for start, end in ranges)
@@ -79,22 +110,38 @@ def _length(ranges: Iterable[tuple[int, int]]) -> int:
     return sum(end - start for start, end in ranges)
 
 
-def shape_of(manifest: Manifest, dtype: str, kv_tokens: int) -> ModelShape:
+@lru_cache(maxsize=64)
+def shape_of(manifest: Manifest, dtype: WeightFormat, kv_tokens: int) -> ModelShape:
     """A model as the planner sees it, for stages in `dtype` with room for `kv_tokens` positions of KV cache."""
 
+    @lru_cache(maxsize=4096)  # the planner asks for the same stages again and again
     def stage_bytes(start: int, end: int) -> int:
-        return weights_bytes(manifest, start, end, dtype) + kv_bytes(manifest, start, end, kv_tokens, dtype)
+        return stage_memory(manifest, start, end, dtype, kv_tokens).total
 
     return ModelShape(manifest.n_layers, stage_bytes)
 
 
 class Placer:
-    """Gives out assignments. `run()` owns its tasks."""
+    """Gives out assignments. `run()` owns its tasks.
 
-    def __init__(self, identity: Identity, swarm: SwarmView, manifests: Iterable[Manifest], *, kv_tokens: int) -> None:
+    Args:
+        manifests: the models to cover; asked for in each round.
+        retired: digests of models that are not covered any more: a worker that has one loaded may be given others.
+    """
+
+    def __init__(
+        self,
+        identity: Identity,
+        swarm: SwarmView,
+        manifests: Callable[[], Sequence[Manifest]],
+        *,
+        kv_tokens: int,
+        retired: Callable[[], Collection[str]] = frozenset,
+    ) -> None:
         self._identity = identity
         self._swarm = swarm
-        self._manifests = tuple(manifests)
+        self._manifests = manifests
+        self._retired = retired
         self._kv_tokens = kv_tokens
         self._sequence = 0
         self._assigned: dict[str, tuple[HeldRange, float]] = {}  # what was taken, and until when that is news
@@ -108,24 +155,33 @@ class Placer:
             await trio.sleep(_TICK_S)
 
     async def _tick(self) -> None:
+        """One round: holes are filled by idle workers, and where these do not suffice, by replicas of other models."""
         now = trio.current_time()
         self._assigned = {peer: held for peer, held in self._assigned.items() if now < held[1]}
         self._left_out = {peer: until for peer, until in self._left_out.items() if now < until}
-        workers = [self._as_assigned(worker) for worker in self._swarm.workers()]
-        for manifest in self._manifests:
+        manifests, retired = self._manifests(), self._retired()
+        workers = [self._as_assigned(_without(retired, worker)) for worker in self._swarm.workers()]
+        for manifest in manifests:
             self._report(manifest, missing_layers(manifest, workers), len(workers))
         # Who refuses to change what it holds still holds it: leaving it out would tear a hole to be filled.
         workers = [w for w in workers if w.peer_id not in self._left_out or _active(w)]
         async with trio.open_nursery() as nursery:
-            for manifest in self._manifests:
-                for dtype in sorted({worker.dtype for worker in workers}):
-                    alike = [worker for worker in workers if worker.dtype == dtype]
-                    placements = place(shape_of(manifest, dtype, self._kv_tokens), views_for(manifest, alike))
-                    for placement in placements:
-                        if placement.peer_id not in self._left_out:
-                            nursery.start_soon(self._assign, manifest, dtype, placement)
-                    placed = {placement.peer_id for placement in placements}
-                    workers = [worker for worker in workers if worker.peer_id not in placed]
+            for manifest in manifests:
+                placed = self._place(nursery, manifest, workers)
+                if not placed and _is_missing(manifest, workers):
+                    placed = self._place(nursery, manifest, with_spares_free(workers))
+                workers = [worker for worker in workers if worker.peer_id not in placed]
+
+    def _place(self, nursery: trio.Nursery, manifest: Manifest, workers: Sequence[WorkerRecord]) -> set[str]:
+        """Plan for one model and hand out what follows; who got something."""
+        placed: set[str] = set()
+        for dtype in sorted({worker.dtype for worker in workers}):
+            alike = [worker for worker in workers if worker.dtype == dtype]
+            for placement in place(shape_of(manifest, dtype, self._kv_tokens), views_for(manifest, alike)):
+                placed.add(placement.peer_id)
+                if placement.peer_id not in self._left_out:
+                    nursery.start_soon(self._assign, manifest, dtype, placement)
+        return placed
 
     def _report(self, manifest: Manifest, missing: tuple[tuple[int, int], ...], workers: int) -> None:
         """Log which layers are missing, when that changes."""
@@ -145,7 +201,7 @@ class Placer:
         cached = tuple(held for held in worker.ranges if held.state == "cached")
         return worker.model_copy(update={"ranges": (*cached, self._assigned[worker.peer_id][0])})
 
-    async def _assign(self, manifest: Manifest, dtype: str, placement: Placement) -> None:
+    async def _assign(self, manifest: Manifest, dtype: WeightFormat, placement: Placement) -> None:
         now = time.time()
         self._sequence = max(self._sequence + 1, int(now * 1000))
         assignment = Assignment.model_validate(

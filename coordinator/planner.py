@@ -15,6 +15,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from azu.models.memory import MAX_JOBS
+
 __all__ = ["ModelShape", "Placement", "WorkerView", "holes", "place", "route", "uncovered"]
 
 Range = tuple[int, int]
@@ -77,11 +79,11 @@ def _from_scratch(shape: ModelShape, workers: Sequence[WorkerView]) -> tuple[Pla
 
 
 def route(n_layers: int, workers: Sequence[WorkerView], tokens: int) -> tuple[Placement, ...] | None:
-    """A chain of ready workers that covers the model and has room for `tokens` positions each, or None.
+    """A chain of ready workers that covers the model and has room for one more job of `tokens` positions each, or None.
 
     Of the chains it takes one with the fewest stages, and of replicas the one with the fewest jobs.
     """
-    roomy = [worker for worker in workers if worker.ready and worker.kv_tokens_free >= tokens]
+    roomy = [w for w in workers if w.ready and w.kv_tokens_free >= tokens and w.jobs < MAX_JOBS]
     if uncovered(n_layers, roomy):
         return None
     chain = _chain(n_layers, roomy)

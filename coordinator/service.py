@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from functools import partial
 
@@ -13,14 +12,13 @@ import trio
 
 from azu.config import CoordinatorSettings
 from azu.datadir import open_data_dir
-from azu.distribution import Library, serve_layers
+from azu.distribution import LayerServer, Library
 from azu.economics import LAMPORTS_PER_TOKEN_LAYER
 from azu.errors import AzuError, InputError, NetworkError
 from azu.identity import Identity
 from azu.joining import stay_joined
 from azu.logs import log
 from azu.models.manifest import Manifest
-from azu.models.publish import publish
 from azu.overlay import Overlay, OverlayConfig, open_overlay
 from azu.records import (
     COORDINATORS_KEY,
@@ -32,11 +30,16 @@ from azu.records import (
     sign_coordinator_record,
 )
 from azu.wire.messages import LAYERS_PROTOCOL
-from coordinator.api import ApiSettings, create_app, serve_http
+from azu.wire.tensors import WEIGHT_FORMATS, WeightFormat
+from coordinator.admin import admin_token
+from coordinator.api import ApiSettings, ShardRoutes, create_app, serve_http
+from coordinator.catalogue import MAX_MODELS, Catalogue, Listed
 from coordinator.generation import Generation, GenerationRequest, ModelHealth, ServedModel
 from coordinator.jobs import JobRunner
 from coordinator.meter import Meter
 from coordinator.placement import Placer, missing_layers, shape_of
+from coordinator.serving import Serving
+from coordinator.shards import LoggedProgress, Sharder, ShardQueue, run_shard
 from coordinator.swarm import SwarmView
 
 __all__ = ["Service", "serve"]
@@ -52,19 +55,19 @@ _PROVIDE_S = 600.0
 class Service:
     """What the HTTP side sees; implements `coordinator.generation.GenerationService`."""
 
-    def __init__(self, models: Iterable[ServedModel], swarm: SwarmView, runner: JobRunner) -> None:
-        self._models = tuple(models)
+    def __init__(self, serving: Serving, swarm: SwarmView, runner: JobRunner) -> None:
+        self._serving = serving
         self._swarm = swarm
         self._runner = runner
 
     def models(self) -> Sequence[ServedModel]:
         """The published models."""
-        return self._models
+        return self._serving.models()
 
     def health(self) -> Sequence[ModelHealth]:
         """How well the swarm covers each model right now."""
         workers = self._swarm.workers()
-        return [_health(model, missing_layers(model.manifest, workers), workers) for model in self._models]
+        return [_health(model, missing_layers(model.manifest, workers), workers) for model in self.models()]
 
     def generate(self, request: GenerationRequest) -> AbstractAsyncContextManager[Generation]:
         """Start a job; see `GenerationService.generate`."""
@@ -77,18 +80,23 @@ async def serve(settings: CoordinatorSettings) -> None:
     Raises:
         InputError: a setting that cannot work. ModelError: a model cannot be published.
     """
-    if not settings.models or not settings.bootstrap:
-        missing = "--model PATH_OR_HUB_ID" if settings.bootstrap else "--bootstrap MULTIADDR"
-        raise InputError(f"{missing} is missing", code="missing_option", remedy="See azu-coordinator serve --help")
+    if not settings.bootstrap:
+        remedy = "See azu-coordinator serve --help"
+        raise InputError("--bootstrap MULTIADDR is missing", code="missing_option", remedy=remedy)
     with open_data_dir(settings.data_dir) as identity:
-        library = Library(settings.data_dir)
-        models = [await _publish(identity, library, source) for source in settings.models]
+        token = admin_token(settings)
+        library, catalogue = Library(settings.data_dir), Catalogue(settings.data_dir)
+        sharder = Sharder(identity, library, catalogue, settings.data_dir)
+        serving = Serving(library, catalogue)
+        for source in settings.models:
+            serving.pin(await _publish(sharder, source))
+        serving.refresh()
         stop = trio.Event()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_set_when_cancelled, stop)
             # From here on a cancel means: let the running answers end first.
             with trio.CancelScope(shield=True):
-                await _serve(settings, identity, library, models, stop)
+                await _serve(settings, identity, library, sharder, serving, token, stop)
             nursery.cancel_scope.cancel()
 
 
@@ -103,54 +111,62 @@ async def _serve(
     settings: CoordinatorSettings,
     identity: Identity,
     library: Library,
-    models: Sequence[ServedModel],
+    sharder: Sharder,
+    serving: Serving,
+    token: str,
     stop: trio.Event,
 ) -> None:
     """Everything that needs the network, until `stop` is set and the running answers have ended."""
     config = OverlayConfig(seed=identity.seed, listen=settings.listen, agent=AGENT, validators=VALIDATORS)
     async with open_overlay(config) as overlay, trio.open_nursery() as nursery:
         log(logger, logging.INFO, "coordinator starting", peer=identity.peer_id, addrs=overlay.addrs)
-        overlay.handle(LAYERS_PROTOCOL, partial(serve_layers, library))
+        layers = LayerServer(library, slots=settings.uploads, rate=settings.upload_limit)
+        overlay.handle(LAYERS_PROTOCOL, layers.handle)
         swarm = SwarmView(overlay)
         meter = Meter(settings.data_dir / "meter.sqlite")
         runner = JobRunner(identity, overlay, swarm, meter, price=LAMPORTS_PER_TOKEN_LAYER)
-        manifests = [model.manifest for model in models]
+        placer = Placer(identity, swarm, serving.manifests, kv_tokens=settings.kv_tokens, retired=serving.retired)
+        shards = ShardQueue(partial(sharder.shard, only_hub=True))
         nursery.start_soon(stay_joined, overlay, settings.bootstrap)
-        nursery.start_soon(swarm.run)
-        nursery.start_soon(Placer(identity, swarm, manifests, kv_tokens=settings.kv_tokens).run)
-        offers = [_offer(manifest, settings.kv_tokens) for manifest in manifests]
-        nursery.start_soon(_advertise, identity, overlay, offers)
-        service = Service(models, swarm, runner)
-        app = create_app(service, ApiSettings(default_max_tokens=settings.default_max_tokens))
-        async with trio.open_nursery() as serving:
-            url = await serving.start(partial(serve_http, app, settings.host, settings.port, stop=stop))
-            log(logger, logging.INFO, "answering OpenAI clients", url=f"{url}/v1", models=[m.model_id for m in models])
+        for task in (swarm.run, placer.run, serving.follow, shards.run):
+            nursery.start_soon(task)
+        nursery.start_soon(_advertise, identity, overlay, serving, settings.kv_tokens)
+        service = Service(serving, swarm, runner)
+        app = create_app(
+            service,
+            ApiSettings(default_max_tokens=settings.default_max_tokens),
+            ShardRoutes(shards, serving.models, token),
+        )
+        async with trio.open_nursery() as serving_http:
+            url = await serving_http.start(partial(serve_http, app, settings.host, settings.port, stop=stop))
+            names = [model.model_id for model in serving.models()]
+            log(logger, logging.INFO, "answering OpenAI clients", url=f"{url}/v1", models=names)
+            if not names:
+                log(logger, logging.WARNING, "no model to serve", remedy="Run: azu-coordinator shard MODEL")
         nursery.cancel_scope.cancel()
 
 
-async def _publish(identity: Identity, library: Library, source: str) -> ServedModel:
-    """Cut a model into layer files, sign its manifest, and make it servable."""
+async def _publish(sharder: Sharder, source: str) -> Manifest:
+    """Cut a model into layer files, and sign its manifest."""
     log(logger, logging.INFO, "publishing model", source=source)
     started = time.monotonic()
-    manifest = await trio.to_thread.run_sync(partial(publish, source, library.store))
-    library.publish(identity, manifest)
+    manifest = await run_shard(partial(sharder.cut, source), LoggedProgress(source))
     seconds = round(time.monotonic() - started, 1)
     log(logger, logging.INFO, "model published", model=manifest.model_id, manifest=manifest.digest,
         layers=manifest.n_layers, seconds=seconds)  # fmt: skip
-    return ServedModel(
-        manifest=manifest,
-        tokenizer_files={name: library.store.path(blob.digest) for name, blob in manifest.tokenizer.items()},
-        config=json.loads(library.store.path(manifest.config.digest).read_bytes()),
-        created=int(time.time()),
-    )
+    listed = {model.model_id for model in sharder.catalogue.models()}
+    if manifest.model_id in listed:  # where both name a model the catalogue counts: it must not keep an older one
+        sharder.catalogue.add(Listed(manifest.model_id, manifest.digest))
+    return manifest
 
 
-async def _advertise(identity: Identity, overlay: Overlay, offers: Sequence[ModelOffer]) -> None:
+async def _advertise(identity: Identity, overlay: Overlay, serving: Serving, kv_tokens: int) -> None:
     """Keep this coordinator and its models findable in the DHT."""
-    keys = [COORDINATORS_KEY, *(bytes.fromhex(offer.manifest) for offer in offers)]
-    provided = -_PROVIDE_S
+    provided: dict[bytes, float] = {}
     sequence = 0
     while True:
+        changed = serving.changed  # before the record is made: what changes while it travels is news again
+        offers = [_offer(manifest, kv_tokens) for manifest in serving.manifests()]
         now = time.time()
         sequence = max(sequence + 1, int(now * 1000))  # grows also where the clock is set back
         record = CoordinatorRecord(
@@ -161,24 +177,26 @@ async def _advertise(identity: Identity, overlay: Overlay, offers: Sequence[Mode
             agent=AGENT,
             protocols=(LAYERS_PROTOCOL,),
             addrs=overlay.addrs[:16],
-            models=tuple(offers),
+            models=tuple(offers[:MAX_MODELS]),
         )
+        keys = [COORDINATORS_KEY, *(bytes.fromhex(offer.manifest) for offer in record.models)]
         try:
             await overlay.put_record(coordinator_key(identity.peer_id), sign_coordinator_record(identity, record))
-            if trio.current_time() >= provided + _PROVIDE_S:
-                for key in keys:
+            for key in keys:
+                if trio.current_time() >= provided.get(key, -_PROVIDE_S) + _PROVIDE_S:
                     await overlay.provide(key)
-                provided = trio.current_time()
+                    provided[key] = trio.current_time()
         except AzuError as error:
             level = logging.DEBUG if isinstance(error, NetworkError) else logging.WARNING
             log(logger, level, "record not published", reason=str(error))
             await trio.sleep(1)
             continue
-        await trio.sleep(_REFRESH_S)
+        with trio.move_on_after(_REFRESH_S):
+            await changed.wait()
 
 
 def _offer(manifest: Manifest, kv_tokens: int) -> ModelOffer:
-    def least(dtype: str) -> int:
+    def least(dtype: WeightFormat) -> int:
         shape = shape_of(manifest, dtype, kv_tokens)
         return min(shape.stage_bytes(layer, layer + 1) for layer in range(manifest.n_layers))
 
@@ -186,8 +204,7 @@ def _offer(manifest: Manifest, kv_tokens: int) -> ModelOffer:
         model_id=manifest.model_id,
         manifest=manifest.digest,
         n_layers=manifest.n_layers,
-        least_bytes_32=least("float32"),
-        least_bytes_16=least("bfloat16"),
+        least_bytes={dtype: least(dtype) for dtype in WEIGHT_FORMATS},
     )
 
 

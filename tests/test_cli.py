@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from azu.cli import program, report, run_program, settings_options
-from azu.config import CoordinatorSettings, DhtSettings, NodeSettings
+from azu.config import CoordinatorSettings, DhtSettings, NodeSettings, ShardSettings
 from azu.errors import CapacityError, InputError, NetworkError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,6 +37,16 @@ def join(settings: NodeSettings, note: str) -> None:
 @main.command()
 @settings_options(CoordinatorSettings)
 def serve(settings: CoordinatorSettings) -> None:
+    click.echo(settings.model_dump_json(exclude_unset=True))
+
+
+@main.command()
+@settings_options(ShardSettings, positional="model")
+def cut(settings: ShardSettings) -> None:
+    """Cut.
+
+    A second paragraph.
+    """
     click.echo(settings.model_dump_json(exclude_unset=True))
 
 
@@ -98,6 +108,23 @@ def test_a_list_is_one_option_repeated() -> None:
     assert run("serve", "--model", "a", "--model", "b").stdout == '{"models":["a","b"]}\n'
 
 
+def test_a_secret_has_no_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AZU_ADMIN_TOKEN", "a-token-that-is-long-enough")
+    assert run("serve").stdout == '{"admin_token":"**********"}\n'
+    assert "--admin-token-file FILE" in run("serve", "--help").stdout
+    assert run("serve", "--admin-token", "x").exit_code == 2
+
+
+def test_a_required_argument_is_named() -> None:
+    result = run("cut")
+    assert (result.exit_code, result.stderr) == (
+        2,
+        "azu-node: error: MODEL is missing\n  remedy: see `azu-node cut --help`\n",
+    )
+    assert run("cut", "a/b").stdout == '{"model":"a/b"}\n'
+    assert "for what MODEL takes" in run("cut", "").stderr
+
+
 def test_a_program_of_one_command() -> None:
     assert run(BOOTSTRAP, "--json", command=look).stdout == f'{{"bootstrap":["{BOOTSTRAP}"],"as_json":true}}\n'
     assert "--version" in run("--help", command=look).stdout
@@ -110,7 +137,7 @@ def test_help_teaches() -> None:
     assert "env: AZU_BOOTSTRAP" in flat
     assert "--vram SIZE Memory to offer" in flat
     assert "default: ~/.azu/node; env: AZU_DATA_DIR" in flat
-    assert "--dtype [auto|float32|bfloat16|float16]" in flat
+    assert "--dtype [auto|float32|float16|bfloat16|int8|int4]" in flat
 
 
 def test_root_help_has_version_and_examples() -> None:

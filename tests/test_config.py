@@ -66,7 +66,7 @@ def test_an_empty_variable_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> N
         {"vram": "lots"},
         {"vram": 0},
         {"device": "gpu"},
-        {"dtype": "int8"},
+        {"dtype": "int2"},
         {"threads": 0},
         {"threads": -1},
         {"bootstrap": ("127.0.0.1:4001",)},

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from azu.datadir import open_data_dir
+from azu.datadir import open_data_dir, share_data_dir
 from azu.errors import InputError, InternalError
 
 HOLDER = """
 import sys
 from pathlib import Path
-from azu.datadir import open_data_dir
+from azu.datadir import open_data_dir, share_data_dir
 with open_data_dir(Path(sys.argv[1])) as identity:
     print(identity.peer_id, flush=True)
     sys.stdin.readline()
@@ -83,3 +83,13 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
             pytest.fail("opened")
         assert str(path) in raised.value.message
         assert "--data-dir" in raised.value.remedy
+
+
+def test_a_folder_that_is_held_can_be_shared(tmp_path: Path) -> None:
+    path = tmp_path / "data"
+    shared = share_data_dir(path)
+    assert path.stat().st_mode & 0o777 == 0o700
+    with open_data_dir(path) as identity:
+        assert share_data_dir(path).peer_id == identity.peer_id == shared.peer_id
+    with pytest.raises(InternalError):
+        share_data_dir(tmp_path / "data" / "identity.key")

@@ -21,7 +21,7 @@ from azu.errors import ModelError
 from azu.models.gguf_reader import BoundedReader
 from azu.models.gguf_tokenizer import tokenizer_files
 from azu.models.safetensors_file import TensorSpec
-from azu.models.source import ModelSource, hash_file, revision_of
+from azu.models.source import ModelSource, hash_file, local_id, revision_of, watch
 
 __all__ = ["open_gguf"]
 
@@ -72,6 +72,7 @@ def _read(path: Path) -> ModelSource:
     heads = (int(_field(fields, "llama.attention.head_count")), _kv_heads(fields))
     if min(heads) < 1:
         raise ValueError("it has no attention heads")
+    confirm = watch([path])
     sources = {path.name: hash_file(path)}
     return ModelSource(
         model_id=_model_id(path, fields),
@@ -81,6 +82,7 @@ def _read(path: Path) -> ModelSource:
         sources=sources,
         tensors={name: TensorSpec(name, "F32", _shape(tensor)) for name, tensor in by_name.items()},
         read=_tensor_reader(by_name, heads),
+        confirm=confirm,
     )
 
 
@@ -183,5 +185,4 @@ def _dump(value: dict[str, Any]) -> bytes:
 
 
 def _model_id(path: Path, fields: Fields) -> str:
-    stem = _QUANTISATION.sub("", path.stem)
-    return stem or str(fields.get("general.name", "model")).replace(" ", "-")
+    return local_id(_QUANTISATION.sub("", path.stem) or str(fields.get("general.name", "")))

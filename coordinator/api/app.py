@@ -20,6 +20,7 @@ from coordinator.api.errors import ApiError, from_exception, from_http_exception
 from coordinator.api.jobs import InFlight
 from coordinator.api.responses import health_object, model_object
 from coordinator.api.settings import ApiSettings
+from coordinator.api.shards import ShardRoutes
 from coordinator.generation import GenerationService
 
 __all__ = ["ApiApp", "create_app"]
@@ -70,11 +71,13 @@ class ApiApp(QuartTrio):
         self.config |= {"RESPONSE_TIMEOUT": None, "BODY_TIMEOUT": None, "MAX_CONTENT_LENGTH": None}
 
 
-def create_app(service: GenerationService, settings: ApiSettings) -> ApiApp:
-    """The application over a generation service; serve it with `serve_http`."""
+def create_app(service: GenerationService, settings: ApiSettings, shards: ShardRoutes | None = None) -> ApiApp:
+    """The application over a generation service; serve it with `serve_http`. Without `shards` it cuts no models."""
     app = ApiApp(__name__)
     _add_error_handlers(app, settings)
     _add_routes(app, service, settings)
+    if shards is not None:
+        _add_shard_routes(app, shards)
 
     @app.after_request
     async def add_request_id(response: Response) -> Response:
@@ -105,6 +108,16 @@ def _add_routes(app: ApiApp, service: GenerationService, settings: ApiSettings) 
         able = any(model.covered for model in models)
         body = {"status": "ok" if able else "degraded", "models": [health_object(model) for model in models]}
         return body, HTTPStatus.OK if able else HTTPStatus.SERVICE_UNAVAILABLE
+
+
+def _add_shard_routes(app: ApiApp, shards: ShardRoutes) -> None:
+    @app.post("/models/shard")
+    async def shard_model() -> tuple[dict[str, Any], int]:
+        return await shards.submit(request), HTTPStatus.ACCEPTED
+
+    @app.get("/models/status")
+    async def shard_status() -> dict[str, Any]:
+        return shards.status(request.args.get("model_id", ""))
 
 
 def _add_error_handlers(app: ApiApp, settings: ApiSettings) -> None:

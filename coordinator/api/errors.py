@@ -20,7 +20,10 @@ __all__ = ["ApiError", "from_exception", "from_http_exception", "shutting_down"]
 
 logger = logging.getLogger(__name__)
 
-ROUTES = "POST /v1/chat/completions, GET /v1/models, GET /v1/models/{id} and GET /healthz"
+ROUTES = (
+    "POST /v1/chat/completions, GET /v1/models, GET /v1/models/{id}, POST /models/shard, GET /models/status and "
+    "GET /healthz"
+)
 
 
 class ApiError(InputError):

@@ -17,7 +17,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from azu.tickets import Sampling
 from coordinator.api.errors import ApiError
 
-__all__ = ["ChatRequest", "parse_chat_request"]
+__all__ = ["ChatRequest", "parse_chat_request", "parse_object"]
 
 # OpenAI takes 4 stop strings. The length bounds the work per token; none is longer than a line.
 _MAX_STOPS = 4
@@ -170,6 +170,22 @@ def parse_chat_request(body: bytes, *, max_choices: int) -> ChatRequest:
     Raises:
         ApiError: status 400, naming the first thing that is wrong with it.
     """
+    given = {name: value for name, value in parse_object(body).items() if value is not None}
+    _refuse_unsupported(given)
+    try:
+        request = ChatRequest.model_validate(given)
+    except ValidationError as error:
+        raise _from_pydantic(error) from error
+    _check_together(request, max_choices)
+    return request
+
+
+def parse_object(body: bytes) -> dict[str, Any]:
+    """A body's JSON object.
+
+    Raises:
+        ApiError: status 400, code "invalid_json".
+    """
     try:
         data = pydantic_core.from_json(body, allow_inf_nan=False)
     except ValueError as error:
@@ -180,14 +196,7 @@ def parse_chat_request(body: bytes, *, max_choices: int) -> ChatRequest:
         ) from error
     if not isinstance(data, dict):
         raise ApiError("The request's body is not a JSON object", code="invalid_json")
-    given = {name: value for name, value in data.items() if value is not None}
-    _refuse_unsupported(given)
-    try:
-        request = ChatRequest.model_validate(given)
-    except ValidationError as error:
-        raise _from_pydantic(error) from error
-    _check_together(request, max_choices)
-    return request
+    return data
 
 
 def _refuse_unsupported(given: Mapping[str, object]) -> None:

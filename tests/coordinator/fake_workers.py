@@ -32,7 +32,7 @@ from coordinator.generation import GenerationRequest, ServedModel
 from coordinator.jobs import JobRunner
 from coordinator.meter import Meter
 from coordinator.swarm import SwarmView
-from tests.layer_nodes import manifest_of
+from tests.distribution.nodes import manifest_of
 
 LIMIT = 60.0
 KV_TOKENS = 1_000

@@ -11,7 +11,7 @@ import trio.testing
 
 from azu.channel import RefusedError
 from azu.identity import Identity
-from azu.models.manifest import Blob, LayerCache, Manifest
+from azu.models.manifest import Blob, LayerCache, Manifest, Weights
 from azu.records import WorkerRecord
 from azu.tickets import open_assignment
 from azu.wire.messages import Refused
@@ -20,7 +20,7 @@ from coordinator.planner import ModelShape, place
 
 
 def blob(number: int) -> Blob:
-    return Blob(hashlib.sha256(bytes([number])).hexdigest(), 1_000)
+    return Blob(hashlib.sha256(bytes([number])).hexdigest(), 1_000, weights=(Weights("F16", 1_000, 1_000),))
 
 
 MANIFEST = Manifest(
@@ -149,7 +149,7 @@ class SwarmTwin:
 
 
 def placer(swarm: SwarmTwin) -> Placer:
-    return Placer(Identity(bytes(32)), swarm, [MANIFEST], kv_tokens=1)  # type: ignore[arg-type]
+    return Placer(Identity(bytes(32)), swarm, lambda: [MANIFEST], kv_tokens=1)  # type: ignore[arg-type]
 
 
 def room_for(layers: int) -> int:
@@ -179,3 +179,43 @@ async def test_a_worker_that_refuses_is_left_alone_and_still_holds_its_layers(
     with trio.move_on_after(10):
         await placer(swarm).run()
     assert (swarm.asked, swarm.taken) == (1, [])
+
+
+async def test_layers_of_a_model_that_is_not_served_any_more_make_room(autojump_clock: trio.testing.MockClock) -> None:
+    holds = worker(1, (OTHER, 0, 12, "loaded"), vram_total=room_for(12))
+    swarm = SwarmTwin(holds)
+    retired: set[str] = set()
+    live = Placer(Identity(bytes(32)), swarm, lambda: [MANIFEST], kv_tokens=1, retired=lambda: retired)  # type: ignore[arg-type]
+    with trio.move_on_after(1.5):
+        await live.run()
+    assert swarm.taken == []
+    retired.add(OTHER)
+    with trio.move_on_after(0.5):
+        await live.run()
+    assert swarm.taken == [(holds.peer_id, 0, 12)]
+
+
+async def test_replicas_make_room_for_a_model_that_would_stay_uncovered(autojump_clock: trio.testing.MockClock) -> None:
+    whole = room_for(12)
+    first = worker(1, (OTHER, 0, 12, "loaded"), vram_total=whole, jobs=0)
+    replica = worker(2, (OTHER, 0, 12, "loaded"), vram_total=whole, jobs=0)
+    only = worker(3, (OTHER, 0, 6, "loaded"), vram_total=whole, jobs=0)
+    swarm = SwarmTwin(first, replica, only)
+    with trio.move_on_after(0.5):
+        await placer(swarm).run()
+    (given,) = swarm.taken
+    assert given in {(first.peer_id, 0, 12), (replica.peer_id, 0, 12)}  # one of the two, and not both
+
+
+async def test_no_replica_is_given_up_where_it_runs_a_job_or_is_of_no_use(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    held = (OTHER, 0, 12, "loaded")
+    busy = [worker(number, held, vram_total=room_for(12), jobs=1) for number in (1, 2)]
+    small = [worker(number, held, vram_total=room_for(3), jobs=0) for number in (1, 2)]
+    idle = [worker(1, held, jobs=0), worker(2, held, jobs=0), worker(3, vram_total=room_for(12))]
+    for workers, expected in ((busy, []), (small, []), (idle, [(idle[2].peer_id, 0, 12)])):
+        swarm = SwarmTwin(*workers)
+        with trio.move_on_after(0.5):
+            await placer(swarm).run()
+        assert swarm.taken == expected

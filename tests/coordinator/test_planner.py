@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from azu.models.memory import MAX_JOBS
 from coordinator.planner import ModelShape, Placement, WorkerView, holes, place, route
 
 Range = tuple[int, int]
@@ -323,6 +324,12 @@ def test_routes_are_the_shortest_ready_chains_with_room(
 def test_only_ready_workers_with_room_are_routed_through(ready: bool, free: int, routed: bool) -> None:
     worker = holding("a", 0, 10, ready=ready, kv_tokens_free=free)
     assert (route(10, [worker], tokens=100) is not None) == routed
+
+
+@pytest.mark.parametrize(("jobs", "routed"), [(MAX_JOBS - 1, True), (MAX_JOBS, False)])
+def test_a_worker_with_as_many_jobs_as_it_may_run_gets_no_more(jobs: int, routed: bool) -> None:
+    worker = holding("a", 0, 10, ready=True, kv_tokens_free=100, jobs=jobs)
+    assert (route(10, [worker], tokens=1) is not None) == routed
 
 
 def test_jobs_are_spread_over_replicas() -> None:

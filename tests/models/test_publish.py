@@ -6,27 +6,33 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import pytest
-from huggingface_hub.errors import (
-    GatedRepoError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 from safetensors.torch import load_file
 
-from azu.errors import AzuError, InputError, ModelError, NetworkError, TrustError
-from azu.models import hub
-from azu.models.manifest import Manifest
+from azu.errors import AzuError, InputError, ModelError
+from azu.models.manifest import Blob, Manifest
+from azu.models.progress import Progress
 from azu.models.publish import publish
 from azu.models.store import LayerStore
 
 SaveTiny = Callable[..., Path]
+
+
+class CountingStore(LayerStore):
+    """A store that knows what it was given."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.written: list[str] = []
+
+    def put_chunks(self, chunks: Iterable[bytes | memoryview]) -> Blob:
+        blob = super().put_chunks(chunks)
+        self.written.append(blob.digest)
+        return blob
 
 
 def tensors_of(paths: list[Path]) -> dict[str, Any]:
@@ -50,8 +56,8 @@ def test_every_tensor_is_published(save_tiny: SaveTiny, store: LayerStore, shard
     source = save_tiny(max_shard_size=shard_size, tie_word_embeddings=tied)
     shards = list(source.glob("*.safetensors"))
     assert (len(shards) > 1) == (shard_size == "20KB")
-    steps: list[tuple[str, int, int]] = []
-    manifest = publish(str(source), store, model_id="me/tiny", progress=lambda *step: steps.append(step))
+    steps: list[Progress] = []
+    manifest = publish(str(source), store, model_id="me/tiny", report=steps.append)
     blobs = [*manifest.layers, *manifest.shared.values()]
     assert same(tensors_of([store.path(blob.digest) for blob in blobs]), tensors_of(shards))
     for index, blob in enumerate(manifest.layers):
@@ -64,8 +70,8 @@ def test_every_tensor_is_published(save_tiny: SaveTiny, store: LayerStore, shard
     assert manifest.context_length == 64
     assert store.path(manifest.config.digest).read_bytes() == (source / "config.json").read_bytes()
     assert list(manifest.tokenizer) == ["generation_config.json"]
-    assert [step[1] for step in steps] == list(range(1, len(blobs) + 1))
-    assert {step[2] for step in steps} == {len(blobs)}
+    assert [step.done for step in steps] == list(range(len(blobs) + 1))
+    assert {(step.stage, step.total) for step in steps} == {("cutting", len(blobs))}
 
 
 def test_shards_do_not_change_the_layers(save_tiny: SaveTiny, store: LayerStore, tmp_path: Path) -> None:
@@ -81,8 +87,8 @@ def test_publishing_again_rewrites_nothing(save_tiny: SaveTiny, store: LayerStor
     source = save_tiny()
     first = publish(str(source), store)
     before = {digest: store.path(digest).stat().st_ino for digest in store.digests()}
-    steps: list[object] = []
-    assert publish(str(source), store, progress=lambda *step: steps.append(step)) == first
+    steps: list[Progress] = []
+    assert publish(str(source), store, report=steps.append) == first
     assert {digest: store.path(digest).stat().st_ino for digest in store.digests()} == before
     assert steps == []
     assert Manifest.from_bytes(store.path(first.digest).read_bytes()) == first
@@ -94,8 +100,41 @@ def test_a_lost_blob_or_a_broken_index_is_made_good(save_tiny: SaveTiny, store: 
     store.path(first.layers[2].digest).unlink()
     assert publish(str(source), store) == first
     assert store.verify(first.layers[2].digest)
-    (store.root / "published.json").write_text("{")
+    config = store.path(first.config.digest)
+    config.chmod(0o600)
+    config.write_bytes(bytes(config.stat().st_size))  # as a power loss may leave it
     assert publish(str(source), store) == first
+    assert store.verify(first.config.digest)
+    (record,) = (store.root / "published").iterdir()
+    for damage in (b"", b"\xff", b"0" * 64, first.layers[0].digest.encode()):
+        record.write_bytes(damage)
+        assert publish(str(source), store) == first
+
+
+def test_an_interrupted_cut_goes_on_where_it_was(save_tiny: SaveTiny, store: LayerStore, tmp_path: Path) -> None:
+    source = save_tiny()
+    undisturbed = publish(str(source), LayerStore(tmp_path / "other"))
+
+    def stop(progress: Progress) -> None:
+        if progress.done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        publish(str(source), store, report=stop)
+    assert store.digests() == {blob.digest for blob in undisturbed.layers[:3]}
+    (journal,) = (store.root / "cutting").iterdir()
+    # What a crash or a bad disk may leave there: torn lines, lies about blobs that are not here, other JSON.
+    text = journal.read_text()
+    lie = json.dumps(["layer 3", "f" * 64, 100, ""])
+    journal.write_text(f'{text}\n["layer 4", "abc\n{lie}\n[]\n{{"a": 1}}\nnull\n["layer 0", 7, "x", null]\n')
+    store.path(undisturbed.layers[1].digest).unlink()
+    torn = store.path(undisturbed.layers[2].digest)
+    torn.chmod(0o600)
+    torn.write_bytes(bytes(torn.stat().st_size))
+    counting = CountingStore(store.root)
+    assert publish(str(source), counting) == undisturbed
+    assert [blob.digest in counting.written for blob in undisturbed.layers] == [False, True, True, True]
+    assert list((store.root / "cutting").iterdir()) == []
 
 
 def test_names_without_the_base_prefix(save_tiny: SaveTiny, store: LayerStore) -> None:
@@ -147,6 +186,9 @@ def test_what_is_no_model(tmp_path: Path, store: LayerStore, save_tiny: SaveTiny
     ("changes", "code"),
     [
         ({"architectures": None}, "bad_config"),
+        ({"architectures": ["T5ForConditionalGeneration"]}, "unsupported_architecture"),
+        ({"architectures": ["BertForMaskedLM"]}, "unsupported_architecture"),
+        ({"is_encoder_decoder": True}, "unsupported_architecture"),
         ({"hidden_size": "32"}, "bad_config"),
         ({"vocab_size": -1}, "bad_config"),
         ({"num_hidden_layers": 5}, "unknown_layout"),
@@ -163,7 +205,7 @@ def test_configs_that_do_not_fit(save_tiny: SaveTiny, store: LayerStore, changes
 
 def test_config_that_is_no_json(save_tiny: SaveTiny, store: LayerStore) -> None:
     source = save_tiny()
-    for text in ("[" * 100_000, "[]", "{"):
+    for text in ("[" * 100_000, "[]", "{", f"{source.joinpath('config.json').read_text()}{' ' * (1 << 20)}"):
         (source / "config.json").write_text(text)
         assert refused(source, store) == "bad_json"
 
@@ -189,6 +231,67 @@ def test_index_that_does_not_match_its_shards(save_tiny: SaveTiny, store: LayerS
     assert refused(source, store) == "bad_index"
 
 
+def add_tensors(folder: Path, names: Iterable[str]) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    extra = {name: torch.ones(1) for name in names}
+    save_file(load_file(folder / "model.safetensors") | extra, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("names", [["[/dim]"], ["\x1b[2J"], [f"x{number}" for number in range(1100)]])
+def test_what_no_manifest_can_say_is_refused_before_it_is_cut(
+    save_tiny: SaveTiny, store: LayerStore, names: list[str]
+) -> None:
+    source = save_tiny()
+    add_tensors(source, names)
+    assert refused(source, store) == "unpublishable"
+    assert store.digests() == set()
+    assert not (store.root / "cutting").exists()
+
+
+def test_any_folder_name_will_do(save_tiny: SaveTiny, store: LayerStore, tmp_path: Path) -> None:
+    folder = save_tiny().rename(tmp_path / "..My model (1)...final")
+    assert publish(str(folder), store).model_id == "My-model-1-final"
+    assert publish(str(folder.rename(tmp_path / "(2)")), store).model_id == "2"
+    assert publish(str((tmp_path / "(2)").rename(tmp_path / "模型")), store).model_id == "model"
+
+
+def test_a_source_that_changes_while_it_is_cut(save_tiny: SaveTiny, store: LayerStore) -> None:
+    source = save_tiny()
+    weights = source / "model.safetensors"
+    before = weights.read_bytes()
+
+    def overwrite(progress: Progress) -> None:
+        if progress.done == 2:
+            weights.write_bytes(before[:-4000] + bytes(4000))
+
+    with pytest.raises(InputError) as caught:
+        publish(str(source), store, report=overwrite)
+    assert caught.value.code == "source_changed"
+    weights.write_bytes(before)  # nothing that was cut meanwhile passes for the first one's
+    again = publish(str(source), store)
+    blobs = [*again.layers, *again.shared.values()]
+    assert same(tensors_of([store.path(blob.digest) for blob in blobs]), tensors_of([weights]))
+
+
+def test_links_out_of_a_folder(save_tiny: SaveTiny, store: LayerStore, tmp_path: Path) -> None:
+    """A cloned repository may link to anything of the operator's, and what is published everybody gets."""
+    source = save_tiny()
+    (tmp_path / "secret").write_text("{}")
+    (source / "tokenizer_config.json").symlink_to(tmp_path / "secret")
+    assert refused(source, store) == "unsafe_link"
+    (source / "tokenizer_config.json").unlink()
+    config = (source / "config.json").rename(source / "other.json")
+    (source / "config.json").symlink_to(config.name)
+    (source / "model.safetensors").rename(tmp_path / "weights")
+    (source / "model.safetensors").symlink_to(tmp_path / "weights")
+    assert publish(str(source), store).n_layers == 4
+    (source / "config.json").unlink()
+    (source / "config.json").symlink_to("/dev/zero")
+    assert refused(source, store) == "unsafe_link"
+
+
 def test_truncated_weights(save_tiny: SaveTiny, store: LayerStore) -> None:
     source = save_tiny()
     weights = source / "model.safetensors"
@@ -212,80 +315,6 @@ def test_publishing_imports_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"torch", "transformers"} & set(done.stdout.split())
-
-
-# --- the hub ---
-
-
-@pytest.fixture
-def snapshot(save_tiny: SaveTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A hub snapshot as huggingface_hub leaves it: links into a folder of blobs named by their SHA-256."""
-    import hashlib
-
-    source = save_tiny()
-    place = tmp_path / "models--me--tiny" / "snapshots" / ("c" * 40)
-    place.mkdir(parents=True)
-    (tmp_path / "blobs").mkdir()
-    for path in source.iterdir():
-        blob = tmp_path / "blobs" / hashlib.sha256(path.read_bytes()).hexdigest()
-        blob.write_bytes(path.read_bytes())
-        (place / path.name).symlink_to(blob)
-    asked: dict[str, Any] = {}
-
-    def download(repo: str, **how: Any) -> str:
-        asked.update(how, repo=repo)
-        return str(place)
-
-    monkeypatch.setattr(hub, "snapshot_download", download)
-    monkeypatch.setattr(hub, "asked", asked, raising=False)
-    return place
-
-
-def test_a_hub_model(snapshot: Path, store: LayerStore) -> None:
-    manifest = publish("me/tiny@v1.0", store)
-    assert (manifest.model_id, manifest.revision) == ("me/tiny", "c" * 40)
-    asked = hub.asked  # type: ignore[attr-defined]  # put there by the fixture
-    assert (asked["repo"], asked["revision"]) == ("me/tiny", "v1.0")
-    assert not any(
-        pattern.endswith((".bin", ".pt", "*")) for pattern in asked["allow_patterns"] if "chat" not in pattern
-    )
-
-
-def test_a_file_that_is_not_what_the_hub_announced(snapshot: Path, store: LayerStore) -> None:
-    config = (snapshot / "config.json").resolve()
-    config.write_text(config.read_text() + " ")
-    with pytest.raises(TrustError) as caught:
-        publish("me/tiny", store)
-    assert caught.value.code == "digest_mismatch"
-    assert store.digests() == set()
-
-
-def response(status: int) -> httpx2.Response:
-    return httpx2.Response(status, request=httpx2.Request("GET", "http://127.0.0.1/"))
-
-
-@pytest.mark.parametrize(
-    ("error", "kind", "code"),
-    [
-        (GatedRepoError("x", response=response(403)), InputError, "gated_model"),
-        (RepositoryNotFoundError("x", response=response(404)), InputError, "unknown_model"),
-        (RevisionNotFoundError("x", response=response(404)), InputError, "unknown_revision"),
-        (LocalEntryNotFoundError("x"), NetworkError, "hub_unreachable"),
-        (httpx2.ConnectError("x"), NetworkError, "hub_unreachable"),
-        (OSError(28, "No space left on device"), AzuError, "storage"),
-    ],
-)
-def test_hub_errors(
-    monkeypatch: pytest.MonkeyPatch, store: LayerStore, error: Exception, kind: type[AzuError], code: str
-) -> None:
-    def fail(*_: object, **__: object) -> str:
-        raise error
-
-    monkeypatch.setattr(hub, "snapshot_download", fail)
-    with pytest.raises(kind) as caught:
-        publish("me/tiny", store)
-    assert caught.value.code == code
-    assert code == "unknown_revision" or caught.value.remedy
 
 
 def test_model_errors_name_a_remedy() -> None:
