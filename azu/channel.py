@@ -66,19 +66,22 @@ class Channel:
         """
         await self.stream.send_all(*encode_message(message, body))
 
-    async def receive(self, idle: float = math.inf) -> tuple[Message, bytearray] | None:
+    async def receive(self, idle: float = math.inf, *, silence: float = math.inf) -> tuple[Message, bytearray] | None:
         """The next message with its body, or None when the peer ended or reset the stream between two frames.
 
         Args:
             idle: seconds after which a message that has not come complete counts as the end of the stream.
+            silence: seconds without a byte that are a fault.
 
         Raises:
+            trio.TooSlowError: `silence` lasted too long.
             ProtocolError: the bytes are not this protocol's. The stream must be reset.
             NetworkError: the stream broke inside a frame.
         """
         with trio.move_on_after(idle):
             while (frame := self._reader.next_frame()) is None:
-                data = await self.stream.receive_some(_READ_BYTES)
+                with trio.fail_after(silence):
+                    data = await self.stream.receive_some(_READ_BYTES)
                 if not data:
                     if self._reader.is_idle:
                         return None

@@ -18,7 +18,7 @@ from azu.identity import Identity, Kind, open_envelope, seal
 from azu.tickets import CLOCK_SKEW_S, Layer, UnixTime
 from azu.tickets import Sequence as SequenceNumber
 from azu.wire.document import Digest, Document, PeerId, Tuple
-from azu.wire.tensors import ITEMSIZE, DType
+from azu.wire.tensors import WeightFormat
 
 __all__ = [
     "COORDINATORS_KEY",
@@ -56,12 +56,16 @@ Small = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class HeldRange(Document):
-    """Layers [start, end) of a model at a worker: on its disk, on its way into memory, or ready to run."""
+    """Layers [start, end) of a model at a worker: on its disk, on its way into memory, or ready to run.
+
+    `percent` says how much of a loading range's files is on the worker's disk.
+    """
 
     manifest: Digest
     start: Layer
     end: Layer
     state: Literal["cached", "loading", "loaded"]
+    percent: Annotated[int, Field(ge=0, le=100)] = 0
 
 
 class Record(Document):
@@ -80,7 +84,7 @@ class WorkerRecord(Record):
     """A worker's offer. Memory in bytes; `layer_us` is microseconds per decoded token and layer, 0 if not measured."""
 
     device: Annotated[str, Field(max_length=128)]
-    dtype: DType
+    dtype: WeightFormat
     vram_total: Bytes
     vram_free: Bytes
     kv_tokens: Bytes  # positions of KV cache that all jobs together may reserve beside what is loaded
@@ -102,12 +106,8 @@ class ModelOffer(Document):
     model_id: Annotated[str, Field(min_length=1, max_length=256)]
     manifest: Digest
     n_layers: Layer
-    least_bytes_32: Bytes  # the smallest stage that is ever assigned, in float32, with its KV cache
-    least_bytes_16: Bytes  # the same in a 16-bit dtype
-
-    def least_bytes(self, dtype: DType) -> int:
-        """The memory in bytes below which a worker cannot hold a single layer."""
-        return self.least_bytes_32 if ITEMSIZE[dtype] == 4 else self.least_bytes_16
+    # The smallest stage that is ever assigned, with its KV cache, in each format in which that is known.
+    least_bytes: Annotated[dict[Annotated[str, Field(max_length=16)], Bytes], Field(max_length=16)]
 
 
 class CoordinatorRecord(Record):

@@ -13,7 +13,7 @@ from azu.logs import log
 from azu.overlay import Overlay
 from azu.records import COORDINATORS_KEY, CoordinatorRecord, coordinator_key, is_live, open_coordinator_record
 from azu.sizes import format_size
-from azu.wire.tensors import DType
+from azu.wire.tensors import WeightFormat
 
 __all__ = ["explain_idleness", "why_idle"]
 
@@ -24,7 +24,7 @@ _PATIENCE_S = 5.0
 _AGAIN_S = 30.0
 
 
-async def explain_idleness(overlay: Overlay, *, vram: int, dtype: DType, is_busy: Callable[[], bool]) -> None:
+async def explain_idleness(overlay: Overlay, *, vram: int, dtype: WeightFormat, is_busy: Callable[[], bool]) -> None:
     """Log why the worker is idle for as long as it is, when the reason changes; runs until cancelled."""
     told = ""
     pause = _PATIENCE_S
@@ -41,9 +41,9 @@ async def explain_idleness(overlay: Overlay, *, vram: int, dtype: DType, is_busy
         pause = _AGAIN_S if level >= logging.WARNING else _PATIENCE_S
 
 
-def why_idle(coordinators: Sequence[CoordinatorRecord], *, vram: int, dtype: DType) -> tuple[int, str]:
+def why_idle(coordinators: Sequence[CoordinatorRecord], *, vram: int, dtype: WeightFormat) -> tuple[int, str]:
     """The log level and the sentence for a worker with `vram` bytes to which nothing is assigned. Pure."""
-    least = {offer.model_id: offer.least_bytes(dtype) for record in coordinators for offer in record.models}
+    least = {offer.model_id: offer.least_bytes.get(dtype, 0) for record in coordinators for offer in record.models}
     if not least:
         return logging.WARNING, "idle: no coordinator was found in this swarm; waiting for one"
     if vram < min(least.values()):

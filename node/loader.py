@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from functools import partial
 
-import trio
-
-from azu.distribution import Library, fetch_blobs, fetch_manifest
-from azu.errors import CapacityError, ModelError, TrustError
+from azu.errors import CapacityError, ModelError
 from azu.logs import log
 from azu.models.manifest import Manifest
-from azu.models.memory import kv_bytes, weights_bytes
+from azu.models.memory import StageMemory, kv_room, stage_memory
 from azu.models.splice import StageSpec, stage_tensor_names
-from azu.overlay import Overlay
 from azu.sizes import format_size
 from azu.tickets import Assignment
 from node.engine.device import DeviceThread
+from node.engine.footprint import held_bytes
 from node.engine.stage import Device, load_stage
 from node.jobs import Loaded
-from node.trust import Trust
+from node.supply import Supply
 
 __all__ = ["Loader"]
 
@@ -30,12 +26,15 @@ logger = logging.getLogger(__name__)
 class Loader:
     """Loads what a worker is assigned."""
 
-    def __init__(self, overlay: Overlay, library: Library, thread: DeviceThread, device: Device, trust: Trust) -> None:
-        self._overlay = overlay
-        self._library = library
+    def __init__(self, supply: Supply, thread: DeviceThread, device: Device) -> None:
+        self._supply = supply
         self._thread = thread
         self._device = device
-        self._trust = trust
+
+    @property
+    def percent(self) -> int:
+        """How much of the stage's files is here, of 100."""
+        return self._supply.progress.percent
 
     async def load(self, assignment: Assignment) -> Loaded:
         """Fetch what is missing, and build the stage.
@@ -44,14 +43,10 @@ class Loader:
             NetworkError: nobody has the files. TrustError: the manifest's signature or publisher does not hold.
             CapacityError: the stage does not fit. ModelError: it cannot be built.
         """
-        manifest = await self._manifest(assignment)
-        kv_tokens, per_token = self._kv_room(manifest, assignment)
-        peers = [assignment.coordinator]
-        peers += [p for p in await self._overlay.providers(bytes.fromhex(manifest.digest)) if p not in peers]
-        store = self._library.store
-        await fetch_blobs(self._overlay, peers, store, [manifest.config])
+        manifest = await self._supply.manifest(assignment)
+        kv_tokens, memory = self._kv_room(manifest, assignment)
         spec = StageSpec(
-            config=json.loads(store.path(manifest.config.digest).read_bytes()),
+            config=await self._supply.config(assignment, manifest),
             start=assignment.start,
             end=assignment.end,
             n_layers=manifest.n_layers,
@@ -61,37 +56,30 @@ class Loader:
         size = format_size(sum(blob.size for blob in blobs.values()))
         layers = f"{spec.start}-{spec.end - 1}"
         log(logger, logging.INFO, "fetching layers", model=manifest.model_id, layers=layers, size=size)
-        await fetch_blobs(self._overlay, peers, store, blobs.values())
-        files = {name: store.path(blob.digest) for name, blob in blobs.items()}
+        files = await self._supply.files(assignment, manifest, blobs)
         load = partial(load_stage, spec, assignment.dtype, self._device, files, vocab_size=manifest.vocab_size)
+        before = held_bytes(self._device)
         stage = await self._thread.run(load)
         layer_us = await self._thread.run(stage.measure_layer_us)
-        return Loaded(manifest.digest, spec.start, spec.end, stage, kv_tokens, per_token, layer_us)
+        log(logger, logging.INFO, "stage loaded", estimated=format_size(memory.weights + memory.overhead),
+            measured=format_size(held_bytes(self._device) - before))  # fmt: skip
+        return Loaded(
+            manifest.digest, spec.start, spec.end, stage, kv_tokens, memory.kv_per_token, layer_us,
+            manifest.context_length,
+        )  # fmt: skip
 
-    async def _manifest(self, assignment: Assignment) -> Manifest:
-        known = dict(await trio.to_thread.run_sync(self._library.manifests)).get(assignment.manifest)
-        if known is not None:
-            return known
-        peers = [assignment.coordinator]
-        envelope, publisher, manifest = await fetch_manifest(self._overlay, peers, assignment.manifest)
-        if not self._trust(publisher):
-            raise TrustError(f"the manifest is signed by {publisher}, whom this worker does not serve")
-        self._library.keep(assignment.manifest, envelope)
-        return manifest
-
-    def _kv_room(self, manifest: Manifest, assignment: Assignment) -> tuple[int, int]:
-        """Positions of KV cache that fit beside the weights, at least what is asked for, and the bytes of each."""
+    def _kv_room(self, manifest: Manifest, assignment: Assignment) -> tuple[int, StageMemory]:
+        """Positions of KV cache that fit beside the weights, at least what is asked for, and what all takes then."""
         if assignment.end > manifest.n_layers:
             raise ModelError(f"{manifest.model_id} has {manifest.n_layers} layers", code="wrong_range")
-        weights = weights_bytes(manifest, assignment.start, assignment.end, assignment.dtype)
-        per_token = kv_bytes(manifest, assignment.start, assignment.end, 1, assignment.dtype)
-        fitting = (self._device.vram - weights) // per_token
-        if fitting < assignment.kv_tokens:
-            needed = format_size(weights + per_token * assignment.kv_tokens)
+        stage = manifest, assignment.start, assignment.end, assignment.dtype
+        memory = stage_memory(*stage, assignment.kv_tokens)
+        if memory.total > self._device.vram:
             raise CapacityError(
-                f"layers {assignment.start}-{assignment.end - 1} with a KV cache of {assignment.kv_tokens} tokens need "
-                f"{needed}, {format_size(self._device.vram)} are offered",
+                f"layers {assignment.start}-{assignment.end - 1} need {format_size(memory.total)} "
+                f"({format_size(memory.weights)} of weights, {format_size(memory.kv)} of KV cache for "
+                f"{assignment.kv_tokens} tokens), {format_size(self._device.vram)} are offered",
                 code="not_enough_vram",
                 remedy="Offer more with --vram",
             )
-        return fitting, per_token
+        return kv_room(*stage, self._device.vram, assignment.kv_tokens), memory

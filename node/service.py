@@ -9,7 +9,7 @@ import trio
 
 from azu.config import NodeSettings
 from azu.datadir import open_data_dir
-from azu.distribution import Library
+from azu.distribution import LayerServer, Library
 from azu.errors import InputError
 from azu.joining import stay_joined
 from azu.logs import log
@@ -46,7 +46,7 @@ async def serve(settings: NodeSettings) -> None:
     device = find_device(settings.device, settings.vram, settings.threads or usable_cpus())
     dtype = device.native_dtype if settings.dtype == "auto" else settings.dtype
     with open_data_dir(settings.data_dir) as identity:
-        library = Library(settings.data_dir)
+        library = Library(settings.data_dir, cache_limit=settings.cache_limit)
         config = OverlayConfig(seed=identity.seed, listen=settings.listen, agent=AGENT, validators=VALIDATORS)
         async with open_overlay(config) as overlay, open_device_thread() as thread, trio.open_nursery() as nursery:
             log(
@@ -65,9 +65,11 @@ async def serve(settings: NodeSettings) -> None:
                 thread,
                 device,
                 library,
+                LayerServer(library, slots=settings.uploads, rate=settings.upload_limit),
                 dtype=dtype,
                 trust=Trust(settings.trust),
                 payout_address=settings.payout_address or "",
+                use_hub=not settings.no_hub,
             )
             nursery.start_soon(stay_joined, overlay, settings.bootstrap)
             nursery.start_soon(worker.run)

@@ -9,7 +9,7 @@ from functools import partial
 import trio
 
 from azu.channel import IDLE_S, Channel, refusal_of
-from azu.distribution import Library, serve_layers
+from azu.distribution import LayerServer, Library
 from azu.errors import AzuError, NetworkError, ProtocolError, TrustError
 from azu.identity import Identity
 from azu.logs import log
@@ -28,12 +28,13 @@ from azu.wire.messages import (
     Refused,
     Status,
 )
-from azu.wire.tensors import DType
+from azu.wire.tensors import WeightFormat
 from node.engine.device import DeviceThread
 from node.engine.stage import Device
 from node.idle import explain_idleness
 from node.jobs import Jobs
 from node.loader import Loader
+from node.supply import Supply
 from node.trust import Trust
 
 __all__ = ["Worker"]
@@ -62,10 +63,12 @@ class Worker:
         thread: DeviceThread,
         device: Device,
         library: Library,
+        layers: LayerServer,
         *,
-        dtype: DType,
+        dtype: WeightFormat,
         trust: Trust,
         payout_address: str,
+        use_hub: bool = True,
     ) -> None:
         self.dtype = dtype
         self.jobs = Jobs(identity, overlay, thread, is_trusted=trust)
@@ -74,7 +77,8 @@ class Worker:
         self._device = device
         self._library = library
         self._trust = trust
-        self._loader = Loader(overlay, library, thread, device, trust)
+        self._layers = layers
+        self._loader = Loader(Supply(overlay, library, trust, use_hub=use_hub), thread, device)
         self._payout_address = payout_address
         self._cached: tuple[HeldRange, ...] = ()
         self._loading: HeldRange | None = None
@@ -88,13 +92,14 @@ class Worker:
         """Serve until cancelled, then withdraw the record."""
         await self._note_cached()
         self._overlay.handle(CONTROL_PROTOCOL, self._handle_control)
-        self._overlay.handle(LAYERS_PROTOCOL, partial(serve_layers, self._library))
+        self._overlay.handle(LAYERS_PROTOCOL, self._layers.handle)
         self._overlay.handle(JOB_PROTOCOL, self.jobs.handle_job)
         self._overlay.handle(RING_PROTOCOL, self.jobs.handle_ring)
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._advertise)
                 nursery.start_soon(self._provide)
+                nursery.start_soon(self._note_what_comes)
                 nursery.start_soon(
                     partial(
                         explain_idleness,
@@ -116,7 +121,7 @@ class Worker:
         loaded = self.jobs.loaded
         ranges = list(self._cached)
         if self._loading is not None:
-            ranges.append(self._loading)
+            ranges.append(self._loading.model_copy(update={"percent": self._loader.percent}))
         if loaded is not None:
             ranges.append(HeldRange(manifest=loaded.manifest, start=loaded.start, end=loaded.end, state="loaded"))
         record = WorkerRecord(
@@ -158,8 +163,8 @@ class Worker:
         """Make this worker findable: as a worker, and as a holder of the models that it has layers of."""
         provided: dict[bytes, float] = {}
         while True:
-            keys = {WORKERS_KEY, *(bytes.fromhex(held.manifest) for held in self._cached)}
-            for key in keys:
+            held = self._cached if self._loading is None else (*self._cached, self._loading)
+            for key in {WORKERS_KEY, *(bytes.fromhex(each.manifest) for each in held)}:
                 if trio.current_time() < provided.get(key, -_PROVIDE_S) + _PROVIDE_S:
                     continue
                 try:
@@ -250,6 +255,13 @@ class Worker:
 
     def _note_failure(self, assignment: Assignment, reason: str) -> None:
         self._failed = (_layers(assignment), reason, time.monotonic() + _AFTER_FAILURE_S)
+
+    async def _note_what_comes(self) -> None:
+        """While files are being fetched, keep the record right about those that are here."""
+        while True:
+            await trio.sleep(_REFRESH_S)
+            if self._loading is not None:
+                await self._note_cached()
 
     async def _note_cached(self) -> None:
         self._cached = await trio.to_thread.run_sync(self._find_cached)

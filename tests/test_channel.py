@@ -16,7 +16,7 @@ from azu.wire.messages import (
     JOB,
     LAYERS,
     Accepted,
-    BlobPart,
+    BlobRange,
     End,
     GetManifest,
     GetStatus,
@@ -180,11 +180,11 @@ async def test_a_body_over_the_channels_limit_is_refused_before_it_comes() -> No
 async def test_the_limit_may_be_lowered_and_raised() -> None:
     left, right = streams()
     sender, receiver = Channel(left, LAYERS), Channel(right, LAYERS, max_body=0)
-    await sender.send(BlobPart(offset=0, size=9), b"123")
+    await sender.send(BlobRange(), b"123")
     receiver.limit_body(3)
-    assert (await receiver.expect(BlobPart))[1] == b"123"
+    assert (await receiver.expect(BlobRange))[1] == b"123"
     receiver.limit_body(2)
-    await sender.send(BlobPart(offset=3, size=9), b"456")
+    await sender.send(BlobRange(), b"456")
     with pytest.raises(ProtocolError):
         await receiver.receive()
 

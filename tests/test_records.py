@@ -55,7 +55,7 @@ WORKER = COMMON | {
 }
 COORDINATOR = COMMON | {
     "models": (
-        {"model_id": "owner/model", "manifest": "c" * 64, "n_layers": 30, "least_bytes_32": 9, "least_bytes_16": 5},
+        {"model_id": "owner/model", "manifest": "c" * 64, "n_layers": 30, "least_bytes": {"float32": 9, "int4": 2}},
     )
 }
 VALIDATOR = VALIDATORS[WORKER_NAMESPACE]
@@ -184,7 +184,7 @@ def test_the_range_of_a_model_in_a_state() -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"vram_total": -1}, {"vram_total": 2**63}, {"jobs": "1"}, {"dtype": "int4"}, {"agent": "a" * 65},
+        {"vram_total": -1}, {"vram_total": 2**63}, {"jobs": "1"}, {"dtype": "int2"}, {"agent": "a" * 65},
         {"addrs": ("a",) * 17}, {"addrs": ("a" * 257,)}, {"protocols": ("p",) * 17}, {"peer_id": "nobody"},
         {"ranges": ({"manifest": "c" * 64, "start": 0, "end": 1, "state": "imagined"},)}, {"extra": 1},
         {"ranges": ({"manifest": "c" * 64, "start": 0, "end": 1_001, "state": "loaded"},)}, {"sequence": -1},

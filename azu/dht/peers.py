@@ -135,9 +135,15 @@ def _holdings(record: WorkerRecord, style: _Style) -> list[str]:
             seen_already |= layers
             if layers:
                 flags = [layer in layers for layer in range(max(layers) + 1)]
-                parts.append(f"{spans(stretches(flags), style.models)} {state}")
+                parts.append(f"{spans(stretches(flags), style.models)} {state}{_percent(record, manifest, state)}")
         lines.append(f"{clip(name, style.model)}: {', '.join(parts) or 'nothing'}")
     return lines
+
+
+def _percent(record: WorkerRecord, manifest: str, state: str) -> str:
+    """How far the files of a loading range have come: a worker loads one at a time."""
+    held = (each for each in record.ranges if state == each.state == "loading" and each.manifest == manifest)
+    return next((f" {each.percent}%" for each in held), "")
 
 
 def _lines(texts: list[str], most: int | None) -> str:

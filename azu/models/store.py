@@ -1,42 +1,56 @@
 """The layer store: immutable files on disk, named by their SHA-256.
 
     root/blobs/ab/abcdef...          complete files, read-only; only a verified file ever gets this name
-    root/partial/abcdef...           an unfinished download, resumed by hashing it again
+    root/partial/abcdef...           an unfinished download, resumed by hashing its pieces again
     root/partial/abcdef....RANDOM    the same by a second process while the first holds the lock on the plain name
 
 A file becomes visible by one rename after its bytes, then its directory, are on disk; so a crash leaves either nothing
 or all of it. Two processes may share a root: they never write the same file, and the second rename of equal bytes is
 harmless. Access times (set here, since many systems mount with noatime) order evictions.
+
+Disks exist that lie about having synced. After a power loss a file may then be cut, zeroed or torn under its final
+name, and a note that it was good would be no safer than the file. So `check` hashes each blob once in the life of a
+process, before it is first sent or loaded, at 1 to 2 GB/s; the load that follows finds it in the page cache.
 """
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import os
 import secrets
+import shutil
+import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import IO
 
-from azu.errors import InputError, InternalError, ModelError, TrustError
+from azu.durable import make_folder, replace_synced
+from azu.errors import CapacityError, InputError, ModelError, TrustError
+from azu.models.disk import check_space
 from azu.models.manifest import PIECE_BYTES, Blob, is_digest
+from azu.models.partial import PartialBlob, storage_errors
+from azu.models.pieces import PieceHasher
+from azu.sizes import format_size
 
-__all__ = ["BlobWriter", "LayerStore", "PieceHasher"]
+__all__ = ["LayerStore"]
 
-_CHUNK = 1 << 20  # bytes hashed at a time
 _STALE_SECONDS = 86_400.0  # no single blob takes a day to write
+_SPARE_BYTES = 256 << 20  # of the disk, left to everything else
+_SMALL_BYTES = 1 << 20  # configs, tokenizers, piece lists: evicted last, since that frees next to nothing
+
+Stamp = tuple[int, int, int]  # inode, size, time of the last change of the content
 
 
 class LayerStore:
-    """Content-addressed blobs under one directory.
+    """Content-addressed blobs under one directory; safe with several threads and processes.
 
     Args:
         root: created where absent.
-        limit_bytes: what `evict` shrinks the store to; None keeps everything.
+        limit_bytes: what `make_room` keeps the store within; None lets it grow as long as the disk has room.
 
     Raises:
         InternalError: code "storage", where the directory cannot be made or written, or the disk is full.
@@ -47,13 +61,15 @@ class LayerStore:
         self.limit_bytes = limit_bytes
         self._blobs = root / "blobs"
         self._partial = root / "partial"
-        with _storage_errors(root):
-            self._blobs.mkdir(parents=True, exist_ok=True)
-            self._partial.mkdir(parents=True, exist_ok=True)
+        self._checked: dict[str, Stamp] = {}
+        self._checking: dict[str, threading.Lock] = {}
+        with storage_errors(root):
+            make_folder(self._blobs)
+            make_folder(self._partial)
             self._sweep()
 
     def has(self, digest: str) -> bool:
-        """Returns whether the complete blob is here."""
+        """Returns whether there is a blob of that name; `check` says whether it is what it should be."""
         return self._place(digest).is_file()
 
     def path(self, digest: str) -> Path:
@@ -64,7 +80,7 @@ class LayerStore:
         """
         place = self._place(digest)
         try:
-            os.utime(place)
+            os.utime(place, ns=(time.time_ns(), place.stat().st_mtime_ns))
         except FileNotFoundError:
             problem = f"blob {digest} is not in the store"
             raise ModelError(problem, code="missing_blob", remedy="Fetch it first.") from None
@@ -80,18 +96,28 @@ class LayerStore:
         """Stores `data` whole and returns its blob; storing it again writes nothing."""
         return self.put_chunks([data])
 
-    def put_chunks(self, chunks: Iterable[bytes | memoryview]) -> Blob:
+    def put_chunks(self, chunks: Iterable[bytes | memoryview], *, expected: Blob | None = None) -> Blob:
         """Stores the concatenation of `chunks`, whose digest is found on the way; one chunk is in memory at a time.
 
         A blob of several pieces gets its piece list stored too.
+
+        Args:
+            expected: what it has to be.
+
+        Raises:
+            TrustError: code "digest_mismatch" or "size_mismatch", where it is not `expected`; nothing is stored.
         """
         temporary = self._partial / f"new.{os.getpid()}.{secrets.token_hex(8)}"
         hasher = PieceHasher()
         try:
-            with _storage_errors(self.root), temporary.open("xb") as file:
+            with storage_errors(self.root), temporary.open("xb") as file:
                 for chunk in chunks:
                     hasher.update(chunk)
+                    if expected is not None and hasher.size > expected.size:
+                        break
                     file.write(chunk)
+                if expected is not None and (hasher.size, hasher.digest) != (expected.size, expected.digest):
+                    raise _unexpected(expected, hasher)
                 if not self.has(hasher.digest):
                     self._publish(file, temporary, hasher.digest)
         finally:
@@ -100,71 +126,149 @@ class LayerStore:
         return Blob(hasher.digest, hasher.size, pieces)
 
     @contextmanager
-    def writer(self, digest: str, size: int) -> Iterator[BlobWriter]:
-        """Opens a blob for streaming in; leaving without `commit` keeps what has come for a later resumption.
+    def incoming(self, blob: Blob, digests: Sequence[bytes]) -> Iterator[PartialBlob]:
+        """Opens a blob for its pieces; leaving without `commit` keeps what has come for a later resumption.
+
+        Hashes what is there already. Several threads may write pieces at once.
 
         Args:
-            digest: the SHA-256 that the bytes must have.
-            size: their exact number.
+            digests: the SHA-256 of each piece (`piece_digests`).
         """
-        blob = Blob(digest, size)
-        with _storage_errors(self.root):
-            file, temporary = self._open_partial(digest)
+        with storage_errors(self.root):
+            file, temporary = self._open_partial(blob.digest)
         try:
-            writer = BlobWriter(self, blob, file, temporary)
-            yield writer
+            publish = partial(self._publish, file, temporary, blob.digest)
+            yield PartialBlob(blob, digests, file, publish, partial(temporary.unlink, missing_ok=True))
         finally:
-            with _storage_errors(self.root):
-                file.close()
-                self._tidy(temporary, resumable=temporary.name == digest)
+            with storage_errors(self.root), file:
+                self._tidy(file, temporary, resumable=temporary.name == blob.digest and not self.has(blob.digest))
+
+    def has_unfinished(self, digest: str) -> bool:
+        """Returns whether an earlier download of this blob has left something to resume."""
+        self._place(digest)
+        return (self._partial / digest).is_file()
 
     def read(self, digest: str, offset: int, length: int) -> bytes:
-        """Returns up to `length` bytes from `offset`; fewer at the end.
+        """Returns up to `length` bytes from `offset`; fewer at the end. Raises as `read_into` does."""
+        if length < 0:
+            raise InputError(f"cannot read {length} bytes")
+        buffer = bytearray(length)
+        return bytes(memoryview(buffer)[: self.read_into(digest, offset, buffer)])
+
+    def read_into(self, digest: str, offset: int, buffer: bytearray | memoryview) -> int:
+        """Fills `buffer` with the bytes from `offset`, and returns how many those were; fewer at the end.
 
         Raises:
-            InputError: where offset or length is negative.
+            InputError: where the offset is negative.
             ModelError: code "missing_blob".
         """
-        if offset < 0 or length < 0:
-            raise InputError(f"cannot read {length} bytes at {offset}")
-        with _storage_errors(self.root), self.path(digest).open("rb") as file:
-            file.seek(offset)
-            return file.read(length)
+        if offset < 0:
+            raise InputError(f"cannot read from {offset}")
+        with storage_errors(self.root):
+            try:
+                with self.path(digest).open("rb", buffering=0) as file:
+                    return os.preadv(file.fileno(), [buffer], offset)
+            except FileNotFoundError:  # evicted between the two
+                raise ModelError(f"blob {digest} is not in the store", code="missing_blob") from None
+
+    def check(self, digest: str) -> bool:
+        """Returns whether the blob is here and has the right bytes; a wrong one is deleted.
+
+        Hashes it the first time, and again only where the file was changed since.
+        """
+        place = self._place(digest)
+        if not place.is_file():  # strangers ask for what they like: only what is here gets a lock
+            return False
+        with self._checking.setdefault(digest, threading.Lock()):  # whoever asks meanwhile need not hash it too
+            try:
+                if self._checked.get(digest) == _stamp(place.stat()):
+                    return True
+                return self.verify(digest)
+            except (FileNotFoundError, ModelError):
+                return False
 
     def verify(self, digest: str) -> bool:
         """Hashes the blob again; one that no longer matches (bit rot, tampering) is deleted, and False returned."""
         place = self.path(digest)
-        with _storage_errors(self.root), place.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() == digest:
+        with storage_errors(self.root), place.open("rb", buffering=0) as file:
+            stamp = _stamp(os.fstat(file.fileno()))
+            hasher = hashlib.sha256()
+            while chunk := file.read(PIECE_BYTES):  # large: each call waits for the interpreter's lock
+                hasher.update(chunk)
+            if hasher.hexdigest() == digest:
+                self._checked[digest] = stamp
                 return True
+            self._checked.pop(digest, None)
             place.unlink(missing_ok=True)
             return False
 
     def digests(self) -> set[str]:
         """Returns the digests of all complete blobs."""
-        with _storage_errors(self.root):
+        with storage_errors(self.root):
             return {place.name for place in self._blobs.glob("??/*") if is_digest(place.name)}
 
-    def evict(self, keep: set[str]) -> int:
-        """Deletes least recently used blobs outside `keep` until the store fits its limit; returns the bytes freed."""
-        if self.limit_bytes is None:
-            return 0
-        with _storage_errors(self.root):
+    def make_room(self, wanted: Iterable[Blob], keep: Collection[str] = ()) -> int:
+        """Deletes least recently used blobs, and unfinished ones, until those `wanted` that are not here will fit.
+
+        Whoever has a deleted file open or mapped keeps it: its space is free when they let go of it.
+
+        Args:
+            keep: digests that stay, besides the wanted ones'.
+
+        Returns:
+            the bytes freed.
+
+        Raises:
+            CapacityError: code "cache_limit", where the limit is too small for what is wanted and kept.
+            InternalError: code "storage", where the disk is.
+        """
+        with storage_errors(self.root):
+            by_digest = {blob.digest: blob for blob in wanted}
+            missing = sum(self._missing_bytes(blob) for blob in by_digest.values())
             stats = list(self._stats())
-            excess = sum(stat.st_size for _, stat in stats) - self.limit_bytes
-            freed = 0
-            for place, stat in sorted(stats, key=lambda item: item[1].st_mtime_ns):
-                if freed >= excess:
-                    break
-                if place.name not in keep:
-                    place.unlink(missing_ok=True)
-                    freed += stat.st_size
-            return freed
+            used = sum(_allocated(stat) for _, stat in stats)
+            excess = missing + _SPARE_BYTES - shutil.disk_usage(self.root).free
+            if self.limit_bytes is not None:
+                excess = max(excess, used + missing - self.limit_bytes)
+            freed = self._evict([item for item in stats if item[0].name not in {*by_digest, *keep}], excess)
+            if self.limit_bytes is not None and used + missing - freed > self.limit_bytes:
+                raise CapacityError(
+                    f"the layer files would take {format_size(used + missing - freed)}, and the cache may take "
+                    f"{format_size(self.limit_bytes)}",
+                    code="cache_limit",
+                    remedy="Raise --cache-limit, or offer less memory, so that fewer layers are assigned",
+                )
+        check_space({self.root: missing})
+        return freed
+
+    def _evict(self, candidates: Iterable[tuple[Path, os.stat_result]], excess: int) -> int:
+        def order(item: tuple[Path, os.stat_result]) -> tuple[bool, int]:
+            return item[1].st_size < _SMALL_BYTES, item[1].st_atime_ns
+
+        freed = 0
+        for place, stat in sorted(candidates, key=order):
+            if freed >= excess:
+                break
+            if place.parent != self._partial:
+                place.unlink(missing_ok=True)
+            elif not _delete_abandoned(place):
+                continue
+            freed += _allocated(stat)
+        return freed
+
+    def _missing_bytes(self, blob: Blob) -> int:
+        if self.has(blob.digest):
+            return 0
+        try:
+            return max(0, blob.size - _allocated((self._partial / blob.digest).stat()))
+        except FileNotFoundError:
+            return blob.size
 
     def _stats(self) -> Iterator[tuple[Path, os.stat_result]]:
-        for digest in self.digests():
+        complete = [self._place(digest) for digest in self.digests()]
+        for place in [*complete, *(path for path in self._partial.iterdir() if is_digest(path.name))]:
             with suppress(FileNotFoundError):  # another process evicts too
-                yield self._place(digest), self._place(digest).stat()
+                yield place, place.stat()
 
     def _place(self, digest: str) -> Path:
         if not is_digest(digest):  # it becomes a path: nothing but hex may pass
@@ -172,25 +276,22 @@ class LayerStore:
         return self._blobs / digest[:2] / digest
 
     def _open_partial(self, digest: str) -> tuple[IO[bytes], Path]:
-        """Opens the resumable partial under its lock, or a private one where another process holds that."""
+        """Opens the resumable partial under its lock, or a private one where somebody else holds that."""
         self._place(digest)
         temporary = self._partial / digest
-        file = temporary.open("a+b")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The holder before us may have renamed or deleted what we have just opened.
-            if os.path.samestat(os.fstat(file.fileno()), temporary.stat()):
-                return file, temporary
-        except (BlockingIOError, FileNotFoundError):
-            pass
+        temporary.touch()
+        file = temporary.open("r+b", buffering=0)
+        if _lock(file, temporary):
+            return file, temporary
         file.close()
         private = self._partial / f"{digest}.{secrets.token_hex(8)}"
-        return private.open("x+b"), private
+        return private.open("x+b", buffering=0), private
 
-    def _tidy(self, temporary: Path, *, resumable: bool) -> None:
-        """Deletes what nobody would resume; a committed file is no longer there."""
+    def _tidy(self, file: IO[bytes], temporary: Path, *, resumable: bool) -> None:
+        """Deletes what nobody would resume, while we hold its lock; a committed file is no longer there."""
+        stat = os.fstat(file.fileno())
         with suppress(FileNotFoundError):
-            if not resumable or not temporary.stat().st_size:
+            if os.path.samestat(stat, temporary.stat()) and not (resumable and stat.st_size):
                 temporary.unlink()
 
     def _sweep(self) -> None:
@@ -203,125 +304,40 @@ class LayerStore:
 
     def _publish(self, file: IO[bytes], temporary: Path, digest: str) -> None:
         """Makes a written, verified temporary file the blob `digest`."""
-        place = self._place(digest)
-        file.flush()
-        os.fsync(file.fileno())
-        place.parent.mkdir(exist_ok=True)
         temporary.chmod(0o444)
-        temporary.replace(place)
-        _sync_directory(place.parent)
+        replace_synced(file, temporary, self._place(digest))
+        self._checked[digest] = _stamp(os.fstat(file.fileno()))
 
 
-class BlobWriter:
-    """Streams one blob into the store; made by `LayerStore.writer`. One owner at a time.
-
-    `offset` says how many bytes are here already: continue from there.
-    """
-
-    def __init__(self, store: LayerStore, blob: Blob, file: IO[bytes], temporary: Path) -> None:
-        self._store = store
-        self._blob = blob
-        self._file = file
-        self._temporary = temporary
-        self._hasher = hashlib.sha256()
-        self.offset = 0
-        with _storage_errors(store.root):
-            self._resume()
-
-    def write(self, chunk: bytes | memoryview) -> None:
-        """Appends a chunk.
-
-        Raises:
-            TrustError: code "size_mismatch", where it would exceed the blob's size; the partial is deleted.
-            InternalError: code "storage", where the disk is full; what was written before stays.
-        """
-        if self.offset + len(chunk) > self._blob.size:
-            raise self._discard("size_mismatch", f"more than {self._blob.size} bytes came")
-        with _storage_errors(self._store.root):
-            self._file.write(chunk)
-        self._hasher.update(chunk)
-        self.offset += len(chunk)
-
-    def commit(self) -> Blob:
-        """Verifies size and digest, makes the blob visible, and returns it.
-
-        Raises:
-            TrustError: code "size_mismatch" (too short; the partial stays) or "digest_mismatch" (it is deleted).
-        """
-        if self.offset != self._blob.size:
-            raise self._refused("size_mismatch", f"{self.offset} of {self._blob.size} bytes came")
-        if self._hasher.hexdigest() != self._blob.digest:
-            raise self._discard("digest_mismatch", "its bytes have another SHA-256")
-        with _storage_errors(self._store.root):
-            self._store._publish(self._file, self._temporary, self._blob.digest)
-        return self._blob
-
-    def _resume(self) -> None:
-        self._file.seek(0)
-        while chunk := self._file.read(_CHUNK):
-            self._hasher.update(chunk)
-            self.offset += len(chunk)
-        if self.offset > self._blob.size:  # a leftover that cannot be a prefix
-            self._file.truncate(0)
-            self._hasher = hashlib.sha256()
-            self.offset = 0
-
-    def _discard(self, code: str, problem: str) -> TrustError:
-        self._temporary.unlink(missing_ok=True)
-        return self._refused(code, problem)
-
-    def _refused(self, code: str, problem: str) -> TrustError:
-        remedy = "Fetch it again from another peer."
-        return TrustError(f"blob {self._blob.digest} is refused: {problem}", code=code, remedy=remedy)
+def _stamp(stat: os.stat_result) -> Stamp:
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
-class PieceHasher:
-    """The SHA-256 of a stream, and those of its pieces of PIECE_BYTES."""
-
-    def __init__(self) -> None:
-        self.size = 0
-        self._whole = hashlib.sha256()
-        self._piece = hashlib.sha256()
-        self._done = bytearray()  # digests of complete pieces
-
-    def update(self, chunk: bytes | memoryview) -> None:
-        """Adds to the end of the stream."""
-        view = memoryview(chunk)
-        self._whole.update(view)
-        while view.nbytes:
-            part = view[: PIECE_BYTES - self.size % PIECE_BYTES]
-            self._piece.update(part)
-            self.size += part.nbytes
-            view = view[part.nbytes :]
-            if self.size % PIECE_BYTES == 0:
-                self._done += self._piece.digest()
-                self._piece = hashlib.sha256()
-
-    @property
-    def digest(self) -> str:
-        """The stream's SHA-256, as 64 hex digits."""
-        return self._whole.hexdigest()
-
-    @property
-    def piece_list(self) -> bytes:
-        """The SHA-256s of its pieces so far, 32 bytes each."""
-        return bytes(self._done) + (self._piece.digest() if self.size % PIECE_BYTES else b"")
+def _allocated(stat: os.stat_result) -> int:
+    """Bytes that a file takes; one with holes takes fewer than its size."""
+    return min(stat.st_size, stat.st_blocks * 512)
 
 
-@contextmanager
-def _storage_errors(root: Path) -> Iterator[None]:
+def _lock(file: IO[bytes], place: Path) -> bool:
+    """Whether we hold the lock on the file at `place` now."""
     try:
-        yield
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        remedy = f"Free some space under {root}." if full else f"Check {root} and its permissions."
-        raise InternalError(f"layer store: {error.strerror or error}", code="storage", remedy=remedy) from error
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # The holder before us may have renamed or deleted what we have just opened.
+        return os.path.samestat(os.fstat(file.fileno()), place.stat())
+    except (BlockingIOError, FileNotFoundError):
+        return False
 
 
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # some network file systems cannot
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _delete_abandoned(place: Path) -> bool:
+    """Deletes an unfinished blob unless somebody is writing it; holds its lock, so that nobody begins meanwhile."""
+    with suppress(FileNotFoundError), place.open("rb") as file:
+        if _lock(file, place):
+            place.unlink()
+            return True
+    return False
+
+
+def _unexpected(expected: Blob, hasher: PieceHasher) -> TrustError:
+    code = "digest_mismatch" if hasher.size == expected.size else "size_mismatch"
+    what = "other bytes" if hasher.size == expected.size else f"not {expected.size} bytes"
+    return TrustError(f"blob {expected.digest} is refused: {what} came", code=code, remedy="Fetch it from elsewhere.")

@@ -1,7 +1,7 @@
 """The messages of azu's protocols. docs/protocol.md tells their order; here are their fields and limits.
 
 /azu/control/1   anyone -> worker        what it is, and (from a coordinator) which range to load
-/azu/layers/1    anyone -> any holder    a signed manifest, or a file by digest
+/azu/layers/1    anyone -> any holder    a signed manifest, which files are there, or a range of one
 /azu/job/1       coordinator -> stage    one job's ticket, prompt, tokens and end
 /azu/ring/1      stage -> next stage     activations on, token ids from the last stage back to the first
 """
@@ -24,7 +24,8 @@ __all__ = [
     "JOB_PROTOCOL",
     "LAYERS",
     "LAYERS_PROTOCOL",
-    "MAX_PART_BYTES",
+    "MAX_ASKED",
+    "MAX_RANGE_BYTES",
     "MAX_TOKENS",
     "PING_S",
     "RING",
@@ -32,7 +33,7 @@ __all__ = [
     "SILENCE_S",
     "Accepted",
     "Assign",
-    "BlobPart",
+    "BlobRange",
     "Chunk",
     "Codec",
     "Credit",
@@ -41,6 +42,7 @@ __all__ = [
     "GetBlob",
     "GetManifest",
     "GetStatus",
+    "HaveBlobs",
     "Hello",
     "ManifestReply",
     "Message",
@@ -53,6 +55,7 @@ __all__ = [
     "Refused",
     "Status",
     "Token",
+    "WhichBlobs",
     "encode_message",
 ]
 
@@ -63,8 +66,10 @@ RING_PROTOCOL = "/azu/ring/1"
 
 # The longest context of any published model is 10M tokens (Llama 4 Scout); ids of 1M are 4 MiB, enough for one job.
 MAX_TOKENS = 1_048_576
-# A file travels in parts, so that neither side holds more than this of it in memory.
-MAX_PART_BYTES = 1_048_576
+# What is asked for at once of a file: a piece that can be verified on its own (azu.models.manifest.PIECE_BYTES).
+MAX_RANGE_BYTES = 4_194_304
+# Files that are asked for in one question: more than a stage of any model has.
+MAX_ASKED = 8_192
 # Both ends of a job stream say something at least this often, and take silence for death after SILENCE_S: a peer that
 # was stopped or cut off ends no stream by itself.
 PING_S = 2.0
@@ -134,21 +139,35 @@ class ManifestReply(Message):
     t: Literal["manifest"] = "manifest"
 
 
+class WhichBlobs(Message):
+    """Ask which of some files a peer has. Body: their SHA-256s, 32 bytes each."""
+
+    max_body: ClassVar[int] = 32 * MAX_ASKED
+    t: Literal["which-blobs"] = "which-blobs"
+
+
+class HaveBlobs(Message):
+    """Body: a byte for each file asked for, in order: 0 where it is not here, else 1 + how often it was asked of this
+    peer before (254 for more often), so that askers can spread themselves."""
+
+    max_body: ClassVar[int] = MAX_ASKED
+    t: Literal["have-blobs"] = "have-blobs"
+
+
 class GetBlob(Message):
-    """Ask for a file's bytes from `offset` to its end."""
+    """Ask for `length` bytes of a file from `offset`."""
 
     t: Literal["get-blob"] = "get-blob"
     digest: Digest
     offset: Annotated[int, Field(ge=0, le=_MAX_FILE_BYTES)]
+    length: Annotated[int, Field(ge=0, le=MAX_RANGE_BYTES)]
 
 
-class BlobPart(Message):
-    """Body: the file's bytes from `offset`; `size` is the whole file's. The last part ends at `size`."""
+class BlobRange(Message):
+    """Body: exactly the bytes that were asked for."""
 
-    max_body: ClassVar[int] = MAX_PART_BYTES
-    t: Literal["blob-part"] = "blob-part"
-    offset: Annotated[int, Field(ge=0, le=_MAX_FILE_BYTES)]
-    size: Annotated[int, Field(ge=0, le=_MAX_FILE_BYTES)]
+    max_body: ClassVar[int] = MAX_RANGE_BYTES
+    t: Literal["blob-range"] = "blob-range"
 
 
 class Open(Message):
@@ -279,6 +298,6 @@ def encode_message(message: Message, body: Buffer = b"") -> tuple[Buffer, ...]:
 
 
 CONTROL = Codec("control", GetStatus, Status, Assign, Accepted, Refused)
-LAYERS = Codec("layers", GetManifest, ManifestReply, GetBlob, BlobPart, Refused)
+LAYERS = Codec("layers", GetManifest, ManifestReply, WhichBlobs, HaveBlobs, GetBlob, BlobRange, Refused)
 JOB = Codec("job", Open, Prompt, Ping, End, Ready, Token, Failed, ReceiptReply, Refused)
 RING = Codec("ring", Hello, Chunk, Next, Credit, Refused)

@@ -59,7 +59,7 @@ def coordinator(number: int, *offers: ModelOffer, now: int = NOW, **changed: Any
 
 
 def offer(n_layers: int = 30, model_id: str = MODEL, manifest: str = MANIFEST) -> ModelOffer:
-    least = {"least_bytes_32": 32 * 1024**2, "least_bytes_16": 16 * 1024**2}
+    least = {"least_bytes": {"float32": 32 * 1024**2, "bfloat16": 16 * 1024**2}}
     return ModelOffer.model_validate({"model_id": model_id, "manifest": manifest, "n_layers": n_layers, **least})
 
 

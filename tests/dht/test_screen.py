@@ -132,7 +132,8 @@ def test_the_document_keeps_everything() -> None:
     by_id = {each["peer_id"]: each for each in document["peers"]}
     assert by_id[identity(3).peer_id]["device"] == EVIL
     one = by_id[identity(1).peer_id]
-    assert one["ranges"] == [{"manifest": MANIFEST, "start": 0, "end": 12, "state": "loaded", "model_id": MODEL}]
+    held = {"manifest": MANIFEST, "start": 0, "end": 12, "state": "loaded", "percent": 0, "model_id": MODEL}
+    assert one["ranges"] == [held]
     assert (one["kind"], one["age_s"], one["rtt_ms"]) == ("worker", 12.0, 1.5)
     assert by_id[identity(4).peer_id]["rtt_ms"] is None
 

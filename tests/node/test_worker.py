@@ -13,7 +13,7 @@ import pytest
 import trio
 
 from azu.channel import Channel, RefusedError
-from azu.distribution import Library
+from azu.distribution import LayerServer, Library
 from azu.errors import AzuError, InputError, ModelError
 from azu.overlay import Overlay
 from azu.records import WorkerRecord, open_worker_record
@@ -36,6 +36,7 @@ class LoaderTwin:
         self.faults: list[Exception] = []
         self.go = trio.Event()
         self.loads = 0
+        self.percent = 0
 
     async def load(self, assignment: Assignment) -> Loaded:
         self.loads += 1
@@ -43,7 +44,7 @@ class LoaderTwin:
         if self.faults:
             raise self.faults.pop(0)
         stage: Any = None
-        return Loaded(assignment.manifest, assignment.start, assignment.end, stage, assignment.kv_tokens, 1, 1)
+        return Loaded(assignment.manifest, assignment.start, assignment.end, stage, assignment.kv_tokens, 1, 1, 4096)
 
 
 @dataclass
@@ -96,8 +97,9 @@ async def _scene(tmp_path: Path, trust: tuple[str, ...]) -> AsyncIterator[Scene]
             device = find_device("cpu", 2**20, 1)
             library = Library(tmp_path)
             worker = Worker(
-                identity(1), overlay, thread, device, library, dtype="float32", trust=Trust(trust), payout_address=""
-            )
+                identity(1), overlay, thread, device, library, LayerServer(library), dtype="float32",
+                trust=Trust(trust), payout_address="",
+            )  # fmt: skip
             loader = LoaderTwin()
             worker._loader = loader  # type: ignore[assignment]
             async with trio.open_nursery() as nursery:

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from azu.errors import ProtocolError
+from azu.models.manifest import PIECE_BYTES
 from azu.wire import messages
 from azu.wire.document import encode_cbor
 from azu.wire.frames import MAX_HEADER_BYTES, Frame, FrameReader
@@ -16,12 +17,12 @@ from azu.wire.messages import (
     CONTROL,
     JOB,
     LAYERS,
-    MAX_PART_BYTES,
+    MAX_RANGE_BYTES,
     MAX_TOKENS,
     RING,
     Accepted,
     Assign,
-    BlobPart,
+    BlobRange,
     Chunk,
     Codec,
     Credit,
@@ -30,6 +31,7 @@ from azu.wire.messages import (
     GetBlob,
     GetManifest,
     GetStatus,
+    HaveBlobs,
     Hello,
     ManifestReply,
     Message,
@@ -42,6 +44,7 @@ from azu.wire.messages import (
     Refused,
     Status,
     Token,
+    WhichBlobs,
     encode_message,
 )
 from azu.wire.tensors import TensorHeader
@@ -55,8 +58,10 @@ EXAMPLES: dict[Codec, tuple[Message, ...]] = {
     LAYERS: (
         GetManifest(digest="0" * 64),
         ManifestReply(),
-        GetBlob(digest="f" * 64, offset=2**44),
-        BlobPart(offset=0, size=2**44),
+        WhichBlobs(),
+        HaveBlobs(),
+        GetBlob(digest="f" * 64, offset=2**44, length=MAX_RANGE_BYTES),
+        BlobRange(),
         REFUSED,
     ),
     JOB: (
@@ -80,7 +85,7 @@ EXAMPLES: dict[Codec, tuple[Message, ...]] = {
 }
 ALL = [(codec, message) for codec, group in EXAMPLES.items() for message in group]
 IDS = [f"{codec.name}-{message.t}" for codec, message in ALL]  # type: ignore[attr-defined]
-WITH_BODY = (Status, Assign, ManifestReply, BlobPart, Open, Prompt, ReceiptReply, Chunk)
+WITH_BODY = (Status, Assign, ManifestReply, WhichBlobs, HaveBlobs, BlobRange, Open, Prompt, ReceiptReply, Chunk)
 
 
 def frame_of(message: Message, body: bytes = b"") -> Frame:
@@ -228,5 +233,5 @@ def test_the_longest_refusal_fits_into_a_header() -> None:
     assert CONTROL.decode(frame) == longest
 
 
-def test_a_part_is_bounded() -> None:
-    assert LAYERS.max_body >= BlobPart.max_body == MAX_PART_BYTES
+def test_a_range_is_a_piece() -> None:
+    assert LAYERS.max_body == BlobRange.max_body == MAX_RANGE_BYTES == PIECE_BYTES

@@ -1,0 +1,26 @@
+"""How far a fetch is, for whoever watches: the terminal and the worker's record."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+__all__ = ["FetchProgress"]
+
+
+@dataclass
+class FetchProgress:
+    """Bytes of files that are verified and here, of all that are wanted, and bytes that each source has sent."""
+
+    done: int = 0
+    total: int = 0
+    sources: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def percent(self) -> int:
+        """0 to 100, rounded down."""
+        return 100 * self.done // self.total if self.total else 0
+
+    def add(self, source: str, size: int) -> None:
+        """Note verified bytes."""
+        self.done += size
+        self.sources[source] = self.sources.get(source, 0) + size
