@@ -32,6 +32,9 @@ setup: ## make .venv with everything in it, unless it is there already
 demo: setup ## run a bootstrap node, a coordinator and three workers here, and ask them a question
 	@exec $(BIN)/azu-demo $(ARGS)
 
+# A process for each core, four at most: a test that starts a swarm takes some GiB. A module's tests stay together.
+PARALLEL ?= --numprocesses auto --maxprocesses 4 --dist loadfile
+
 # Every step runs even after an earlier one failed, so that one run shows all there is to mend; pytest closes.
 test: setup ## lint, types and the whole test suite
 	@failed=''; \
@@ -39,7 +42,7 @@ test: setup ## lint, types and the whole test suite
 	$(RUFF_FORMAT) --check || failed="$$failed format"; \
 	$(MYPY) || failed="$$failed types"; \
 	[ -z "$$failed" ] || echo "make test: failed so far:$$failed (see above); the tests run all the same" >&2; \
-	$(BIN)/python -m pytest $(ARGS) || failed="$$failed tests"; \
+	$(BIN)/python -m pytest $(PARALLEL) $(ARGS) || failed="$$failed tests"; \
 	[ -z "$$failed" ] || { echo "make test: failed:$$failed" >&2; exit 1; }
 
 lint: setup ## ruff's rules and formatting

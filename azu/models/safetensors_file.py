@@ -153,6 +153,7 @@ class TensorFile(Mapping[str, TensorInfo]):
 
     def __init__(self, path: Path, mapped: mmap.mmap) -> None:
         self.path = path
+        self._mapped = mapped
         self._view = memoryview(mapped)
         try:
             self._tensors = parse_header(self._view, len(self._view))
@@ -173,6 +174,13 @@ class TensorFile(Mapping[str, TensorInfo]):
         """Returns the tensor's bytes as a view into the mapping; release it before the file closes."""
         info = self._tensors[name]
         return self._view[info.start : info.end]
+
+    def forget(self, name: str) -> None:
+        """Lets the system drop the pages of a tensor that was read, which else count as this process's memory."""
+        info = self._tensors[name]
+        start = info.start // mmap.PAGESIZE * mmap.PAGESIZE
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._mapped.madvise(mmap.MADV_DONTNEED, start, info.end - start)
 
     def release(self) -> None:
         """Drops the view of the mapping; `open_tensors` calls it."""
