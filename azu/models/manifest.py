@@ -37,7 +37,7 @@ PIECE_BYTES = 4 << 20  # what can be fetched and verified on its own
 MAX_LAYERS = 1000  # as a job ticket; the deepest published models have about 130
 MAX_SHARED = 1024
 MAX_FILES = 4096  # shards of one source; the largest repositories have a few hundred
-MAX_BLOB_BYTES = 1 << 40  # 1 TiB, for one layer
+MAX_BLOB_BYTES = 1 << 39  # 512 GiB, for one layer; its piece list is then a single piece itself
 MAX_DIMENSION = 1 << 32  # hidden size, vocabulary, context: far above any model, far below an overflow
 
 DTYPE_BYTES: Mapping[str, int] = MappingProxyType({"float32": 4, "float16": 2, "bfloat16": 2})

@@ -25,7 +25,7 @@ positive = st.integers(1, 1 << 32)
 
 @st.composite
 def blobs_(draw: st.DrawFn) -> Blob:
-    size = draw(st.integers(0, 1 << 40))
+    size = draw(st.integers(0, 1 << 39))
     pieces = draw(digests) if size > PIECE_BYTES else ""
     weights, left = [], size
     for dtype in sorted(draw(st.sets(st.sampled_from(["BF16", "F16", "F32", "I64"])))):
@@ -226,3 +226,8 @@ def test_missing_shared_tensor(manifest: Manifest) -> None:
     with pytest.raises(ModelError) as caught:
         manifest.blobs_for(0, 1, ["transformer.wpe.weight"])
     assert caught.value.code == "missing_tensor"
+
+
+@given(blobs)
+def test_a_piece_list_has_none_itself(blob: Blob) -> None:
+    assert blob.piece_list is None or blob.piece_list.piece_list is None
