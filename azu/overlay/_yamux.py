@@ -218,7 +218,11 @@ class AzuYamux(Yamux):
 
     async def write_header(self, kind: int, flags: int, stream_id: int, length: int) -> None:
         """Write a frame without payload."""
-        await self._write_frames([_HEADER.pack(0, kind, flags, stream_id, length)])
+        await self._write_frame(_HEADER.pack(0, kind, flags, stream_id, length))
+
+    async def _write_frame(self, data: bytes) -> None:
+        """What upstream writes its own frames with (SYN, FIN, RST, GO_AWAY): under its name, or theirs are cut."""
+        await self._write_frames([data])
 
     async def _write_frames(self, frames: Sequence[bytes]) -> None:
         """Write frames whole, or close the connection. Only the wait for the lock can be cancelled."""

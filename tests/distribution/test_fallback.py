@@ -20,6 +20,7 @@ async def test_a_hub_that_sends_too_slowly_is_given_up(tmp_path: Path, monkeypat
     manifest = manifest_of(SMALL, origin="me/tiny")
     with socket.create_server(("127.0.0.1", 0)) as silent, trio.fail_after(LIMIT):
         address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/{revision}/{filename}")
         fallback = hub_fallback(manifest, LayerStore(tmp_path))
         assert fallback is not None

@@ -196,3 +196,37 @@ async def test_credit_grows_the_window_within_the_connections_share(monkeypatch:
         for stream in streams:
             await stream.reset()
         assert muxer._granted == 0
+
+
+@pytest.mark.parametrize("leave", ["close", "reset"])
+async def test_a_frame_of_the_librarys_own_is_written_whole_though_its_caller_is_cancelled(
+    leave: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once a frame is sealed and not sent, the other end takes all that follows for forged."""
+    async with muxer_and_wire() as (muxer, wire):
+        await wire.write(frame(WINDOW, SYN, 1, 0))
+        stream: Any = await muxer.accept_stream()
+        session: Any = muxer.secured_conn
+        sealed, written, full = 0, 0, trio.Event()
+        send = session.write
+
+        def encrypt(data: bytes) -> bytes:
+            nonlocal sealed
+            sealed += 1
+            return data
+
+        async def write(data: bytes) -> None:
+            nonlocal written
+            await full.wait()
+            await send(data)
+            written += 1
+
+        monkeypatch.setattr(session, "encrypt", encrypt)
+        monkeypatch.setattr(session, "write", write)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(getattr(stream, leave))
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.cancel_scope.cancel()
+            full.set()
+        await trio.testing.wait_all_tasks_blocked()
+        assert (sealed, written) == (1, 1)
