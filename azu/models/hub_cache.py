@@ -28,20 +28,18 @@ from pathlib import Path
 from typing import IO
 
 import httpx2  # what huggingface_hub 2 speaks HTTP with
-from huggingface_hub import constants, get_session, hf_hub_url, hf_raise_for_status
+from huggingface_hub import constants, hf_raise_for_status
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.file_download import repo_folder_name
-from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # public, but exported lazily
 
 from azu.durable import make_folder, replace_synced, write_file
 from azu.errors import TrustError
+from azu.models.hub_http import Retries, request_file
 
 __all__ = ["DIGEST", "HubFile", "HubRepo", "RepoCache"]
 
 _CHUNK = 1 << 20  # bytes hashed between two reports
-# Pauses in seconds before a broken transfer is taken up again; the count starts anew whenever a byte has come.
 _PAUSES = (1.0, 2.0, 4.0, 8.0)
-_TRANSIENT_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 _LOCK_POLL_S = 0.2
 DIGEST = re.compile(r"[0-9a-f]{64}|[0-9a-f]{40}")  # of a HubFile
 
@@ -190,17 +188,12 @@ def _complete(partial: IO[bytes], repo: HubRepo, file: HubFile, advance: Callabl
         partial.truncate(0)
         partial.seek(0)
     advance(partial.tell())
-    tries = 0
+    retries = Retries(_PAUSES)
     while (offset := partial.tell()) < file.size:
         try:
             _append(partial, repo, file, advance)
         except (HfHubHTTPError, httpx2.TransportError) as error:
-            tries = 0 if partial.tell() > offset else tries
-            lasting = isinstance(error, HfHubHTTPError) and error.response.status_code not in _TRANSIENT_STATUS
-            if lasting or tries == len(_PAUSES):
-                raise
-            time.sleep(_PAUSES[tries])
-            tries += 1
+            retries.pause(error, moved=partial.tell() > offset)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 Path(partial.name).unlink(missing_ok=True)  # it would keep the disk full
@@ -208,12 +201,8 @@ def _complete(partial: IO[bytes], repo: HubRepo, file: HubFile, advance: Callabl
 
 
 def _append(partial: IO[bytes], repo: HubRepo, file: HubFile, advance: Callable[[int], None]) -> None:
-    url = hf_hub_url(repo.repo_id, file.name, revision=repo.commit)
-    headers = {**build_hf_headers(library_name="azu"), "Accept-Encoding": "identity"}
-    if offset := partial.tell():
-        headers["Range"] = f"bytes={offset}-"
-    timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
-    with get_session().stream("GET", url, headers=headers, timeout=timeout) as response:
+    offset = partial.tell()
+    with request_file(repo.repo_id, file.name, repo.commit, f"{offset}-" if offset else "") as response:
         if response.status_code == 416:  # there is no more, and it is too short
             raise _discarded(partial, file)
         hf_raise_for_status(response)
@@ -221,7 +210,7 @@ def _append(partial: IO[bytes], repo: HubRepo, file: HubFile, advance: Callable[
             advance(-offset)
             partial.truncate(0)
             partial.seek(0)
-        for chunk in response.iter_raw():  # decoded, a few bytes could become gigabytes
+        for chunk in response.iter_raw():
             if partial.tell() + len(chunk) > file.size:
                 raise _discarded(partial, file)
             partial.write(chunk)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import httpx2  # what huggingface_hub 2 speaks HTTP with
-from huggingface_hub import constants, get_session, hf_hub_url, hf_raise_for_status
-from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # public, but exported lazily
+from huggingface_hub import hf_raise_for_status
 
 from azu.errors import ModelError
 from azu.models import hub
 from azu.models.hub_cache import HubFile, HubRepo
+from azu.models.hub_http import request_file
 from azu.models.safetensors_file import MAX_HEADER_BYTES, TensorSpec, parse_header
 
 __all__ = ["read_hub"]
@@ -42,13 +42,10 @@ def _header(repo: HubRepo, file: HubFile) -> bytes:
 
 def _beginning(repo: HubRepo, file: HubFile, count: int) -> bytes:
     """A file's first bytes; what a server sends beyond them, if it knows no ranges, is not read."""
-    url = hf_hub_url(repo.repo_id, file.name, revision=repo.commit)
-    headers = {**build_hf_headers(library_name="azu"), "Accept-Encoding": "identity", "Range": f"bytes=0-{count - 1}"}
     received = bytearray()
-    timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
-    with get_session().stream("GET", url, headers=headers, timeout=timeout) as response:
+    with request_file(repo.repo_id, file.name, repo.commit, f"0-{count - 1}") as response:
         hf_raise_for_status(response)
-        for chunk in response.iter_raw(1 << 16):  # decoded, a few bytes could become gigabytes
+        for chunk in response.iter_raw(1 << 16):
             received += chunk
             if len(received) >= count:
                 return bytes(received[:count])

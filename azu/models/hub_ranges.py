@@ -9,20 +9,19 @@ from __future__ import annotations
 
 import hashlib
 import re
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
 import httpx2  # what huggingface_hub 2 speaks HTTP with
-from huggingface_hub import constants, get_session, hf_hub_url, hf_raise_for_status
+from huggingface_hub import hf_raise_for_status
 from huggingface_hub.errors import HfHubHTTPError
-from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # public, but exported lazily
 
 from azu.errors import InputError, ModelError, TrustError
 from azu.models.directory_source import INDEX, choose_weights, read_index
 from azu.models.hub import hub_errors
+from azu.models.hub_http import Retries, request_file
 from azu.models.layout import Layout, find_layout
 from azu.models.manifest import Blob, Manifest
 from azu.models.safetensors_file import MAX_HEADER_BYTES, TensorInfo, TensorSpec, parse_header, serialize
@@ -31,9 +30,8 @@ from azu.models.store import LayerStore
 
 __all__ = ["HubRanges"]
 
-_PAUSES = (1.0, 2.0, 4.0)  # seconds before a broken transfer goes on; the count starts anew when a byte has come
+_PAUSES = (1.0, 2.0, 4.0)
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
-_TRANSIENT_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +151,7 @@ class HubRanges:
 
     def _stream(self, run: _Run) -> Iterator[bytes]:
         """The bytes of a run, taken up again where a transfer breaks."""
-        at, tries = run.start, 0
+        at, retries = run.start, Retries(_PAUSES)
         while at < run.end:
             rest = _Run(run.name, at, run.end)
             try:
@@ -163,23 +161,15 @@ class HubRanges:
                         at += len(chunk)
                         yield chunk
             except (HfHubHTTPError, httpx2.TransportError) as error:
-                tries = 0 if at > rest.start else tries
-                lasting = isinstance(error, HfHubHTTPError) and error.response.status_code not in _TRANSIENT_STATUS
-                if lasting or tries == len(_PAUSES):
-                    raise
                 self._check()
-                time.sleep(_PAUSES[tries])
-                tries += 1
+                retries.pause(error, moved=at > rest.start)
 
     @contextmanager
     def _open(self, run: _Run) -> Iterator[tuple[httpx2.Response, int]]:
         """A response with exactly these bytes to come, and the size of the whole file."""
-        url = hf_hub_url(self._manifest.origin, run.name, revision=self._manifest.revision)
+        repo_id, commit = self._manifest.origin, self._manifest.revision
         # Without the owner's token: a publisher names the repository, and what it gives is handed to everybody.
-        headers = {**build_hf_headers(token=False, library_name="azu"), "Accept-Encoding": "identity"}
-        headers["Range"] = f"bytes={run.start}-{run.end - 1}"
-        timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
-        with get_session().stream("GET", url, headers=headers, timeout=timeout) as response:
+        with request_file(repo_id, run.name, commit, f"{run.start}-{run.end - 1}", token=False) as response:
             hf_raise_for_status(response)
             sent = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
             if sent is None or (int(sent[1]), int(sent[2])) != (run.start, run.end - 1):
@@ -189,7 +179,7 @@ class HubRanges:
 
 def _exactly(response: httpx2.Response, run: _Run) -> Iterator[bytes]:
     left = run.end - run.start
-    for chunk in response.iter_raw():  # decoded, a few bytes could become gigabytes
+    for chunk in response.iter_raw():
         left -= len(chunk)
         if left < 0:
             raise _other_bytes(run)

@@ -14,7 +14,7 @@ from pathlib import Path
 from azu.errors import InputError, ModelError
 from azu.models.directory_source import UNSAFE_SUFFIXES, open_directory
 from azu.models.disk import check_space
-from azu.models.inventory import Inventory, outline, take_inventory, weights_of
+from azu.models.inventory import outline, take_inventory, weights_of
 from azu.models.manifest import Blob, Manifest
 from azu.models.progress import Progress, Report, silent
 from azu.models.published import CutJournal, known_manifest, source_key
@@ -108,12 +108,21 @@ def open_path(path: Path, *, unhashed: bool = False) -> AbstractContextManager[M
 
 def _cut(source: ModelSource, store: LayerStore, report: Report) -> Manifest:
     config = load_json(source.config, "config.json")
-    outline(source.model_id, config, source.tensors)  # whatever no manifest can say, before anything is cut
+    drawn = outline(source.model_id, config, source.tensors)  # refuses what no manifest can say before it is cut
     found = take_inventory(config, source.tensors)
     files = {f"layer {index}": names for index, names in enumerate(found.layers)}
     blobs = _store_files(source, store, {**files, **{name: (name,) for name in found.shared}}, report)
     _confirm(source, store)
-    manifest = _manifest(source, store, found, layers=tuple(blobs[label] for label in files), blobs=blobs)
+    manifest = replace(
+        drawn,
+        revision=source.revision,
+        origin=source.origin,
+        config=store.put_bytes(source.config),
+        tokenizer={name: store.put_bytes(data) for name, data in source.files.items()},
+        layers=tuple(blobs[label] for label in files),
+        shared={name: blobs[name] for name in found.shared},
+        sources=source.sources,
+    )
     CutJournal(store, source).finish(manifest)
     return manifest
 
@@ -144,28 +153,3 @@ def _store_files(
         blobs[label] = replace(blobs[label], weights=weights_of(specs))
     report(Progress("cutting", "", len(files), len(files)))
     return blobs
-
-
-def _manifest(
-    source: ModelSource, store: LayerStore, found: Inventory, *, layers: tuple[Blob, ...], blobs: Mapping[str, Blob]
-) -> Manifest:
-    facts = found.facts
-    return Manifest(
-        model_id=source.model_id,
-        revision=source.revision,
-        origin=source.origin,
-        architecture=facts.architecture,
-        dtype=found.dtype,
-        n_layers=facts.n_layers,
-        hidden_size=facts.hidden_size,
-        vocab_size=facts.vocab_size,
-        context_length=facts.context_length,
-        config=store.put_bytes(source.config),
-        tokenizer={name: store.put_bytes(data) for name, data in source.files.items()},
-        layers=layers,
-        caches=facts.caches,
-        shared={name: blobs[name] for name in found.shared},
-        sources=source.sources,
-        tied=found.tied,
-        workspace=facts.workspace,
-    )
