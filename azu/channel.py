@@ -27,7 +27,7 @@ class Stream(Protocol):
     @property
     def peer_id(self) -> str: ...
 
-    def receive_some(self, max_bytes: int = ...) -> Awaitable[bytes]: ...
+    def receive_buffers(self, max_bytes: int) -> Awaitable[list[Buffer]]: ...
 
     def send_all(self, *buffers: Buffer) -> Awaitable[None]: ...
 
@@ -81,12 +81,13 @@ class Channel:
         with trio.move_on_after(idle):
             while (frame := self._reader.next_frame()) is None:
                 with trio.fail_after(silence):
-                    data = await self.stream.receive_some(_READ_BYTES)
-                if not data:
+                    buffers = await self.stream.receive_buffers(_READ_BYTES)
+                if not buffers:
                     if self._reader.is_idle:
                         return None
                     raise NetworkError(f"{self.peer_id} went away in the middle of a frame", code="stream_broken")
-                self._reader.receive_data(data)
+                for buffer in buffers:
+                    self._reader.receive_data(buffer)
             return self._codec.decode(frame), frame.body
         return None
 

@@ -10,7 +10,7 @@ against the same digests. azu also encrypts (Noise), multiplexes (Yamux) and has
 Where other programs use the machine, look at the CPU seconds too: whoever needs more of it also waits longer for it.
 A first round warms everything up and does not count; in it, senders check their files once, as each process does.
 
-While a peer sends, it also measures how late a task wakes up that sleeps 1 ms at a time: the longest stall of its event
+While a peer sends, it also measures how late a task wakes up that sleeps 5 ms at a time: the longest stall of its event
 loop is what a job's decode would have to wait for an upload.
 """
 
@@ -87,8 +87,8 @@ async def serve_layers(folder: Path) -> None:
 async def _watch_loop(longest: list[float]) -> None:
     while True:
         before = trio.current_time()
-        await trio.sleep(0.001)
-        longest[0] = max(longest[0], trio.current_time() - before - 0.001)
+        await trio.sleep(0.005)
+        longest[0] = max(longest[0], trio.current_time() - before - 0.005)
 
 
 @dataclass

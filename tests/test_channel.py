@@ -44,11 +44,12 @@ class StreamTwin:
     def peer_id(self) -> str:
         return self._peer_id
 
-    async def receive_some(self, max_bytes: int = 65_536) -> bytes:
+    async def receive_buffers(self, max_bytes: int) -> list[Buffer]:
         try:
-            return bytes(await self._stream.receive_some(max_bytes))
+            data = bytes(await self._stream.receive_some(max_bytes))
         except trio.BrokenResourceError:
-            return b""
+            return []
+        return [data] if data else []
 
     async def send_all(self, *buffers: Buffer) -> None:
         try:

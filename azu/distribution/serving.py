@@ -13,7 +13,7 @@ from azu.channel import IDLE_S, Channel, Stream, refusal_of
 from azu.distribution.library import Library
 from azu.distribution.pace import Pace
 from azu.errors import InternalError, ModelError, ProtocolError
-from azu.overlay import OverlayStream
+from azu.overlay import BATCH_BYTES, OverlayStream
 from azu.wire.messages import (
     LAYERS,
     MAX_RANGE_BYTES,
@@ -33,7 +33,7 @@ __all__ = ["LayerServer"]
 _SLOTS_PER_PEER = 2  # a second one for a peer whose first connection broke without a sign
 _SLOT_IDLE_S = 5.0  # a stream that asks for nothing for so long makes room for another
 # Written at once: a peer at 20 kB/s takes this within a stream's 15 s, and the limit of the rate is kept as finely.
-_SLICE_BYTES = 262_144
+_SLICE_BYTES = BATCH_BYTES
 _LEAST_RATE = 65_536  # bytes per second of a slot: with a lower limit there are fewer of them
 _MAX_COUNTED = 65_536  # files whose requests are counted
 # Threads for strangers' requests, out of the 40 that all of a process shares: a slow disk must not take those.

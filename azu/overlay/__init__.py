@@ -6,12 +6,14 @@ authenticated peers. No libp2p exception or type passes this border; see `azu.er
 
 from __future__ import annotations
 
+from azu.overlay._yamux import BATCH_BYTES
 from azu.overlay.addresses import PeerAddress, parse_peer_multiaddr
 from azu.overlay.dht import MAX_RECORD_BYTES, RecordValidator
 from azu.overlay.host import Overlay, OverlayConfig, OverlayStatistics, open_overlay
 from azu.overlay.streams import OverlayStream
 
 __all__ = [
+    "BATCH_BYTES",
     "MAX_RECORD_BYTES",
     "Overlay",
     "OverlayConfig",

@@ -23,6 +23,7 @@ from libp2p.stream_muxer.muxer_multistream import MuxerMultistream
 from libp2p.transport.tcp.tcp import TCP, TCPListener
 from multiaddr import Multiaddr
 
+from azu.overlay._link import READ_BYTES
 from azu.overlay._yamux import CLOSE_SECONDS, AzuYamux
 from azu.overlay.faults import shielded
 
@@ -30,7 +31,6 @@ __all__ = ["AzuKadDHT", "AzuMuxers", "AzuSwarm", "BufferedTCP", "quieten_libp2p"
 
 logger = logging.getLogger(__name__)
 
-READ_BYTES = 256 * 1024  # one socket read; several Noise messages at once under load
 QUERY_DIAL_SECONDS = 4.0  # all addresses of one peer together, when the DHT dials it; a look-up may meet many dead ones
 MAX_AWAITING_IDENTIFY = 256  # queriers that are not in the routing table yet
 UNANSWERED_SECONDS = 30.0  # how long the DHT leaves a peer alone that could not be dialled
@@ -49,14 +49,17 @@ class BufferedTCPStream(TrioTCPStream):
         """Up to n bytes; b"" at the end."""
         if not self._buffer:
             try:
-                self._buffer = memoryview(await self.stream.receive_some(READ_BYTES))
+                received = await self.stream.receive_some(READ_BYTES)
             except trio.BrokenResourceError as error:
                 raise ConnectionClosedError(f"connection reset: {error}", transport="tcp") from error
             except trio.ClosedResourceError:
                 return b""
-            if not self._buffer and n != 0:
+            if not received and n != 0:
                 # Upstream's read_exactly would ask a hundred times more.
                 raise ConnectionClosedError("connection closed", transport="tcp")
+            if n is None or n >= len(received):
+                return bytes(received)  # uncopied
+            self._buffer = memoryview(received)
         data = self._buffer if n is None else self._buffer[:n]
         self._buffer = self._buffer[len(data) :]
         return bytes(data)

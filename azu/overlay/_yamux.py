@@ -10,8 +10,8 @@ py-libp2p 0.8.1's loop is correct enough for chat and too slow and too trusting 
 - Credit is returned when half a window has been read, not after each read (upstream sends one more encrypted
   frame per read), and cancelling a read cannot lose bytes (upstream awaits after taking them).
 - A DATA frame with its header fits one Noise message (upstream's 64 KiB frames need two), incoming bytes are parsed
-  straight from decrypted messages, up to MAX_BATCH frames go out with one socket call, and no debug text is
-  formatted per frame.
+  straight from decrypted messages and stay in them until they are read, up to MAX_BATCH frames go out with one socket
+  call, and no debug text is formatted per frame.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from __future__ import annotations
 import logging
 import struct
 from collections.abc import Sequence
-from typing import Any
 
 import trio
+from libp2p.abc import ISecureConn
 from libp2p.io.exceptions import ConnectionClosedError
+from libp2p.peer.id import ID
 from libp2p.stream_muxer.exceptions import MuxedStreamEOF, MuxedStreamError, MuxedStreamReset
 from libp2p.stream_muxer.yamux.yamux import (
     DEFAULT_WINDOW_SIZE,
@@ -40,15 +41,17 @@ from libp2p.stream_muxer.yamux.yamux import (
     YamuxStream,
 )
 
-from azu.overlay.faults import shielded
+from azu.overlay._link import Buffer, Inbox, NoiseLink
+from azu.overlay.faults import acquire, shielded
 
-__all__ = ["AzuYamux", "AzuYamuxStream"]
+__all__ = ["BATCH_BYTES", "AzuYamux", "AzuYamuxStream"]
 
 logger = logging.getLogger(__name__)
 
 MAX_PAYLOAD = 65_507  # bytes: 65519 (Noise plaintext) - 12 (Yamux header)
 MAX_WINDOW = 4 * 1024 * 1024  # bytes one stream may have in flight towards us; 80 MB/s at 50 ms
 MAX_BATCH = 4  # frames of one stream that are written at once; the next stream waits for them
+BATCH_BYTES = MAX_BATCH * MAX_PAYLOAD  # whoever writes in slices best takes slices of so much
 EXTRA_WINDOWS = 64 * 1024 * 1024  # bytes of window beyond the 256 KiB per stream that one connection is granted
 MAX_REMOTE_STREAMS = 512  # streams one connection's remote may have open
 MAX_CONTROL = 256  # pongs and acks in flight; a peer that makes us owe more is cut off
@@ -77,19 +80,23 @@ class AzuYamuxStream(YamuxStream):
         """Up to n bytes as soon as there are any; cancelling loses none."""
         if n == 0:
             return b""
+        return b"".join(await self.read_buffers(MAX_WINDOW if n is None or n < 0 else n))
+
+    async def read_buffers(self, limit: int) -> list[Buffer]:
+        """The same without a copy."""
         conn, sid = self.conn, self.stream_id
         await trio.lowlevel.checkpoint_if_cancelled()
         while True:
-            buffer = conn.stream_buffers.get(sid)
-            if buffer:
-                data = bytes(buffer) if n is None or n < 0 or n >= len(buffer) else bytes(memoryview(buffer)[:n])
-                del buffer[: len(data)]
-                await self._give_credit(len(data))
+            inbox = conn.stream_buffers.get(sid)
+            if inbox:
+                before = len(inbox)
+                data = inbox.take(limit)
+                await self._give_credit(before - len(inbox))
                 return data
             if self.reset_received:
                 raise MuxedStreamReset("stream was reset")
             event = conn.stream_events.get(sid)
-            if self.recv_closed or buffer is None or event is None or conn.event_shutting_down.is_set():
+            if self.recv_closed or inbox is None or event is None or conn.event_shutting_down.is_set():
                 raise MuxedStreamEOF("no more data")
             if event.is_set():
                 event = conn.stream_events[sid] = trio.Event()
@@ -149,7 +156,7 @@ class AzuYamuxStream(YamuxStream):
     async def reset(self) -> None:
         """As upstream, and wakes our own reader and writer, and drops what nobody will read."""
         event = self.conn.stream_events.get(self.stream_id)
-        self.conn.stream_buffers.get(self.stream_id, bytearray()).clear()
+        self.conn.stream_buffers.get(self.stream_id, Inbox()).clear()
         try:
             await super().reset()
         finally:
@@ -162,9 +169,11 @@ class AzuYamux(Yamux):
     """One connection's muxer; see the module's docstring for what differs from upstream."""
 
     streams: dict[int, AzuYamuxStream]  # type: ignore[assignment]  # narrowed: we alone create them
+    stream_buffers: dict[int, Inbox]  # type: ignore[assignment]  # upstream asks for their length only
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, conn: ISecureConn, peer_id: ID, is_initiator: bool, link: NoiseLink | None = None) -> None:
+        super().__init__(conn, peer_id, is_initiator)
+        self._link = NoiseLink(conn) if link is None else link
         # Upstream's 10 would make the frame loop wait for acceptance; ours refuses with RST beyond the bound.
         self.new_stream_send_channel, self.new_stream_receive_channel = trio.open_memory_channel[YamuxStream](
             MAX_REMOTE_STREAMS
@@ -212,7 +221,7 @@ class AzuYamux(Yamux):
     def _add(self, stream_id: int, *, is_initiator: bool) -> AzuYamuxStream:
         stream = AzuYamuxStream(stream_id, self, is_initiator)
         self.streams[stream_id] = stream
-        self.stream_buffers[stream_id] = bytearray()
+        self.stream_buffers[stream_id] = Inbox()
         self.stream_events[stream_id] = trio.Event()
         return stream
 
@@ -226,18 +235,17 @@ class AzuYamux(Yamux):
 
     async def _write_frames(self, frames: Sequence[bytes]) -> None:
         """Write frames whole, or close the connection. Only the wait for the lock can be cancelled."""
-        session: Any = self.secured_conn
-        async with self._write_lock:
+        await acquire(self._write_lock)
+        try:
             with shielded(FRAME_SECONDS) as scope:
-                # What session.write() does, with one socket call for all: waiting for it costs more than encrypting.
-                noise = session.conn
-                sealed = [noise.read_writer.encode_msg(noise.encrypt(frame)) for frame in frames]
-                await noise.read_writer.read_write_closer.write(b"".join(sealed))
+                await self._link.send(frames)
             if scope.cancelled_caught:
                 logger.debug("%s takes no bytes: connection closed", self.peer_id)
                 with trio.CancelScope(shield=True):
                     await self.secured_conn.close()  # the frame loop sees it and cleans up
                 raise ConnectionClosedError(f"the connection took no bytes for {FRAME_SECONDS:g} s")
+        finally:
+            self._write_lock.release()
 
     async def start(self) -> None:
         """Run the connection; its socket is closed when this ends, however it ends (upstream leaks it on cancel)."""
@@ -252,13 +260,11 @@ class AzuYamux(Yamux):
 
     async def handle_incoming(self) -> None:
         """Read decrypted messages and act on their frames until the connection ends."""
-        session: Any = self.secured_conn
-        carry: bytes = session._drain(None)  # what arrived together with the end of the negotiation
         try:
+            carry = self._feed(self._link.leftover())
             while not self.event_shutting_down.is_set():
-                carry = self._feed(carry)
-                message = await session.conn.read_msg()
-                carry = carry + message if carry else message
+                for message in await self._link.receive():
+                    carry = self._feed(carry + message if carry else message)
         except _Violation as error:
             logger.warning("connection to %s closed: %s", self.peer_id, error)
         except Exception as error:  # a connection ends in many ways: EOF, reset, failed decryption
@@ -319,9 +325,9 @@ class AzuYamux(Yamux):
         stream = self._payload_stream
         if stream is None:
             return
-        buffer, event = self.stream_buffers.get(stream.stream_id), self.stream_events.get(stream.stream_id)
-        if buffer is not None and not stream.recv_closed:
-            buffer += data
+        inbox, event = self.stream_buffers.get(stream.stream_id), self.stream_events.get(stream.stream_id)
+        if inbox is not None and not stream.recv_closed:
+            inbox.add(data)
             if event is not None:
                 event.set()
         if not self._payload_left:

@@ -10,7 +10,7 @@ from libp2p.exceptions import BaseLibp2pError
 
 from azu.errors import AzuError, NetworkError
 
-__all__ = ["mapped", "reason", "settle", "shielded"]
+__all__ = ["acquire", "mapped", "reason", "settle", "shielded"]
 
 _FOREIGN = (
     BaseLibp2pError,
@@ -43,6 +43,15 @@ def mapped(doing: str, remedy: str = "") -> Iterator[None]:
 def shielded(seconds: float) -> trio.CancelScope:
     """A scope for clean-up: outer cancellation stays out, `seconds` bound it."""
     return trio.CancelScope(shield=True, deadline=trio.current_time() + seconds)
+
+
+async def acquire(lock: trio.Lock) -> None:
+    """Take a lock without a trip through the scheduler where it is free; only the wait for it can be cancelled."""
+    await trio.lowlevel.checkpoint_if_cancelled()
+    try:
+        lock.acquire_nowait()
+    except trio.WouldBlock:
+        await lock.acquire()
 
 
 def reason(error: BaseException) -> str:

@@ -10,7 +10,8 @@ from libp2p.abc import INetStream
 from libp2p.stream_muxer.exceptions import MuxedStreamEOF, MuxedStreamReset
 
 from azu.errors import NetworkError
-from azu.overlay.faults import mapped, shielded
+from azu.overlay._link import Buffer
+from azu.overlay.faults import acquire, mapped, shielded
 
 __all__ = ["CLOSE_SECONDS", "JOIN_BYTES", "WRITE_SECONDS", "OverlayStream"]
 
@@ -19,8 +20,6 @@ logger = logging.getLogger(__name__)
 WRITE_SECONDS = 15.0  # one send_all may take this long before its stream is given up
 CLOSE_SECONDS = 2.0  # closing never takes longer, even when cancelled
 JOIN_BYTES = 65_507  # buffers are joined up to one Yamux frame that fits one Noise message (65519 - 12 bytes)
-
-Buffer = bytes | bytearray | memoryview
 
 
 class OverlayStream:
@@ -43,19 +42,23 @@ class OverlayStream:
         await self.aclose()
 
     async def receive_some(self, max_bytes: int = 65536) -> bytes:
-        """The next 1..max_bytes bytes, or b"" when no more will come.
+        """The next 1..max_bytes bytes, or b"" when no more will come; for the rest see `receive_buffers`."""
+        return b"".join(await self.receive_buffers(max_bytes))
 
-        b"" means the remote's end of stream, its reset, or its death alike: protocols need an end frame of their
+    async def receive_buffers(self, max_bytes: int) -> list[Buffer]:
+        """The next 1..max_bytes bytes as they came, uncopied; an empty list when no more will come.
+
+        The end means the remote's end of stream, its reset, or its death alike: protocols need an end frame of their
         own. Cancelling is safe: bytes are either returned or stay in the stream.
 
         Raises:
             NetworkError: any other fault of the connection.
         """
         try:
-            data: bytes = await self._muxed.read(max_bytes)
+            data: list[Buffer] = await self._muxed.read_buffers(max_bytes)
             return data
         except (MuxedStreamEOF, MuxedStreamReset):
-            return b""
+            return []
         except Exception:  # mapped, or raised as it is
             with mapped(f"read from {self.peer_id}"):
                 raise
@@ -70,7 +73,8 @@ class OverlayStream:
         Raises:
             NetworkError: the peer went away, reset the stream, or did not read in time.
         """
-        async with self._send_lock:
+        await acquire(self._send_lock)
+        try:
             with shielded(timeout) as scope, mapped(f"send to {self.peer_id}"):
                 for chunk in _joined(buffers):
                     await self._muxed.write(chunk)
@@ -82,6 +86,8 @@ class OverlayStream:
                 code="write_timeout",
                 remedy="The peer is overloaded or cut off; choose another one",
             )
+        finally:
+            self._send_lock.release()
 
     async def send_eof(self) -> None:
         """Half-close: the remote reads b"" after what was sent. No error if the remote is gone already."""
