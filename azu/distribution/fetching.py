@@ -119,7 +119,7 @@ class Fetch:
         self._holders: dict[str, Holder] = {}
         self._left: set[str] = set()  # peers that are not asked again in this fetch
         self.faults: dict[str, str] = {}  # why a peer, or the hub, could not send something: its last reason
-        self._suspects: dict[str, set[str]] = {}  # file -> peers whose bytes of it do not fit its piece list
+        self._suspects: dict[str, set[str]] = {}  # file -> peers whose bytes of it were wrong
         self._over = trio.Event()
         self._failure: AzuError | None = None
         self._last_piece = trio.current_time()
@@ -251,7 +251,7 @@ class Fetch:
         self._convict(digest)
 
     def _convict(self, digest: str) -> None:
-        """The file is whole, so its list was true: who sent other bytes lied. Before, the publisher may have."""
+        """The file is whole, so its manifest told the truth: who sent other bytes lied, and not the publisher."""
         for peer_id in self._suspects.pop(digest, ()):
             self._offenders.add(peer_id)
 

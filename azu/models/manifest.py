@@ -43,7 +43,7 @@ MAX_DIMENSION = 1 << 32  # hidden size, vocabulary, context: far above any model
 DTYPE_BYTES: Mapping[str, int] = MappingProxyType({"float32": 4, "float16": 2, "bfloat16": 2})
 
 _FORMAT = "azu-manifest"
-_VERSION = 2
+_VERSION = 3
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _MODEL_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}(/[A-Za-z0-9][A-Za-z0-9._-]{0,127})?")
 _REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -76,7 +76,8 @@ class Blob:
     """One immutable file.
 
     Args:
-        digest: its SHA-256 as 64 hex digits.
+        digest: as 64 hex digits: its SHA-256 where it is a single piece, else a hash of its piece list
+            (`azu.models.pieces`).
         size: its length in bytes.
         pieces: the SHA-256 of another blob, its piece list: the SHA-256s (32 bytes each) of its pieces of PIECE_BYTES
             one after the other, so that each can come from another peer and be verified on its own. Empty where the

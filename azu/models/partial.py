@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from azu.errors import InternalError, ModelError, TrustError
+from azu.errors import InternalError, TrustError
 from azu.models.manifest import Blob
 from azu.models.pieces import piece_span
 
@@ -31,7 +31,6 @@ class PartialBlob:
         digests: the SHA-256 of each piece.
         file: open for reading and writing, its writes unbuffered.
         publish: makes the finished file a blob of the store.
-        discard: deletes it.
     """
 
     def __init__(
@@ -40,18 +39,13 @@ class PartialBlob:
         digests: Sequence[bytes],
         file: IO[bytes],
         publish: Callable[[], None],
-        discard: Callable[[], None],
     ) -> None:
         self.blob = blob
         self.missing = set(range(len(digests)))
         self._digests = digests
         self._descriptor = file.fileno()
         self._publish = publish
-        self._discard = discard
         self._lock = threading.Lock()
-        # The whole file's SHA-256, over the pieces 0 .. _hashed - 1: it grows as the gap behind them closes.
-        self._whole = hashlib.sha256()
-        self._hashed = 0
         self._folder = Path(file.name).parent
         with storage_errors(self._folder):
             self._resume(os.fstat(self._descriptor).st_size)
@@ -78,29 +72,16 @@ class PartialBlob:
         with storage_errors(self._folder), self._lock:
             self._write(data, piece_span(self.blob.size, index)[0])
             self.missing.discard(index)
-            if index == self._hashed:
-                self._hash(data)
-            while self._hashed < len(self._digests) and self._hashed not in self.missing:
-                self._hash(self._read(self._hashed))
 
     def commit(self) -> None:
         """Makes the blob visible.
 
         Raises:
             TrustError: code "size_mismatch", where a piece is missing.
-            ModelError: code "bad_manifest", where all pieces are right and the whole is not, so that the publisher's
-                list contradicts the digest; the file is deleted.
             InternalError: code "storage", where the disk is full.
         """
         if self.missing:
             raise TrustError(f"{len(self.missing)} pieces of blob {self.blob.digest} are missing", code="size_mismatch")
-        if self._whole.hexdigest() != self.blob.digest:
-            self._discard()
-            raise ModelError(
-                f"the piece list of blob {self.blob.digest} belongs to other bytes",
-                code="bad_manifest",
-                remedy="The model has to be published again.",
-            )
         with storage_errors(self._folder):
             os.ftruncate(self._descriptor, self.blob.size)  # the leftover of something else may be longer
             self._publish()
@@ -110,19 +91,9 @@ class PartialBlob:
             offset, length = piece_span(self.blob.size, index)
             if present < offset + length or not length:
                 break
-            data = self._read(index)
+            data = os.pread(self._descriptor, length, offset)
             if hashlib.sha256(data).digest() == self._digests[index]:
                 self.missing.discard(index)
-                if index == self._hashed:
-                    self._hash(data)
-
-    def _hash(self, data: Buffer) -> None:
-        self._whole.update(data)
-        self._hashed += 1
-
-    def _read(self, index: int) -> bytes:
-        offset, length = piece_span(self.blob.size, index)
-        return os.pread(self._descriptor, length, offset)
 
     def _write(self, data: Buffer, offset: int) -> None:
         view = memoryview(data)

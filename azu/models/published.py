@@ -22,7 +22,7 @@ from azu.models.store import LayerStore
 
 __all__ = ["CutJournal", "is_whole", "known_manifest", "source_key"]
 
-_CUT = 3  # raise it when the way a source is cut changes: everything is then cut anew
+_CUT = 4  # raise it when the way a source is cut changes: everything is then cut anew
 
 
 def source_key(model_id: str, origin: str, revision: str) -> str:

@@ -1,4 +1,4 @@
-"""The layer store: immutable files on disk, named by their SHA-256.
+"""The layer store: immutable files on disk, named by their digest (azu.models.pieces).
 
     root/blobs/ab/abcdef...          complete files, read-only; only a verified file ever gets this name
     root/partial/abcdef...           an unfinished download, resumed by hashing its pieces again
@@ -16,7 +16,6 @@ process, before it is first sent or loaded, at 1 to 2 GB/s; the load that follow
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import os
 import secrets
 import shutil
@@ -137,8 +136,7 @@ class LayerStore:
         with storage_errors(self.root):
             file, temporary = self._open_partial(blob.digest)
         try:
-            publish = partial(self._publish, file, temporary, blob.digest)
-            yield PartialBlob(blob, digests, file, publish, partial(temporary.unlink, missing_ok=True))
+            yield PartialBlob(blob, digests, file, partial(self._publish, file, temporary, blob.digest))
         finally:
             with storage_errors(self.root), file:
                 self._tidy(file, temporary, resumable=temporary.name == blob.digest and not self.has(blob.digest))
@@ -192,10 +190,10 @@ class LayerStore:
         place = self.path(digest)
         with storage_errors(self.root), place.open("rb", buffering=0) as file:
             stamp = _stamp(os.fstat(file.fileno()))
-            hasher = hashlib.sha256()
+            hasher = PieceHasher()
             while chunk := file.read(PIECE_BYTES):  # large: each call waits for the interpreter's lock
                 hasher.update(chunk)
-            if hasher.hexdigest() == digest:
+            if hasher.digest == digest:
                 self._checked[digest] = stamp
                 return True
             self._checked.pop(digest, None)
