@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 
+import torch
 import trio
 
 from azu.config import NodeSettings
@@ -13,6 +14,7 @@ from azu.distribution import LayerServer, Library
 from azu.errors import InputError
 from azu.joining import stay_joined
 from azu.logs import log
+from azu.models.quantize import integer_weights
 from azu.overlay import OverlayConfig, open_overlay
 from azu.records import VALIDATORS
 from azu.sizes import format_size
@@ -35,7 +37,7 @@ async def serve(settings: NodeSettings) -> None:
     """Join the swarm and serve until cancelled.
 
     Raises:
-        InputError: a setting that cannot work, such as a missing bootstrap address or device.
+        InputError: a setting that cannot work, such as a missing bootstrap address or device, or a missing package.
     """
     if not settings.bootstrap:
         raise InputError(
@@ -45,6 +47,7 @@ async def serve(settings: NodeSettings) -> None:
         )
     device = find_device(settings.device, settings.vram, settings.threads or usable_cpus())
     dtype = device.native_dtype if settings.dtype == "auto" else settings.dtype
+    integer_weights(dtype, torch.device(device.torch_name))  # a missing package is told now, and not at the first stage
     with open_data_dir(settings.data_dir) as identity:
         library = Library(settings.data_dir, cache_limit=settings.cache_limit)
         config = OverlayConfig(seed=identity.seed, listen=settings.listen, agent=AGENT, validators=VALIDATORS)
