@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 
-import torch
 import trio
 
 from azu.config import NodeSettings
@@ -14,12 +13,11 @@ from azu.distribution import LayerServer, Library
 from azu.errors import InputError
 from azu.joining import stay_joined
 from azu.logs import log
-from azu.models.quantize import integer_weights
 from azu.overlay import OverlayConfig, open_overlay
 from azu.records import VALIDATORS
 from azu.sizes import format_size
 from node.engine.device import open_device_thread
-from node.engine.stage import find_device
+from node.engine.stage import find_device, require_packages
 from node.trust import Trust
 from node.worker import AGENT, Worker
 
@@ -47,7 +45,7 @@ async def serve(settings: NodeSettings) -> None:
         )
     device = find_device(settings.device, settings.vram, settings.threads or usable_cpus())
     dtype = device.native_dtype if settings.dtype == "auto" else settings.dtype
-    integer_weights(dtype, torch.device(device.torch_name))  # a missing package is told now, and not at the first stage
+    require_packages(dtype, device)  # now, and not at the first stage
     with open_data_dir(settings.data_dir) as identity:
         library = Library(settings.data_dir, cache_limit=settings.cache_limit)
         config = OverlayConfig(seed=identity.seed, listen=settings.listen, agent=AGENT, validators=VALIDATORS)

@@ -76,8 +76,7 @@ class Blob:
     """One immutable file.
 
     Args:
-        digest: as 64 hex digits: its SHA-256 where it is a single piece, else a hash of its piece list
-            (`azu.models.pieces`).
+        digest: 64 hex digits: its SHA-256 where it is a single piece, else its list's hash (`azu.models.pieces`).
         size: its length in bytes.
         pieces: the SHA-256 of another blob, its piece list: the SHA-256s (32 bytes each) of its pieces of PIECE_BYTES
             one after the other, so that each can come from another peer and be verified on its own. Empty where the

@@ -23,7 +23,7 @@ from azu.wire.tensors import ACTIVATIONS, DType, TensorHeader, WeightFormat
 from node.engine.allocator import settle_allocator
 from node.engine.sampler import Sampler
 
-__all__ = ["Device", "JobState", "LoadedStage", "Output", "find_device", "load_stage"]
+__all__ = ["Device", "JobState", "LoadedStage", "Output", "find_device", "load_stage", "require_packages"]
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # Of a GPU's free memory, and of the free main memory where the CPU computes: the rest is for activations, the allocator
@@ -172,6 +172,11 @@ def find_device(name: str, vram: int | None, threads: int) -> Device:
     available = psutil.virtual_memory().available
     label = f"CPU ({threads} threads)"
     return Device("cpu", label, vram or int(available * _CPU_SHARE), "float32")
+
+
+def require_packages(dtype: WeightFormat, device: Device) -> None:
+    """Raises InputError, code "missing_package", where a format needs a package that is not installed."""
+    integer_weights(dtype, torch.device(device.torch_name))
 
 
 def load_stage(
