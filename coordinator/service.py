@@ -29,6 +29,7 @@ from azu.records import (
     coordinator_key,
     sign_coordinator_record,
 )
+from azu.swarm_key import read_swarm_key
 from azu.wire.messages import LAYERS_PROTOCOL
 from azu.wire.tensors import WEIGHT_FORMATS, WeightFormat
 from coordinator.admin import admin_token
@@ -117,7 +118,13 @@ async def _serve(
     stop: trio.Event,
 ) -> None:
     """Everything that needs the network, until `stop` is set and the running answers have ended."""
-    config = OverlayConfig(seed=identity.seed, listen=settings.listen, agent=AGENT, validators=VALIDATORS)
+    config = OverlayConfig(
+        seed=identity.seed,
+        listen=settings.listen,
+        agent=AGENT,
+        validators=VALIDATORS,
+        swarm_key=read_swarm_key(settings.swarm_key),
+    )
     async with open_overlay(config) as overlay, trio.open_nursery() as nursery:
         log(logger, logging.INFO, "coordinator starting", peer=identity.peer_id, addrs=overlay.addrs)
         layers = LayerServer(library, slots=settings.uploads, rate=settings.upload_limit)

@@ -13,9 +13,10 @@ from azu.distribution import LayerServer, Library
 from azu.errors import InputError
 from azu.joining import stay_joined
 from azu.logs import log
-from azu.overlay import OverlayConfig, open_overlay
+from azu.overlay import OverlayConfig, RelayLimits, open_overlay
 from azu.records import VALIDATORS
 from azu.sizes import format_size
+from azu.swarm_key import read_swarm_key
 from node.engine.device import open_device_thread
 from node.engine.stage import find_device, require_packages
 from node.trust import Trust
@@ -48,7 +49,14 @@ async def serve(settings: NodeSettings) -> None:
     require_packages(dtype, device)  # now, and not at the first stage
     with open_data_dir(settings.data_dir) as identity:
         library = Library(settings.data_dir, cache_limit=settings.cache_limit)
-        config = OverlayConfig(seed=identity.seed, listen=settings.listen, agent=AGENT, validators=VALIDATORS)
+        config = OverlayConfig(
+            seed=identity.seed,
+            listen=settings.listen,
+            agent=AGENT,
+            validators=VALIDATORS,
+            swarm_key=read_swarm_key(settings.swarm_key),
+            relay=RelayLimits() if settings.relay else None,
+        )
         async with open_overlay(config) as overlay, open_device_thread() as thread, trio.open_nursery() as nursery:
             log(
                 logger,

@@ -10,7 +10,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -44,12 +44,14 @@ def wait_until(condition: Callable[[], Any], what: str, patience: float = PATIEN
 class Program:
     """One of azu's programs, running with --log-json."""
 
-    def __init__(self, name: str, command: list[str], env: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, name: str, command: list[str], env: dict[str, str] | None = None, prefix: Sequence[str] = ()
+    ) -> None:
         self.name = name
         self.events: list[Event] = []
         program = Path(sys.executable).with_name(command[0])
         self.process = subprocess.Popen(
-            [str(program), *command[1:], "--log-json"],
+            [*prefix, str(program), *command[1:], "--log-json"],
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env,
         )  # fmt: skip
         self._reader = threading.Thread(target=self._read, daemon=True)

@@ -9,18 +9,26 @@ from __future__ import annotations
 from azu.overlay._yamux import BATCH_BYTES
 from azu.overlay.addresses import PeerAddress, parse_peer_multiaddr
 from azu.overlay.dht import MAX_RECORD_BYTES, RecordValidator
-from azu.overlay.host import Overlay, OverlayConfig, OverlayStatistics, open_overlay
+from azu.overlay.host import Overlay, OverlayStatistics
+from azu.overlay.nat.reachability import RELAYS_KEY, Finding, Reach
+from azu.overlay.nat.relay import RelayLimits, RelayStatistics
+from azu.overlay.opening import OverlayConfig, open_overlay
 from azu.overlay.streams import OverlayStream
 
 __all__ = [
     "BATCH_BYTES",
     "MAX_RECORD_BYTES",
+    "RELAYS_KEY",
+    "Finding",
     "Overlay",
     "OverlayConfig",
     "OverlayStatistics",
     "OverlayStream",
     "PeerAddress",
+    "Reach",
     "RecordValidator",
+    "RelayLimits",
+    "RelayStatistics",
     "open_overlay",
     "parse_peer_multiaddr",
 ]

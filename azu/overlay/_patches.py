@@ -1,17 +1,20 @@
-"""The places where py-libp2p 0.8.1 is bent, each with its reason. Subclasses only, but for one constant."""
+"""The places where py-libp2p 0.8.1 is bent, each with its reason. Subclasses only, but for two names."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import trio
 from libp2p.abc import IMuxedConn, INetConn, IRawConnection, ISecureConn
+from libp2p.connection_types import ConnectionType
+from libp2p.host.basic_host import BasicHost
 from libp2p.identity.identify import identify
 from libp2p.io.exceptions import ConnectionClosedError
 from libp2p.io.trio import TrioTCPStream
+from libp2p.kad_dht import kad_dht
 from libp2p.kad_dht.common import PROTOCOL_ID
 from libp2p.kad_dht.kad_dht import KadDHT
 from libp2p.network.connection.raw_connection import RawConnection
@@ -20,6 +23,7 @@ from libp2p.network.swarm import Swarm
 from libp2p.peer.id import ID
 from libp2p.peer.peerstore import PeerStoreError
 from libp2p.stream_muxer.muxer_multistream import MuxerMultistream
+from libp2p.transport.exceptions import OpenConnectionError
 from libp2p.transport.tcp.tcp import TCP, TCPListener
 from multiaddr import Multiaddr
 
@@ -27,7 +31,7 @@ from azu.overlay._link import READ_BYTES
 from azu.overlay._yamux import CLOSE_SECONDS, AzuYamux
 from azu.overlay.faults import shielded
 
-__all__ = ["AzuKadDHT", "AzuMuxers", "AzuSwarm", "BufferedTCP", "quieten_libp2p", "set_agent"]
+__all__ = ["AzuHost", "AzuKadDHT", "AzuMuxers", "AzuSwarm", "BufferedTCP", "is_circuit", "quieten_libp2p", "set_agent"]
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +39,7 @@ QUERY_DIAL_SECONDS = 4.0  # all addresses of one peer together, when the DHT dia
 MAX_AWAITING_IDENTIFY = 256  # queriers that are not in the routing table yet
 UNANSWERED_SECONDS = 30.0  # how long the DHT leaves a peer alone that could not be dialled
 MAX_UNANSWERED = 4096  # such peers that are remembered; then all are forgotten
+CIRCUIT_SECONDS = 0.5  # how much earlier direct addresses are tried than relayed ones
 MAX_DIAL_ADDRESSES = 16  # addresses of one peer that are tried; a hostile record may list thousands
 
 
@@ -75,9 +80,24 @@ class BufferedTCPStream(TrioTCPStream):
 class BufferedTCP(TCP):
     """TCP whose streams read through a buffer. trio sets TCP_NODELAY on both sides already."""
 
+    # IP address of a peer -> where a dial to it leaves from; None leaves that to the system
+    source_of: Callable[[str], tuple[str, int] | None] = staticmethod(lambda host: None)
+
     async def dial(self, maddr: Multiaddr) -> IRawConnection:
-        """As upstream."""
-        connection: Any = await super().dial(maddr)
+        """As upstream, from where `source_of` says."""
+        family, host = str(maddr).split("/")[1:3]
+        source = self.source_of(host) if family in ("ip4", "ip6") else None
+        if source is not None:
+            try:
+                return await self.dial_from(maddr, source)
+            except OpenConnectionError:  # the port has a connection to that very address already, or just had one
+                logger.debug("dial to %s not from %s", maddr, source)
+        return await self.dial_from(maddr, None)
+
+    async def dial_from(self, maddr: Multiaddr, source: tuple[str, int] | None) -> IRawConnection:
+        """Dial from this address and port, or from what the system chooses."""
+        dialled = super().dial(maddr) if source is None else super().dial_with_source(maddr, source)
+        connection: Any = await dialled
         connection.stream = BufferedTCPStream(connection.stream.stream)
         raw: IRawConnection = connection
         return raw
@@ -112,6 +132,7 @@ class AzuSwarm(Swarm):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._unanswered: dict[ID, float] = {}  # until when the DHT does not dial them again
+        self.dial_circuit: Callable[[Multiaddr, ID], Awaitable[INetConn]] | None = None  # by a relay; set by the owner
 
     async def _do_handle_inbound_connection(self, read_write_closer: Any, maddr: Multiaddr, failure_event: Any) -> None:
         try:
@@ -164,16 +185,38 @@ class AzuSwarm(Swarm):
             known = self.peerstore.addrs(peer_id)
         except Exception as error:  # PeerStoreError where nothing is known or all has expired
             raise SwarmException(f"no address of {peer_id} is known") from error
-        return [each for each in known if self.transport_manager.transport_for_dialing(each) is not None]
+        return [each for each in known if self._can_dial(each)]
+
+    def _can_dial(self, address: Multiaddr) -> bool:
+        if is_circuit(address):
+            return self.dial_circuit is not None
+        return self.transport_manager.transport_for_dialing(address) is not None
+
+    def _select_connection(self, connections: list[INetConn], peer_id: ID) -> INetConn:
+        """A direct one where there is one: streams must not stay with the relay."""
+        direct = [each for each in connections if each.get_connection_type() == ConnectionType.DIRECT]
+        return super()._select_connection(direct or connections, peer_id)
+
+    def protocols_of(self, peer_id: ID) -> Sequence[str]:
+        """What a peer speaks; empty until it has told."""
+        try:
+            return self.peerstore.get_protocols(peer_id) or ()
+        except PeerStoreError:
+            return ()
 
     async def _dial_any(self, peer_id: ID, addresses: Sequence[Multiaddr], seconds: float) -> INetConn:
         """Dial the addresses in parallel; the first that proves to be `peer_id` wins, the others are cancelled."""
         won: list[INetConn] = []
         failed: list[Exception] = []
+        head_start = 0.0 if all(map(is_circuit, addresses)) else CIRCUIT_SECONDS
 
         async def attempt(address: Multiaddr) -> None:
             try:
-                connection = await self._dial_addr_single_attempt(address, peer_id)
+                if self.dial_circuit is not None and is_circuit(address):
+                    await trio.sleep(head_start)
+                    connection = await self.dial_circuit(address, peer_id)
+                else:
+                    connection = await self._dial_addr_single_attempt(address, peer_id)
             except Exception as error:  # reported if no other address works
                 failed.append(error)
                 return
@@ -188,6 +231,17 @@ class AzuSwarm(Swarm):
             return won[0]
         why = f"no answer within {seconds:g} s" if scope.cancelled_caught else "no address is known"
         raise SwarmException(f"cannot dial {peer_id}: {why}") from (failed[0] if failed else None)
+
+
+class AzuHost(BasicHost):
+    """Upstream cuts an address through a relay down to the relay's own."""
+
+    _addrs_factory: Callable[[Sequence[Multiaddr]], list[Multiaddr]]
+
+    def get_addrs(self) -> list[Multiaddr]:
+        """What others are told, each with our /p2p part."""
+        own = Multiaddr(f"/p2p/{self.get_id()}")
+        return [each.encapsulate(own) for each in self._addrs_factory(list(self.get_transport_addrs()))]
 
 
 class AzuKadDHT(KadDHT):
@@ -207,9 +261,10 @@ class AzuKadDHT(KadDHT):
         return False
 
     async def _add_once_identified(self, peer_id: ID, pending: set[ID]) -> None:
+        swarm: Any = self.host.get_network()
         try:
             for _ in range(250):
-                protocols = self._protocols(peer_id)
+                protocols = swarm.protocols_of(peer_id)
                 if PROTOCOL_ID in protocols:
                     await super().add_peer(peer_id)
                 if protocols:
@@ -218,11 +273,26 @@ class AzuKadDHT(KadDHT):
         finally:
             pending.discard(peer_id)
 
-    def _protocols(self, peer_id: ID) -> Sequence[str]:
-        try:
-            return self.host.get_peerstore().get_protocols(peer_id) or ()
-        except PeerStoreError:
-            return ()
+
+class _AnyKey:
+    """Stands in for the module `multihash` in upstream's DHT server, which resets a stream that asks for the peers
+    closest to a key of more than 50 bytes unless this decodes it. Records have keys of 64 bytes and more, and every
+    look-up for a place to put one asks so. The server only hashes the key, whatever it is.
+    """
+
+    @staticmethod
+    def decode(key: bytes) -> None:
+        """Raises ValueError where no record can have such a key (go-libp2p has the same bound)."""
+        if len(key) > 128:
+            raise ValueError("too long for a key")
+
+
+kad_dht.multihash = _AnyKey
+
+
+def is_circuit(address: Multiaddr) -> bool:
+    """Whether an address leads through a relay."""
+    return "/p2p-circuit" in str(address)
 
 
 def set_agent(agent: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from libp2p.peer.id import ID
@@ -13,8 +13,11 @@ from multiaddr.utils import get_network_addrs
 from azu.errors import InputError
 
 __all__ = [
+    "OwnAddresses",
     "PeerAddress",
     "expand_addresses",
+    "interface_hosts",
+    "parse_circuit",
     "parse_dial_address",
     "parse_listen_address",
     "parse_peer_id",
@@ -26,7 +29,7 @@ _HOSTS = frozenset({"ip4", "ip6", "dns", "dns4", "dns6"})
 
 
 class PeerAddress(NamedTuple):
-    """A dialable address of a known peer: `peer_id` (base58) and `address` (multiaddr without /p2p)."""
+    """A dialable address of a known peer: `peer_id` (base58) and `address` (multiaddr without that /p2p)."""
 
     peer_id: str
     address: str
@@ -39,10 +42,9 @@ def parse_peer_multiaddr(text: str) -> PeerAddress:
         InputError: `text` is malformed, is not TCP, or names no peer.
     """
     parts = _parse(text)
-    names = [name for name, _ in parts]
-    if "p2p-circuit" in names or names.count("p2p") != 1 or names[-1] != "p2p":
-        raise _bad(text, "it must end in exactly one /p2p/<peer id>")
-    _require_tcp(text, parts[:-1])
+    if parts[-1][0] != "p2p":
+        raise _bad(text, "it must end in /p2p/<peer id>")
+    _require_dialable(text, parts[:-1])
     peer_id = parts[-1][1]
     parse_peer_id(peer_id)
     return PeerAddress(peer_id, _join(parts[:-1]))
@@ -59,8 +61,20 @@ def parse_dial_address(text: str, peer_id: str) -> Multiaddr:
         if parts[-1][1] != peer_id:
             raise _bad(text, f"it names another peer than {peer_id}")
         parts = parts[:-1]
-    _require_tcp(text, parts)
+    _require_dialable(text, parts)
     return Multiaddr(_join(parts))
+
+
+def parse_circuit(text: str) -> PeerAddress:
+    """The relay in an address that ends in /p2p-circuit, or has the peer behind it.
+
+    Raises:
+        InputError: it is none, or malformed.
+    """
+    names = [name for name, _ in _parse(text)]
+    if "p2p-circuit" not in names:
+        raise _bad(text, "it names no relay")
+    return parse_peer_multiaddr(_join(_parse(text)[: names.index("p2p-circuit")]))
 
 
 def parse_listen_address(text: str) -> Multiaddr:
@@ -91,18 +105,32 @@ def parse_peer_id(text: str) -> ID:
     return raw
 
 
+class OwnAddresses:
+    """What this node tells others of where it is: `found` beyond its interfaces, and then those. For libp2p's host."""
+
+    def __init__(self) -> None:
+        self.found: Callable[[], Sequence[str]] = tuple
+
+    def __call__(self, listening: Sequence[Multiaddr]) -> list[Multiaddr]:
+        """The addresses, without duplicates and without /p2p, those first that most can dial."""
+        own = (str(each) for each in expand_addresses(listening))
+        return [Multiaddr(each) for each in dict.fromkeys((*self.found(), *own))]
+
+
 def expand_addresses(listening: Sequence[Multiaddr]) -> list[Multiaddr]:
-    """Replace wildcard hosts by this machine's interface addresses; loopback last, link-local IPv6 left out."""
-    found: dict[str, bool] = {}
+    """Replace wildcard hosts by this machine's interface addresses; public ones first, loopback last."""
+    found: dict[str, tuple[bool, bool]] = {}
     for address in listening:
         (family, host), (_, port), *_ = _parts_of(address)
-        hosts = _interface_hosts(family) if ipaddress.ip_address(host).is_unspecified else [host]
+        hosts = interface_hosts(family) if ipaddress.ip_address(host).is_unspecified else [host]
         for each in hosts:
-            found.setdefault(f"/{family}/{each}/tcp/{port}", ipaddress.ip_address(each).is_loopback)
+            parsed = ipaddress.ip_address(each)
+            found.setdefault(f"/{family}/{each}/tcp/{port}", (parsed.is_loopback, not parsed.is_global))
     return [Multiaddr(text) for text, _ in sorted(found.items(), key=lambda item: item[1])]
 
 
-def _interface_hosts(family: str) -> list[str]:
+def interface_hosts(family: str) -> list[str]:
+    """This machine's addresses of a family (ip4 or ip6), loopback last, link-local ones left out."""
     found = get_network_addrs(4 if family == "ip4" else 6)  # without loopback and link-local ones
     return [*dict.fromkeys(str(each) for each in found), "127.0.0.1" if family == "ip4" else "::1"]
 
@@ -123,15 +151,25 @@ def _parts_of(address: Multiaddr) -> list[tuple[str, str]]:
     return [(protocol.name, str(value)) for protocol, value in address.items()]
 
 
+def _require_dialable(text: str, parts: Sequence[tuple[str, str]]) -> None:
+    """TCP, or TCP to a relay."""
+    if parts and parts[-1][0] == "p2p-circuit":
+        if len(parts) != 4 or parts[2][0] != "p2p":
+            raise _bad(text, "a relayed address is /ip4/<address>/tcp/<port>/p2p/<relay>/p2p-circuit/p2p/<peer id>")
+        parse_peer_id(parts[2][1])
+        parts = parts[:2]
+    _require_tcp(text, parts)
+
+
 def _require_tcp(text: str, parts: Sequence[tuple[str, str]]) -> None:
     if len(parts) != 2 or parts[0][0] not in _HOSTS or parts[1][0] != "tcp":
-        raise _bad(text, "azu speaks plain TCP only (no QUIC, WebSocket or relay addresses)")
+        raise _bad(text, "azu speaks plain TCP only (no QUIC or WebSocket addresses)")
     if parts[1][1] == "0":
         raise _bad(text, "port 0 cannot be dialled")
 
 
 def _join(parts: Iterable[tuple[str, str]]) -> str:
-    return "".join(f"/{name}/{value}" for name, value in parts)
+    return "".join(f"/{name}/{value}" if value != "None" else f"/{name}" for name, value in parts)
 
 
 def _bad(text: str, why: str) -> InputError:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import trio
 from libp2p.exceptions import BaseLibp2pError
+from libp2p.security.noise.exceptions import PeerIDMismatchesPubkey
 
 from azu.errors import AzuError, NetworkError
 
@@ -28,6 +29,7 @@ _FOREIGN_MODULES = ("libp2p", "multiaddr", "noise", "cryptography", "google.prot
 def mapped(doing: str, remedy: str = "") -> Iterator[None]:
     """Turn whatever libp2p raises into NetworkError("cannot <doing>: why").
 
+    Its code is wrong_peer where another peer than the wanted one is there; its message then has the ids of both.
     azu's own errors, cancellation and exceptions that are plainly bugs of ours pass unchanged.
     """
     try:
@@ -37,7 +39,8 @@ def mapped(doing: str, remedy: str = "") -> Iterator[None]:
     except Exception as error:
         if not _is_foreign(error):
             raise
-        raise NetworkError(f"cannot {doing}: {reason(error)}", remedy=remedy) from error
+        code = "wrong_peer" if isinstance(_innermost(error), PeerIDMismatchesPubkey) else None
+        raise NetworkError(f"cannot {doing}: {reason(error)}", code=code, remedy=remedy) from error
 
 
 def shielded(seconds: float) -> trio.CancelScope:
@@ -56,6 +59,13 @@ async def acquire(lock: trio.Lock) -> None:
 
 def reason(error: BaseException) -> str:
     """The innermost cause as one line; libp2p buries "connection refused" four exceptions deep."""
+    cause = _innermost(error)
+    if isinstance(cause, trio.TooSlowError):
+        return "no answer in time"
+    return str(cause).split("\n", 1)[0] or type(cause).__name__
+
+
+def _innermost(error: BaseException) -> BaseException:
     seen: BaseException = error
     for _ in range(10):
         if isinstance(seen, BaseExceptionGroup):
@@ -68,9 +78,7 @@ def reason(error: BaseException) -> str:
         if inner is None:
             break
         seen = inner
-    if isinstance(seen, trio.TooSlowError):
-        return "no answer in time"
-    return str(seen).split("\n", 1)[0] or type(seen).__name__
+    return seen
 
 
 def settle(group: BaseExceptionGroup[BaseException]) -> BaseException:

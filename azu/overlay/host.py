@@ -1,80 +1,45 @@
-"""Build the libp2p host, own its tasks, and connect peers."""
+"""This node in the network: connects peers, opens streams, and looks things up."""
 
 from __future__ import annotations
 
 import logging
-import socket
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 import trio
-from libp2p.crypto.ed25519 import create_new_key_pair
-from libp2p.crypto.x25519 import create_new_key_pair as create_noise_key_pair
-from libp2p.custom_types import TProtocol
 from libp2p.host.basic_host import BasicHost
-from libp2p.network.config import ConnectionConfig, RetryConfig
 from libp2p.peer.id import ID
-from libp2p.peer.peerstore import PeerStore
-from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
-from libp2p.security.noise.transport import Transport as NoiseTransport
-from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX
-from libp2p.tools.anyio_service import background_trio_service
-from libp2p.transport.upgrader import TransportUpgrader
-from multiaddr import Multiaddr
 
-from azu.errors import InputError, InternalError, NetworkError
-from azu.overlay._patches import AzuMuxers, AzuSwarm, BufferedTCP, quieten_libp2p, set_agent
-from azu.overlay._yamux import AzuYamux
+from azu.errors import InputError, NetworkError
+from azu.overlay._patches import AzuSwarm
 from azu.overlay.addresses import (
-    expand_addresses,
     parse_dial_address,
-    parse_listen_address,
     parse_peer_id,
     parse_peer_multiaddr,
 )
-from azu.overlay.dht import Dht, RecordValidator
-from azu.overlay.faults import mapped, reason, settle, shielded
+from azu.overlay.dht import Dht
+from azu.overlay.faults import mapped, shielded
 from azu.overlay.inbound import Inbound
+from azu.overlay.nat.reachability import Finding
+from azu.overlay.nat.relay import RelayStatistics
+from azu.overlay.nat.traversal import Traversal
 from azu.overlay.negotiate import negotiate
 from azu.overlay.streams import OverlayStream
 
-__all__ = ["Overlay", "OverlayConfig", "OverlayStatistics", "open_overlay"]
+__all__ = ["Overlay", "OverlayStatistics"]
 
 logger = logging.getLogger(__name__)
 
 CONNECT_SECONDS = 10.0
 GOODBYE_SECONDS = 2.0  # all connections together, when the overlay is left
-MAX_CONNECTIONS = 1024
-# Two: where both sides dial at once, each may see the other's connection first, and trimming to one could end both.
-MAX_CONNECTIONS_PER_PEER = 2
 ADDRESS_SECONDS = 3600  # how long a dialled address is remembered
 BOOTSTRAP_SECONDS = 7 * 24 * 3600  # the same for a bootstrap node's, which the operator vouches for
 PING = "/ipfs/ping/1.0.0"
 
 Handler = Callable[[OverlayStream], Awaitable[None]]
-
-
-@dataclass(frozen=True)
-class OverlayConfig:
-    """What an overlay is opened with.
-
-    seed: 32-byte Ed25519 seed = the identity. listen: multiaddrs; port 0 takes a free one, () listens nowhere.
-    server: whether this node answers DHT queries. agent: what identify tells other peers.
-    validators: DHT namespace -> validator; all other namespaces are refused.
-    """
-
-    seed: bytes
-    listen: tuple[str, ...] = ("/ip4/0.0.0.0/tcp/0",)
-    server: bool = True
-    agent: str = "azu/0.1.0"
-    validators: Mapping[str, RecordValidator] = field(default_factory=lambda: MappingProxyType({}))
-
-    def __repr__(self) -> str:
-        return f"OverlayConfig(listen={self.listen}, server={self.server}, agent={self.agent!r})"  # never the seed
 
 
 @dataclass(frozen=True)
@@ -87,95 +52,10 @@ class OverlayStatistics:
     violations: Mapping[str, int]
 
 
-@asynccontextmanager
-async def open_overlay(config: OverlayConfig) -> AsyncIterator[Overlay]:
-    """Start host and DHT, and end them with all their tasks, connections and listeners on the way out.
-
-    Safe to cancel; leaving takes about 2 s at most.
-
-    Raises:
-        InputError: a bad seed or listen address. NetworkError: a listen address is taken.
-        InternalError: the host itself failed while the overlay was open.
-    """
-    quieten_libp2p()
-    listen = [parse_listen_address(each) for each in config.listen]
-    swarm, host = _build(config)
-    overlay = Overlay(host, swarm, Dht(host, server=config.server, validators=config.validators))
-    from_body: Exception | None = None
-    try:
-        async with background_trio_service(swarm):
-            try:
-                with mapped(f"listen on {', '.join(config.listen)}", "Choose another port or address"):
-                    _refuse_taken(listen)
-                    if listen and not await swarm.listen(*listen):
-                        raise OSError("the address is not this machine's, or the port needs privileges")
-                async with background_trio_service(overlay._dht.service):
-                    try:
-                        yield overlay
-                    except Exception as error:  # carried past the nurseries, which would wrap it in groups
-                        from_body = error
-                    except BaseExceptionGroup as group:  # errors together with a cancellation
-                        from_body, rest = group.split(Exception)
-                        if rest is not None:
-                            raise rest from None
-            finally:
-                with trio.CancelScope(shield=True):
-                    await overlay._close()
-    except BaseExceptionGroup as group:
-        cause = settle(group)
-        if isinstance(cause, (NetworkError, InputError)):
-            raise cause from None
-        if isinstance(cause, Exception) and from_body is None:
-            raise InternalError(f"the libp2p host failed: {reason(cause)}", code="overlay_failed") from cause
-        if from_body is None:
-            raise
-    if from_body is not None:
-        raise from_body
-
-
-def _refuse_taken(listen: Sequence[Multiaddr]) -> None:
-    """Raise OSError if a port is in use. libp2p listens with SO_REUSEPORT: a second node on the port would start
-    without complaint, and the kernel would hand each of them half of the other's peers.
-    """
-    for address in listen:
-        (family, host), (_, port) = [(protocol.name, str(value)) for protocol, value in address.items()]
-        with socket.socket(socket.AF_INET if family == "ip4" else socket.AF_INET6) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((host, int(port)))
-
-
-def _build(config: OverlayConfig) -> tuple[AzuSwarm, BasicHost]:
-    """The host by hand: new_host() allows plaintext (trap 11), dials strangers to stay above 100 connections, and
-    its resource manager turns peers away once this process uses much memory, as one with a model in it does.
-    """
-    if len(config.seed) != 32:
-        raise InputError(f"an identity seed has 32 bytes, not {len(config.seed)}", code="bad_seed")
-    keys = create_new_key_pair(bytes(config.seed))
-    set_agent(config.agent)
-    noise = NoiseTransport(libp2p_keypair=keys, noise_privkey=create_noise_key_pair().private_key)
-    upgrader = TransportUpgrader({TProtocol(NOISE): noise}, {})
-    upgrader.muxer_multistream = AzuMuxers({TProtocol(YAMUX): AzuYamux})
-    peer_id = ID.from_pubkey(keys.public_key)
-    peerstore = PeerStore()
-    peerstore.add_key_pair(peer_id, keys)
-    limits = ConnectionConfig(
-        min_connections=0,
-        low_watermark=0,
-        high_watermark=MAX_CONNECTIONS,
-        max_connections=MAX_CONNECTIONS,
-        max_connections_per_peer=MAX_CONNECTIONS_PER_PEER,
-    )
-    swarm = AzuSwarm(peer_id, peerstore, upgrader, [BufferedTCP()], RetryConfig(max_retries=0), limits)
-    host = BasicHost(
-        swarm,
-        addrs_factory=expand_addresses,
-        disable_identify_address_discovery=True,
-    )
-    return swarm, host
-
-
 class Overlay:
     """This node in the network. Made by `open_overlay`, valid inside its `async with`."""
+
+    _traversal: Traversal
 
     def __init__(self, host: BasicHost, swarm: AzuSwarm, dht: Dht) -> None:
         self.peer_id = str(host.get_id())
@@ -189,6 +69,21 @@ class Overlay:
     def addrs(self) -> tuple[str, ...]:
         """Dialable multiaddrs with /p2p/<peer id>; wildcards expanded, loopback last."""
         return tuple(str(each) for each in self._host.get_addrs())
+
+    @property
+    def own_addresses(self) -> tuple[str, ...]:
+        """The multiaddrs among them that lead here directly, without /p2p."""
+        own = (each.removesuffix(f"/p2p/{self.peer_id}") for each in self.addrs)
+        return tuple(each for each in own if "/p2p-circuit" not in each)
+
+    @property
+    def finding(self) -> Finding:
+        """How others reach this node, as far as that is known."""
+        return self._traversal.finding
+
+    async def finding_changed(self) -> None:
+        """Wait until `finding` has changed."""
+        await self._traversal.changed()
 
     def handle(self, protocol: str, handler: Handler) -> None:
         """Run `handler` for each inbound stream of `protocol`; the stream is closed when it returns.
@@ -242,12 +137,14 @@ class Overlay:
         target = parse_peer_id(peer_id)
         given = [parse_dial_address(each, peer_id) for each in addrs]
         if self.is_connected(peer_id):
+            await self._traversal.upgrade(peer_id)
             return
         if peer_id == self.peer_id:
             raise InputError("a node cannot connect to itself", code="bad_peer_id")
         with mapped(f"reach {peer_id}", "The peer may be down, or behind a NAT or firewall"):
             with trio.fail_after(CONNECT_SECONDS):
                 await self._dial(target, given)
+        await self._traversal.upgrade(peer_id)
 
     async def _dial(self, target: ID, given: Sequence[Any]) -> None:
         peerstore = self._host.get_peerstore()
@@ -283,6 +180,23 @@ class Overlay:
     def is_connected(self, peer_id: str) -> bool:
         """Whether a connection exists. One to a peer that was cut off, not closed, still counts (trap 6)."""
         return any(not each.is_closed for each in self._swarm.get_connections(parse_peer_id(peer_id)))
+
+    def is_direct(self, peer_id: str) -> bool:
+        """Whether there is a connection to a peer that goes through no relay."""
+        return self._traversal.is_direct(peer_id)
+
+    def peers_with(self, protocol: str) -> list[str]:
+        """Peers with a direct connection that have told that they speak a protocol."""
+        speaks = (peer for peer in self.connected_peers() if protocol in self._swarm.protocols_of(parse_peer_id(peer)))
+        return [peer for peer in speaks if self.is_direct(peer)]
+
+    def remote_address(self, peer_id: str) -> str:
+        """Where a peer's direct connection ends, as a multiaddr; empty where there is none."""
+        for each in self._swarm.get_connections(parse_peer_id(peer_id)):
+            muxed: Any = each.muxed_conn
+            if (endpoint := muxed.get_remote_address()) is not None:
+                return f"/ip{6 if ':' in endpoint[0] else 4}/{endpoint[0]}/tcp/{endpoint[1]}"
+        return ""
 
     def connected_peers(self) -> tuple[str, ...]:
         """Peer ids with a live connection."""
@@ -340,6 +254,10 @@ class Overlay:
                         raise NetworkError(f"{peer_id} did not answer the ping")
                     left -= len(answer)
             return trio.current_time() - started
+
+    def relay_statistics(self) -> RelayStatistics | None:
+        """What this node relays for others; None where it relays nothing."""
+        return self._traversal.statistics()
 
     def statistics(self) -> OverlayStatistics:
         """A snapshot of connections, streams, routing table and violations."""

@@ -7,6 +7,7 @@ from typing import Any, Self
 
 import trio
 from libp2p.abc import INetStream
+from libp2p.connection_types import ConnectionType
 from libp2p.stream_muxer.exceptions import MuxedStreamEOF, MuxedStreamReset
 
 from azu.errors import NetworkError
@@ -34,6 +35,18 @@ class OverlayStream:
         # Reads and writes go straight to the muxer: NetStream would take a state lock round each of them.
         self._muxed: Any = net_stream.muxed_stream  # type: ignore[attr-defined]  # NetStream has it, the ABC has not
         self._send_lock = trio.Lock()
+
+    @property
+    def is_relayed(self) -> bool:
+        """Whether it goes through a relay."""
+        kind: ConnectionType = self._muxed.conn.get_connection_type()
+        return kind != ConnectionType.DIRECT
+
+    @property
+    def remote_ip(self) -> str:
+        """The address that the peer's packets come from; empty where a relay sends them."""
+        endpoint = self._muxed.conn.get_remote_address()
+        return endpoint[0] if endpoint else ""
 
     async def __aenter__(self) -> Self:
         return self

@@ -7,7 +7,13 @@ from multiaddr import Multiaddr
 
 from azu.errors import InputError
 from azu.overlay import open_overlay, parse_peer_multiaddr
-from azu.overlay.addresses import expand_addresses, parse_dial_address, parse_listen_address, parse_peer_id
+from azu.overlay.addresses import (
+    expand_addresses,
+    parse_circuit,
+    parse_dial_address,
+    parse_listen_address,
+    parse_peer_id,
+)
 from tests.overlay.conftest import config
 
 PEER = "12D3KooWK99VoVxNE7XzyBwXEzW7xhK7Gpv85r9F3V3fyKSUKPH5"
@@ -34,7 +40,11 @@ def test_splits_address_and_peer(host: str) -> None:
         "/ip4/203.0.113.7/tcp/4001/ws/p2p/" + PEER,
         "/ip4/203.0.113.7/tcp/4001/p2p/nonsense",
         "/ip4/203.0.113.7/tcp/4001/p2p/" + PEER[:-3],
-        f"/ip4/203.0.113.7/tcp/4001/p2p/{PEER}/p2p-circuit/p2p/{OTHER}",
+        f"/ip4/203.0.113.7/tcp/4001/p2p/{PEER}/p2p-circuit",
+        f"/ip4/203.0.113.7/tcp/4001/p2p-circuit/p2p/{OTHER}",
+        f"/ip4/203.0.113.7/tcp/4001/p2p/{PEER}/p2p-circuit/p2p/{PEER}/p2p-circuit/p2p/{OTHER}",
+        f"/ip4/203.0.113.7/udp/4001/p2p/{PEER}/p2p-circuit/p2p/{OTHER}",
+        f"/p2p/{PEER}/p2p-circuit/p2p/{OTHER}",
         f"/ip4/203.0.113.7/tcp/4001/p2p/{PEER}/p2p/{OTHER}",
         "/nonsense/1/tcp/4001/p2p/" + PEER,
         "/ip4/203.0.113.7/tcp/4001/p2p/" + PEER + "/" * 2000,
@@ -47,6 +57,15 @@ def test_malformed_multiaddr_is_an_input_error_with_a_remedy(text: str) -> None:
         parse_peer_multiaddr(text)
     assert caught.value.remedy
     assert caught.value.code in ("bad_multiaddr", "bad_peer_id")
+
+
+def test_an_address_through_a_relay() -> None:
+    relay = f"/ip4/203.0.113.7/tcp/4001/p2p/{PEER}"
+    assert parse_peer_multiaddr(f"{relay}/p2p-circuit/p2p/{OTHER}") == (OTHER, f"{relay}/p2p-circuit")
+    assert str(parse_dial_address(f"{relay}/p2p-circuit/p2p/{OTHER}", OTHER)) == f"{relay}/p2p-circuit"
+    assert parse_circuit(f"{relay}/p2p-circuit") == (PEER, "/ip4/203.0.113.7/tcp/4001")
+    with pytest.raises(InputError, match="no relay"):
+        parse_circuit(relay)
 
 
 def test_dial_address_may_lack_the_peer_but_not_name_another() -> None:

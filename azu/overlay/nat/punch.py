@@ -1,0 +1,138 @@
+"""A direct connection out of a relayed one: both ends dial each other at the same time (DCUtR).
+
+https://github.com/libp2p/specs/blob/master/relay/DCUtR.md. Both routers then see a connection going out, and let the
+other's packets in. Both dials leave from the port that this node listens on, since the mapping that the router made for
+it is the address that others were told. Where both SYNs cross, TCP makes one connection out of two dials, of which the
+handshake's roles are therefore fixed: who was dialled through the relay begins the exchange, and answers in Noise.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+
+import trio
+from libp2p.relay.circuit_v2.pb.dcutr_pb2 import HolePunch
+
+from azu.errors import AzuError, ProtocolError
+from azu.logs import log
+from azu.overlay.nat.dialing import DirectDials, is_public
+from azu.overlay.nat.messages import decode_addresses, encode_addresses, read_message, write_message
+from azu.overlay.streams import OverlayStream
+
+__all__ = ["DCUTR", "Puncher"]
+
+logger = logging.getLogger(__name__)
+
+DCUTR = "/libp2p/dcutr"
+_ATTEMPTS = 3
+_DIAL_SECONDS = 4.0  # one attempt; a lost SYN is sent again after 1 s
+_MESSAGE_SECONDS = 5.0
+_LONGEST_RTT = 4.0  # seconds, of a relayed round trip that is believed
+_MAX_SETTLED = 1_024
+
+
+class Puncher:
+    """Turns relayed connections into direct ones.
+
+    Args:
+        candidates: where the world sees the port that this node listens on; empty where that is not known, or differs
+            for each destination.
+    """
+
+    def __init__(self, dials: DirectDials, candidates: Callable[[], Sequence[str]]) -> None:
+        self._dials = dials
+        self._candidates = candidates
+        self._settled: dict[str, trio.Event] = {}
+
+    async def settled(self, peer_id: str, seconds: float) -> None:
+        """Wait until it has turned out whether there is a direct connection to a peer that was dialled by relay."""
+        if (event := self._settled.get(peer_id)) is not None:
+            with trio.move_on_after(seconds):
+                await event.wait()
+
+    def expect(self, peer_id: str) -> None:
+        """Note that a relayed connection begins, of which the dialled side will make a direct one if it can."""
+        if len(self._settled) >= _MAX_SETTLED:
+            self._settled.clear()
+        self._settled[peer_id] = trio.Event()
+
+    async def begin(self, peer_id: str) -> None:
+        """The dialled side: upgrade a relayed connection that has come in. Never raises."""
+        self.expect(peer_id)
+        try:
+            await self._dials.identified(peer_id)
+            if await self._dial_back(peer_id):
+                return
+            for _ in range(_ATTEMPTS):
+                async with await self._dials.open_stream(peer_id, DCUTR) as stream:
+                    with trio.fail_after(_MESSAGE_SECONDS):
+                        theirs, rtt = await self._exchange(stream)
+                    if not theirs:
+                        return
+                    await write_message(stream, HolePunch(type=HolePunch.SYNC))
+                    await trio.sleep(min(rtt, _LONGEST_RTT) / 2)
+                    if await self._dial(peer_id, theirs, self._dials.connect_as_responder):
+                        return
+        except (AzuError, trio.TooSlowError) as error:
+            log(logger, logging.DEBUG, "no hole punched", peer=peer_id, reason=str(error))
+        finally:
+            self._settle(peer_id)
+
+    async def handle(self, stream: OverlayStream) -> None:
+        """The dialling side: take part in one attempt."""
+        try:
+            with trio.fail_after(_MESSAGE_SECONDS):
+                theirs = _addresses_of(await read_message(stream, HolePunch))
+                await write_message(stream, self._offer())
+                if not theirs or not self._candidates():
+                    return
+                if (await read_message(stream, HolePunch)).type != HolePunch.SYNC:
+                    raise ProtocolError("something else than SYNC", code="bad_message")
+            await self._dial(stream.peer_id, theirs, self._dials.connect)
+        finally:
+            self._settle(stream.peer_id)
+
+    async def _dial_back(self, peer_id: str) -> bool:
+        """Where the other end is reachable after all, no hole is needed."""
+        return await self._dial(peer_id, self._dials.public_addresses(peer_id), self._dials.connect)
+
+    async def _exchange(self, stream: OverlayStream) -> tuple[list[str], float]:
+        """The other end's addresses, and the round-trip time through the relay in seconds."""
+        asked_at = trio.current_time()
+        await write_message(stream, self._offer())
+        answer = await read_message(stream, HolePunch)
+        return _addresses_of(answer), trio.current_time() - asked_at
+
+    def _offer(self) -> HolePunch:
+        return HolePunch(type=HolePunch.CONNECT, ObsAddrs=encode_addresses(self._candidates()))
+
+    async def _dial(self, peer_id: str, addresses: Sequence[str], dial: Callable[[str, str], Awaitable[None]]) -> bool:
+        """Dial all of them at once until there is a direct connection, ours or the other end's."""
+        if not addresses:
+            return self._dials.is_direct(peer_id)
+
+        async def attempt(address: str) -> None:
+            try:
+                await dial(peer_id, address)
+            except Exception as error:  # libp2p raises a dozen types; another address may do
+                log(logger, logging.DEBUG, "hole punching", peer=peer_id, address=address, reason=repr(error))
+
+        with trio.move_on_after(_DIAL_SECONDS):
+            async with trio.open_nursery() as nursery:
+                for address in addresses:
+                    nursery.start_soon(attempt, address)
+                while not self._dials.is_direct(peer_id):  # noqa: ASYNC110 - the swarm has no event for it
+                    await trio.sleep(0.02)
+                nursery.cancel_scope.cancel()
+        return self._dials.is_direct(peer_id)
+
+    def _settle(self, peer_id: str) -> None:
+        if (event := self._settled.get(peer_id)) is not None:
+            event.set()
+
+
+def _addresses_of(message: HolePunch) -> list[str]:
+    if message.type != HolePunch.CONNECT:
+        raise ProtocolError("something else than CONNECT", code="bad_message")
+    return [each for each in decode_addresses(message.ObsAddrs) if is_public(each)]

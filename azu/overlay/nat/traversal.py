@@ -1,0 +1,97 @@
+"""All of this folder, put together for one overlay."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import trio
+
+from azu.errors import NetworkError
+from azu.logs import log
+from azu.overlay._patches import AzuSwarm, BufferedTCP
+from azu.overlay.nat.autonat import AUTONAT, AutoNatServer
+from azu.overlay.nat.circuits import Circuits
+from azu.overlay.nat.dialing import DirectDials, is_public
+from azu.overlay.nat.punch import DCUTR, Puncher
+from azu.overlay.nat.reachability import RELAYS_KEY, Finding, Reachability
+from azu.overlay.nat.relay import HOP, STOP, Relay, RelayLimits, RelayStatistics
+
+if TYPE_CHECKING:
+    from azu.overlay.host import Overlay
+
+__all__ = ["Traversal"]
+
+logger = logging.getLogger(__name__)
+
+_ANNOUNCE_SECONDS, _RETRY_SECONDS = 600.0, 5.0
+_PUNCH_SECONDS = 5.0  # how long a new connection by relay is given to become a direct one
+
+
+class Traversal:
+    """How an overlay reaches others, and is reached.
+
+    Args:
+        relay: what this node relays for others; None relays nothing, and answers no AutoNAT questions either.
+    """
+
+    def __init__(self, overlay: Overlay, swarm: AzuSwarm, tcp: BufferedTCP, relay: RelayLimits | None) -> None:
+        self._overlay = overlay
+        self._dials = DirectDials(swarm, tcp)
+        self._puncher = Puncher(self._dials, lambda: self._reachability.finding.observed)
+        self._circuits = Circuits(overlay, swarm, self._puncher)
+        self._reachability = Reachability(overlay, self._dials, self._circuits, None)
+        self._relay = None if relay is None else Relay(overlay, relay)
+        swarm.dial_circuit = self._circuits.dial
+        overlay.handle(STOP, self._circuits.handle_stop)
+        overlay.handle(DCUTR, self._puncher.handle)
+        if self._relay is not None:
+            overlay.handle(HOP, self._relay.handle)
+            overlay.handle(AUTONAT, AutoNatServer(self._dials).handle)
+
+    @property
+    def finding(self) -> Finding:
+        """How others reach this node."""
+        return self._reachability.finding
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Multiaddrs beyond the interfaces' own, without our /p2p part."""
+        return self._reachability.addresses
+
+    def statistics(self) -> RelayStatistics | None:
+        """What is being relayed; None where nothing may be."""
+        return self._relay.statistics() if self._relay is not None else None
+
+    async def run(self) -> None:
+        """Find out how others reach this node, and see to it that they can, until cancelled."""
+        if self._dials.listening() is not None:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._reachability.run)
+                if self._relay is not None:
+                    nursery.start_soon(self._volunteer)
+
+    async def _volunteer(self) -> None:
+        """Let those find us that need a relay, where they can connect to us."""
+        while True:
+            provided = False
+            if self.finding.external or any(is_public(each) for each in self._overlay.own_addresses):
+                try:
+                    await self._overlay.provide(RELAYS_KEY)
+                    provided = True
+                except NetworkError as error:
+                    log(logger, logging.DEBUG, "not announced as a relay", reason=error.message)
+            await trio.sleep(_ANNOUNCE_SECONDS if provided else _RETRY_SECONDS)
+
+    async def changed(self) -> None:
+        """Wait until `finding` has changed."""
+        await self._reachability.changed.wait()
+
+    def is_direct(self, peer_id: str) -> bool:
+        """Whether there is a connection to a peer that goes through no relay."""
+        return self._dials.is_direct(peer_id)
+
+    async def upgrade(self, peer_id: str) -> None:
+        """Where the connection to a peer goes through a relay, give it time to become a direct one."""
+        if not self.is_direct(peer_id):
+            await self._puncher.settled(peer_id, _PUNCH_SECONDS)
