@@ -287,7 +287,7 @@ class _AnyKey:
             raise ValueError("too long for a key")
 
 
-kad_dht.multihash = _AnyKey
+kad_dht.multihash = _AnyKey  # type: ignore[attr-defined]  # an import of upstream, looked up by name
 
 
 def is_circuit(address: Multiaddr) -> bool:
