@@ -10,6 +10,7 @@ from azu.overlay._yamux import BATCH_BYTES
 from azu.overlay.addresses import PeerAddress, parse_peer_multiaddr
 from azu.overlay.dht import MAX_RECORD_BYTES, RecordValidator
 from azu.overlay.host import Overlay, OverlayStatistics
+from azu.overlay.lookup import Hop, Trace
 from azu.overlay.nat.reachability import RELAYS_KEY, Finding, Reach
 from azu.overlay.nat.relay import RelayLimits, RelayStatistics
 from azu.overlay.opening import OverlayConfig, open_overlay
@@ -20,6 +21,7 @@ __all__ = [
     "MAX_RECORD_BYTES",
     "RELAYS_KEY",
     "Finding",
+    "Hop",
     "Overlay",
     "OverlayConfig",
     "OverlayStatistics",
@@ -29,6 +31,7 @@ __all__ = [
     "RecordValidator",
     "RelayLimits",
     "RelayStatistics",
+    "Trace",
     "open_overlay",
     "parse_peer_multiaddr",
 ]

@@ -1,4 +1,4 @@
-"""The places where py-libp2p 0.8.1 is bent, each with its reason. Subclasses only, but for two names."""
+"""The places where py-libp2p 0.8.1 is bent, each with its reason. Subclasses only, but for four names."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from libp2p.host.basic_host import BasicHost
 from libp2p.identity.identify import identify
 from libp2p.io.exceptions import ConnectionClosedError
 from libp2p.io.trio import TrioTCPStream
-from libp2p.kad_dht import kad_dht
+from libp2p.kad_dht import kad_dht, routing_table
 from libp2p.kad_dht.common import PROTOCOL_ID
 from libp2p.kad_dht.kad_dht import KadDHT
 from libp2p.network.connection.raw_connection import RawConnection
 from libp2p.network.exceptions import SwarmException
 from libp2p.network.swarm import Swarm
 from libp2p.peer.id import ID
+from libp2p.peer.peerinfo import PeerInfo
 from libp2p.peer.peerstore import PeerStoreError
 from libp2p.stream_muxer.muxer_multistream import MuxerMultistream
 from libp2p.transport.exceptions import OpenConnectionError
@@ -204,6 +205,15 @@ class AzuSwarm(Swarm):
         except PeerStoreError:
             return ()
 
+    def location_of(self, peer_id: ID) -> Multiaddr | None:
+        """Where a peer's direct connection ends; None where there is none."""
+        for each in self.get_connections(peer_id):
+            muxed: Any = each.muxed_conn
+            endpoint = None if each.is_closed else muxed.get_remote_address()
+            if endpoint is not None:
+                return Multiaddr(f"/ip{6 if ':' in endpoint[0] else 4}/{endpoint[0]}/tcp/{endpoint[1]}")
+        return None
+
     async def _dial_any(self, peer_id: ID, addresses: Sequence[Multiaddr], seconds: float) -> INetConn:
         """Dial the addresses in parallel; the first that proves to be `peer_id` wins, the others are cancelled."""
         won: list[INetConn] = []
@@ -248,17 +258,32 @@ class AzuKadDHT(KadDHT):
     """Upstream takes whoever queries for a server and enters it into the routing table, client-mode nodes behind a
     NAT included; look-ups then wait for them. Here an inbound querier is entered once identify has told that it
     serves.
+
+    And upstream's diversity of a bucket goes by the address that a peer claims, so that who claims none counts for
+    none. Here it goes by the address that the peer is connected from. Only peers from private networks are exempt,
+    which can connect only where we are in one.
     """
 
     async def add_peer(self, peer_id: ID, *, skip_server_mode_check: bool = False) -> bool:
         """Enter a peer; one that queries us (`skip_server_mode_check`) a little later."""
         if not skip_server_mode_check:
-            return await super().add_peer(peer_id)
+            return await self._enter(peer_id)
         pending: set[ID] = self.__dict__.setdefault("_awaiting_identify", set())
         if peer_id not in pending and len(pending) < MAX_AWAITING_IDENTIFY:
             pending.add(peer_id)
             self.manager.run_task(self._add_once_identified, peer_id, pending)
         return False
+
+    async def _enter(self, peer_id: ID) -> bool:
+        swarm: Any = self.host.get_network()
+        location = swarm.location_of(peer_id)
+        if location is None:  # it is reached through a relay, and can be anywhere
+            return False
+        try:
+            known = swarm.known_addresses(peer_id)
+        except SwarmException:  # it has told none yet
+            known = []
+        return await self.routing_table.add_peer(PeerInfo(peer_id, [location, *known]))
 
     async def _add_once_identified(self, peer_id: ID, pending: set[ID]) -> None:
         swarm: Any = self.host.get_network()
@@ -266,7 +291,7 @@ class AzuKadDHT(KadDHT):
             for _ in range(250):
                 protocols = swarm.protocols_of(peer_id)
                 if PROTOCOL_ID in protocols:
-                    await super().add_peer(peer_id)
+                    await self._enter(peer_id)
                 if protocols:
                     return
                 await trio.sleep(0.02)
@@ -287,6 +312,8 @@ class _AnyKey:
             raise ValueError("too long for a key")
 
 
+_upstream: Any = routing_table
+_upstream.SUBNET_PREFIX_LEN_V4, _upstream.SUBNET_PREFIX_LEN_V6 = 16, 32  # what one owner can easily have
 kad_dht.multihash = _AnyKey  # type: ignore[attr-defined]  # an import of upstream, looked up by name
 
 

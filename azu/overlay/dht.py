@@ -11,18 +11,26 @@ import logging
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import trio
 from libp2p.abc import IHost
+from libp2p.kad_dht.common import PROTOCOL_ID
 from libp2p.kad_dht.kad_dht import DHTMode
+from libp2p.kad_dht.pb.kademlia_pb2 import Message
 from libp2p.peer.id import ID
 from libp2p.records.validator import NamespacedValidator, Validator
 from multiaddr import Multiaddr
 
 from azu.errors import AzuError, InputError, NetworkError, TrustError
 from azu.overlay._patches import AzuKadDHT
+from azu.overlay.addresses import parse_peer_id
 from azu.overlay.faults import mapped
+from azu.overlay.lookup import K, Lookup, Trace
+from azu.overlay.nat.messages import read_message, write_message
+from azu.overlay.negotiate import negotiate
+from azu.overlay.streams import OverlayStream
 
 __all__ = ["MAX_RECORD_BYTES", "Dht", "RecordValidator"]
 
@@ -33,9 +41,15 @@ MAX_KEY_BYTES = 128  # go-libp2p's bound
 MAX_RECORDS = 8192  # values a server keeps: 128 MiB at worst
 MAX_PROVIDED_KEYS = 65_536  # keys whose providers a server keeps
 STORE_SECONDS = 15.0  # a put or a provide, all peers together
+KAD = str(PROTOCOL_ID)
+QUORUM = 5  # peers with a record or providers, after which a look-up ends: they are on several disjoint paths
+MAX_ANSWER_BYTES = 256 * 1024  # 20 peers and as many providers, each with its addresses, and a record
+MAX_PROVIDERS = 1_000  # of one answer
+MAX_ADDRESSES, MAX_ADDRESS_BYTES = 16, 256  # of one peer in an answer
+ADDRESS_SECONDS = 3600  # how long they are remembered
 STRAGGLER_SECONDS = 3.0  # how long get and providers wait for slow peers once somebody has answered
 PROVIDES_PER_WINDOW, PROVIDE_WINDOW = 8, 10.5  # a py-libp2p server drops more than 10 per 10 s (trap 9)
-PEERS_PER_SUBNET = 20  # upstream's 2 would keep most of a data centre out of each bucket; records are signed anyway
+PEERS_PER_SUBNET = 2  # of one /16 (IPv6: /32) in a bucket
 PARALLEL = 10  # queries in flight per call
 
 
@@ -84,6 +98,7 @@ class Dht:
 
     def __init__(self, host: IHost, *, server: bool, validators: Mapping[str, RecordValidator]) -> None:
         self._host = host
+        self._swarm: Any = host.get_network()
         self._adapters = {name: _Adapter(each, self._has_room) for name, each in validators.items()}
         chosen: dict[str, Validator] = dict(self._adapters)
         self.service: Any = AzuKadDHT(
@@ -148,18 +163,16 @@ class Dht:
         """The best value the network and this node know; see Overlay.get_record."""
         adapter = self._adapter(key)
         raw = key.encode()
-        answers: dict[ID, bytes | None] = {}
+        values: list[bytes] = []
 
-        async def ask(peer: ID) -> None:
-            record, _closer = await self.service.value_store._get_from_peer(
-                peer, raw, return_record=True, return_closer_peers=True
-            )
-            value = None if record is None else bytes(record.value)
-            answers[peer] = value if value is not None and adapter._acceptable(key, value) else None
+        async def ask(peer: ID) -> list[ID]:
+            answer = await self._query(peer, Message.GET_VALUE, raw)
+            if answer.HasField("record") and adapter._acceptable(key, answer.record.value):
+                values.append(answer.record.value)
+            return self._named(answer)
 
-        await self._gather(ask, raw, timeout, lambda: any(each is not None for each in answers.values()))
+        await self._search(raw, ask, timeout, lambda: len(values))
         held = self.service.value_store.get(raw)
-        values = [each for each in answers.values() if each is not None]
         if held is not None and adapter._acceptable(key, bytes(held.value)):
             values.append(bytes(held.value))
         return values[adapter.select(key, values)] if values else None
@@ -188,12 +201,18 @@ class Dht:
         content = _content_key(key)
         found: dict[str, None] = {}
 
-        async def ask(peer: ID) -> None:
-            infos, _ = await self.service.provider_store._get_providers_from_peer_with_closers(peer, content)
-            self._note(infos, found)
+        answers = 0
+
+        async def ask(peer: ID) -> list[ID]:
+            nonlocal answers
+            answer = await self._query(peer, Message.GET_PROVIDERS, content)
+            providers = self._learn(answer.providerPeers[:MAX_PROVIDERS])
+            found.update(dict.fromkeys(map(str, providers)))
+            answers += bool(providers)
+            return self._named(answer)
 
         self._note(self.service.provider_store.get_providers(content), found)
-        await self._gather(ask, content, timeout, lambda: bool(found))
+        await self._search(content, ask, timeout, lambda: answers)
         found.pop(str(self._host.get_id()), None)
         return tuple(found)
 
@@ -203,22 +222,71 @@ class Dht:
             if info.addrs and info.peer_id != self._host.get_id():
                 self._host.get_peerstore().add_addrs(info.peer_id, info.addrs[:16], 3600)
 
-    async def _gather(
-        self, ask: Callable[[ID], Awaitable[None]], raw: bytes, timeout: float, enough: Callable[[], bool]
+    async def trace(self, key: bytes, timeout: float) -> Trace:
+        """Look for the peers closest to a key; see Overlay.trace."""
+        lookup = self._lookup(key, partial(self._find_node, key))
+        with mapped("query the DHT"), trio.move_on_after(timeout):
+            await lookup.run()
+        return lookup.trace
+
+    async def _search(
+        self, raw: bytes, ask: Callable[[ID], Awaitable[list[ID]]], timeout: float, answers: Callable[[], int]
     ) -> None:
-        """Ask the closest peers all at once; once `enough`, wait no longer than STRAGGLER_SECONDS for the rest."""
+        """Look up until QUORUM peers had something; once one had, wait no longer than STRAGGLER_SECONDS for others."""
         with mapped("query the DHT"), trio.move_on_after(timeout) as scope:
 
-            async def ask_and_hurry(peer: ID) -> None:
-                await ask(peer)
-                if enough():
+            async def ask_and_hurry(peer: ID) -> list[ID]:
+                named = await ask(peer)
+                if answers():
                     scope.deadline = min(scope.deadline, trio.current_time() + STRAGGLER_SECONDS)
+                return named
 
-            await _each(ask_and_hurry, await self._closest(raw))
+            await self._lookup(raw, ask_and_hurry, lambda: answers() >= QUORUM).run()
 
     async def _closest(self, raw: bytes) -> list[ID]:
-        peers: list[ID] = await self.service.peer_routing.find_closest_peers_network(raw)
-        return [peer for peer in peers if peer != self._host.get_id()]
+        lookup = self._lookup(raw, partial(self._find_node, raw))
+        await lookup.run()
+        return lookup.closest
+
+    def _lookup(
+        self, raw: bytes, ask: Callable[[ID], Awaitable[list[ID]]], enough: Callable[[], bool] = lambda: False
+    ) -> Lookup:
+        seeds = self.service.routing_table.find_local_closest_peers(raw, K)
+        if len(seeds) < K:  # a client that has just come knows few servers, and whom it is connected to
+            seeds += [peer for peer in self._host.get_connected_peers() if KAD in self._swarm.protocols_of(peer)]
+        return Lookup(raw, self._host.get_id(), seeds, ask, enough)
+
+    async def _find_node(self, raw: bytes, peer: ID) -> list[ID]:
+        return self._named(await self._query(peer, Message.FIND_NODE, raw))
+
+    async def _query(self, peer: ID, kind: Any, raw: bytes) -> Message:
+        async with OverlayStream(await negotiate(self._swarm, peer, KAD), str(peer), KAD) as stream:
+            await write_message(stream, Message(type=kind, key=raw))
+            answer = await read_message(stream, Message, limit=MAX_ANSWER_BYTES)
+        if not self.service.routing_table.peer_in_table(peer):
+            self.service.manager.run_task(self.service.add_peer, peer)
+        return answer
+
+    def _named(self, answer: Message) -> list[ID]:
+        return self._learn(answer.closerPeers[:K])
+
+    def _learn(self, peers: Iterable[Message.Peer]) -> list[ID]:
+        """Those of the peers in an answer that can be dialled; their addresses are remembered."""
+        learned: list[ID] = []
+        for each in peers:
+            try:
+                peer_id = parse_peer_id(str(ID(each.id)))
+                addresses = [Multiaddr(raw) for raw in each.addrs[:MAX_ADDRESSES] if len(raw) <= MAX_ADDRESS_BYTES]
+            except Exception as error:  # a stranger's bytes; py-multiaddr raises a dozen types
+                logger.debug("a peer in a DHT answer: %r", error)
+                continue
+            if peer_id == self._host.get_id():
+                continue
+            if addresses:
+                self._host.get_peerstore().add_addrs(peer_id, addresses, ADDRESS_SECONDS)
+            if addresses or _known(self._host, peer_id):
+                learned.append(peer_id)
+        return learned
 
     def _adapter(self, key: str) -> _Adapter:
         parts = key.split("/", 2)

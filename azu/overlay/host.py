@@ -23,6 +23,7 @@ from azu.overlay.addresses import (
 from azu.overlay.dht import Dht
 from azu.overlay.faults import mapped, shielded
 from azu.overlay.inbound import Inbound
+from azu.overlay.lookup import Trace
 from azu.overlay.nat.reachability import Finding
 from azu.overlay.nat.relay import RelayStatistics
 from azu.overlay.nat.traversal import Traversal
@@ -192,11 +193,7 @@ class Overlay:
 
     def remote_address(self, peer_id: str) -> str:
         """Where a peer's direct connection ends, as a multiaddr; empty where there is none."""
-        for each in self._swarm.get_connections(parse_peer_id(peer_id)):
-            muxed: Any = each.muxed_conn
-            if (endpoint := muxed.get_remote_address()) is not None:
-                return f"/ip{6 if ':' in endpoint[0] else 4}/{endpoint[0]}/tcp/{endpoint[1]}"
-        return ""
+        return str(self._swarm.location_of(parse_peer_id(peer_id)) or "")
 
     def connected_peers(self) -> tuple[str, ...]:
         """Peer ids with a live connection."""
@@ -236,6 +233,19 @@ class Overlay:
     async def providers(self, key: bytes, *, timeout: float = 10.0) -> tuple[str, ...]:
         """Peer ids other than ours that announced this 32-byte digest; they may be gone (48 h memory)."""
         return await self._dht.providers(key, timeout)
+
+    async def trace(self, key: bytes, *, timeout: float = 15.0) -> Trace:
+        """Look for the peers closest to a key (of a record, or a peer id's bytes), and tell who was asked for them."""
+        return await self._dht.trace(key, timeout)
+
+    async def find_peer(self, peer_id: str) -> tuple[str, ...]:
+        """The multiaddrs, with /p2p, at which the network knows a peer; none where it does not.
+
+        Raises:
+            InputError: a malformed peer id.
+        """
+        found = await self._dht.find_addresses(parse_peer_id(peer_id))
+        return tuple(dict.fromkeys(f"{str(each).removesuffix(f'/p2p/{peer_id}')}/p2p/{peer_id}" for each in found))
 
     async def ping(self, peer_id: str) -> float:
         """Round-trip time in seconds, measured on a stream of its own.
