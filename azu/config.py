@@ -2,10 +2,11 @@
 
     BaseAzuSettings              logging and --debug
     ├── SwarmSettings            what opens a swarm
-    │   ├── MemberSettings       where to join and to listen
-    │   │   ├── NodeSettings     azu-node join, with WorkerSettings
-    │   │   └── CoordinatorSettings  azu-coordinator
-    │   ├── BootstrapSettings    azu-bootstrap
+    │   ├── ListeningSettings    what others are told
+    │   │   ├── MemberSettings   where to join and to listen
+    │   │   │   ├── NodeSettings azu-node join, with WorkerSettings
+    │   │   │   └── CoordinatorSettings  azu-coordinator
+    │   │   └── BootstrapSettings  azu-bootstrap
     │   └── DhtSettings          azu-dht
     ├── WorkerSettings           what a worker has and offers
     │   └── PlanSettings         azu-node plan
@@ -97,7 +98,18 @@ class SwarmSettings(BaseAzuSettings):
     )
 
 
-class MemberSettings(SwarmSettings):
+class ListeningSettings(SwarmSettings):
+    """What every member of a swarm has."""
+
+    announce: Multiaddrs = Field(
+        default=(),
+        description="An address to tell others instead of those of this machine's interfaces, where a router's "
+        "forwarded port or a name leads here, such as /ip4/203.0.113.7/tcp/4001. May be given several times.",
+        json_schema_extra=cli(metavar="MULTIADDR"),
+    )
+
+
+class MemberSettings(ListeningSettings):
     """What every member of a swarm has that is not a bootstrap node."""
 
     bootstrap: PeerAddresses = Field(
@@ -296,7 +308,7 @@ class RemoveSettings(CatalogueSettings):
     )
 
 
-class BootstrapSettings(SwarmSettings):
+class BootstrapSettings(ListeningSettings):
     """A bootstrap node: the address that newcomers are given."""
 
     listen: Multiaddrs = Field(

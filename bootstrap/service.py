@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 
 import click
 import trio
@@ -11,7 +12,8 @@ from azu.config import BootstrapSettings
 from azu.datadir import open_data_dir
 from azu.joining import stay_joined
 from azu.logs import log
-from azu.overlay import OverlayConfig, RelayLimits, open_overlay
+from azu.overlay import Overlay, OverlayConfig, RelayLimits, open_overlay
+from azu.peerbook import PeerBook
 from azu.records import VALIDATORS
 from azu.swarm_key import read_swarm_key
 
@@ -20,6 +22,7 @@ __all__ = ["serve"]
 logger = logging.getLogger(__name__)
 
 AGENT = "azu-bootstrap/0.1.0"
+_REMEMBER_S = 5.0
 
 
 async def serve(settings: BootstrapSettings) -> None:
@@ -32,12 +35,23 @@ async def serve(settings: BootstrapSettings) -> None:
             validators=VALIDATORS,
             swarm_key=read_swarm_key(settings.swarm_key),
             relay=RelayLimits(),
+            announce=settings.announce,
         )
         async with open_overlay(config) as overlay, trio.open_nursery() as nursery:
             log(logger, logging.INFO, "bootstrap node ready", peer=identity.peer_id, addrs=overlay.addrs)
             click.echo("Join through one of these addresses:")
             for address in overlay.addrs:
                 click.echo(f"  {address}")
-            if settings.bootstrap:
-                nursery.start_soon(stay_joined, overlay, settings.bootstrap)
+            book = PeerBook(settings.data_dir / "peers.json")
+            if settings.bootstrap or book:
+                nursery.start_soon(partial(stay_joined, overlay, settings.bootstrap, book=book))
+            else:
+                nursery.start_soon(_remember, overlay, book)
             await trio.sleep_forever()
+
+
+async def _remember(overlay: Overlay, book: PeerBook) -> None:
+    """Note who is there: the first bootstrap node of a swarm has nobody to join, until it is started again."""
+    while True:
+        book.note(overlay.servers())
+        await trio.sleep(_REMEMBER_S)

@@ -20,6 +20,7 @@ from azu.joining import stay_joined
 from azu.logs import log
 from azu.models.manifest import Manifest
 from azu.overlay import Overlay, OverlayConfig, open_overlay
+from azu.peerbook import PeerBook
 from azu.records import (
     COORDINATORS_KEY,
     VALIDATORS,
@@ -124,6 +125,7 @@ async def _serve(
         agent=AGENT,
         validators=VALIDATORS,
         swarm_key=read_swarm_key(settings.swarm_key),
+        announce=settings.announce,
     )
     async with open_overlay(config) as overlay, trio.open_nursery() as nursery:
         log(logger, logging.INFO, "coordinator starting", peer=identity.peer_id, addrs=overlay.addrs)
@@ -134,7 +136,9 @@ async def _serve(
         runner = JobRunner(identity, overlay, swarm, meter, price=LAMPORTS_PER_TOKEN_LAYER)
         placer = Placer(identity, swarm, serving.manifests, kv_tokens=settings.kv_tokens, retired=serving.retired)
         shards = ShardQueue(partial(sharder.shard, only_hub=True))
-        nursery.start_soon(stay_joined, overlay, settings.bootstrap)
+        nursery.start_soon(
+            partial(stay_joined, overlay, settings.bootstrap, book=PeerBook(settings.data_dir / "peers.json"))
+        )
         for task in (swarm.run, placer.run, serving.follow, shards.run):
             nursery.start_soon(task)
         nursery.start_soon(_advertise, identity, overlay, serving, settings.kv_tokens)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from functools import partial
 
 import trio
 
@@ -14,6 +15,7 @@ from azu.errors import InputError
 from azu.joining import stay_joined
 from azu.logs import log
 from azu.overlay import OverlayConfig, RelayLimits, open_overlay
+from azu.peerbook import PeerBook
 from azu.records import VALIDATORS
 from azu.sizes import format_size
 from azu.swarm_key import read_swarm_key
@@ -38,7 +40,8 @@ async def serve(settings: NodeSettings) -> None:
     Raises:
         InputError: a setting that cannot work, such as a missing bootstrap address or device, or a missing package.
     """
-    if not settings.bootstrap:
+    book = PeerBook(settings.data_dir / "peers.json")
+    if not settings.bootstrap and not book:
         raise InputError(
             "no bootstrap address was given",
             code="no_bootstrap",
@@ -56,6 +59,7 @@ async def serve(settings: NodeSettings) -> None:
             validators=VALIDATORS,
             swarm_key=read_swarm_key(settings.swarm_key),
             relay=RelayLimits() if settings.relay else None,
+            announce=settings.announce,
         )
         async with open_overlay(config) as overlay, open_device_thread() as thread, trio.open_nursery() as nursery:
             log(
@@ -80,5 +84,5 @@ async def serve(settings: NodeSettings) -> None:
                 payout_address=settings.payout_address or "",
                 use_hub=not settings.no_hub,
             )
-            nursery.start_soon(stay_joined, overlay, settings.bootstrap)
+            nursery.start_soon(partial(stay_joined, overlay, settings.bootstrap, book=book))
             nursery.start_soon(worker.run)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import socket
 from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 
 import pytest
 import trio
@@ -15,6 +17,7 @@ from azu.errors import InputError, NetworkError
 from azu.identity import Identity
 from azu.joining import stay_joined
 from azu.overlay import Overlay, OverlayConfig, open_overlay
+from azu.peerbook import PeerBook
 
 LIMIT = 60.0  # seconds; only keeps a hung test from hanging the run
 BOOTSTRAP = Identity(b"b" * 32)
@@ -151,6 +154,35 @@ async def test_a_bootstrap_node_that_is_this_one_does_not_spin(autojump_clock: t
 
 
 async def test_no_dialling_while_joined(autojump_clock: trio.testing.MockClock) -> None:
-    twin = OverlayTwin(answers=True, reached=["peer"])
+    twin = OverlayTwin(answers=True, reached=["one", "two", "three"])
     await run_for(1_000, twin)
     assert len(twin.asked) == 1
+
+
+async def test_with_few_peers_the_bootstrap_nodes_are_dialled_now_and_then(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    twin = OverlayTwin(answers=True, reached=["one"])
+    await run_for(600, twin)
+    assert 8 <= len(twin.asked) <= 11
+
+
+@pytest.mark.usefixtures("quick")
+async def test_remembered_peers_lead_back_without_a_bootstrap_node(
+    port: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    gone = f"/ip4/127.0.0.1/tcp/{port}/p2p/{BOOTSTRAP.peer_id}"
+    with trio.fail_after(LIMIT):
+        async with open_overlay(config(Identity(b"o" * 32))) as other:
+            async with open_overlay(config(Identity(b"w" * 32))) as worker, trio.open_nursery() as nursery:
+                book = PeerBook(tmp_path / "peers.json")
+                await nursery.start(partial(stay_joined, worker, [other.addrs[0]], book=book))
+                while not PeerBook(tmp_path / "peers.json"):
+                    await trio.sleep(0.05)
+                nursery.cancel_scope.cancel()
+            async with open_overlay(config(Identity(b"w" * 32))) as worker, trio.open_nursery() as nursery:
+                book = PeerBook(tmp_path / "peers.json")
+                await nursery.start(partial(stay_joined, worker, [gone], book=book))
+                assert worker.is_connected(other.peer_id)
+                nursery.cancel_scope.cancel()
+    assert await until_logged(caplog, "trying remembered peers")

@@ -17,6 +17,7 @@ __all__ = [
     "PeerAddress",
     "expand_addresses",
     "interface_hosts",
+    "parse_announced",
     "parse_circuit",
     "parse_dial_address",
     "parse_listen_address",
@@ -89,6 +90,17 @@ def parse_listen_address(text: str) -> Multiaddr:
     return Multiaddr(_join(parts))
 
 
+def parse_announced(text: str) -> Multiaddr:
+    """An address to tell others: where a router or a name leads to this node; without /p2p.
+
+    Raises:
+        InputError: malformed, or not TCP.
+    """
+    parts = _parse(text)
+    _require_tcp(text, parts)
+    return Multiaddr(_join(parts))
+
+
 def parse_peer_id(text: str) -> ID:
     """A peer id from its base58 text.
 
@@ -106,14 +118,19 @@ def parse_peer_id(text: str) -> ID:
 
 
 class OwnAddresses:
-    """What this node tells others of where it is: `found` beyond its interfaces, and then those. For libp2p's host."""
+    """What this node tells others of where it is, for libp2p's host: `found` beyond its interfaces, and then those.
 
-    def __init__(self) -> None:
+    Args:
+        announced: multiaddrs without /p2p that are told instead of the interfaces' own.
+    """
+
+    def __init__(self, announced: Sequence[str] = ()) -> None:
+        self._announced = announced
         self.found: Callable[[], Sequence[str]] = tuple
 
     def __call__(self, listening: Sequence[Multiaddr]) -> list[Multiaddr]:
         """The addresses, without duplicates and without /p2p, those first that most can dial."""
-        own = (str(each) for each in expand_addresses(listening))
+        own = self._announced or [str(each) for each in expand_addresses(listening)]
         return [Multiaddr(each) for each in dict.fromkeys((*self.found(), *own))]
 
 

@@ -20,7 +20,7 @@ from azu.overlay.addresses import (
     parse_peer_id,
     parse_peer_multiaddr,
 )
-from azu.overlay.dht import Dht
+from azu.overlay.dht import KAD, Dht
 from azu.overlay.faults import mapped, shielded
 from azu.overlay.inbound import Inbound
 from azu.overlay.lookup import Trace
@@ -190,6 +190,23 @@ class Overlay:
         """Peers with a direct connection that have told that they speak a protocol."""
         speaks = (peer for peer in self.connected_peers() if protocol in self._swarm.protocols_of(parse_peer_id(peer)))
         return [peer for peer in speaks if self.is_direct(peer)]
+
+    def servers(self) -> dict[str, list[str]]:
+        """Peers with a direct connection that serve the DHT, and the full multiaddrs at which others can dial them.
+
+        Loopback addresses are left out unless this node has no others either.
+        """
+        is_local = all("/127.0.0.1/" in each or "/::1/" in each for each in self.own_addresses)
+        found: dict[str, list[str]] = {}
+        for peer_id in self.peers_with(KAD):
+            known = [str(each) for each in self._swarm.known_addresses(parse_peer_id(peer_id))]
+            kept = [each.removesuffix(f"/p2p/{peer_id}") for each in known if "/p2p-circuit" not in each]
+            found[peer_id] = [
+                f"{each}/p2p/{peer_id}"
+                for each in dict.fromkeys(kept)
+                if is_local or ("/127.0.0.1/" not in each and "/::1/" not in each)
+            ]
+        return found
 
     def remote_address(self, peer_id: str) -> str:
         """Where a peer's direct connection ends, as a multiaddr; empty where there is none."""

@@ -27,6 +27,7 @@ from azu.overlay._patches import AzuHost, AzuMuxers, AzuSwarm, BufferedTCP, quie
 from azu.overlay._yamux import AzuYamux
 from azu.overlay.addresses import (
     OwnAddresses,
+    parse_announced,
     parse_listen_address,
 )
 from azu.overlay.dht import Dht, RecordValidator
@@ -60,6 +61,7 @@ class OverlayConfig:
     agent: str = "azu/0.1.0"
     validators: Mapping[str, RecordValidator] = field(default_factory=lambda: MappingProxyType({}))
     relay: RelayLimits | None = None
+    announce: tuple[str, ...] = ()
     swarm_key: bytes | None = None
 
     def __repr__(self) -> str:
@@ -78,7 +80,7 @@ async def open_overlay(config: OverlayConfig) -> AsyncIterator[Overlay]:
     """
     quieten_libp2p()
     listen = [parse_listen_address(each) for each in config.listen]
-    tcp, addresses = BufferedTCP(), OwnAddresses()
+    tcp, addresses = BufferedTCP(), OwnAddresses([str(parse_announced(each)) for each in config.announce])
     swarm, host = _build(config, tcp, addresses)
     overlay = Overlay(host, swarm, Dht(host, server=config.server, validators=config.validators))
     overlay._traversal = traversal = Traversal(overlay, swarm, tcp, config.relay)
