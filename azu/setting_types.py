@@ -12,7 +12,7 @@ from pydantic_core import PydanticCustomError
 from pydantic_settings import NoDecode
 
 from azu.errors import InputError
-from azu.operator_input import check_device, check_multiaddr, check_peer_address, check_peer_id
+from azu.operator_input import check_device, check_host_port, check_multiaddr, check_peer_address, check_peer_id
 from azu.sizes import parse_size
 from azu.swarm_key import check_swarm_key
 
@@ -55,4 +55,5 @@ Size = Annotated[int, BeforeValidator(checked(parse_size))]
 Device = Annotated[str, AfterValidator(checked(check_device))]
 Folder = Annotated[Path, AfterValidator(lambda path: path.expanduser())]
 SwarmKeyFile = Annotated[Folder, AfterValidator(checked(check_swarm_key))]
+HostPort = Annotated[str, AfterValidator(checked(check_host_port))]
 Port = Annotated[int, Field(ge=0, le=65535)]

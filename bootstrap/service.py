@@ -12,6 +12,7 @@ from azu.config import BootstrapSettings
 from azu.datadir import open_data_dir
 from azu.joining import stay_joined
 from azu.logs import log
+from azu.metrics import serve_metrics
 from azu.overlay import Overlay, OverlayConfig, RelayLimits, open_overlay
 from azu.peerbook import PeerBook
 from azu.records import VALIDATORS
@@ -47,6 +48,9 @@ async def serve(settings: BootstrapSettings) -> None:
                 nursery.start_soon(partial(stay_joined, overlay, settings.bootstrap, book=book))
             else:
                 nursery.start_soon(_remember, overlay, book)
+            if settings.metrics is not None:
+                host, _, port = settings.metrics.rpartition(":")
+                await nursery.start(serve_metrics, overlay, (host.strip("[]"), int(port)), AGENT)
             await trio.sleep_forever()
 
 

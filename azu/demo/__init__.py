@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from azu.cli import program, run_program, settings_options
-from azu.config import DemoSettings
+from azu.demo.settings import DemoSettings
 
 __all__ = ["main"]
 

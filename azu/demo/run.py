@@ -16,10 +16,10 @@ import httpx
 import trio
 from rich.console import Console
 
-from azu.config import DemoSettings
 from azu.demo.processes import Process, start
 from azu.demo.report import Figures, StageFigures, WorkerFigures, show_answer, show_figures, show_ways_in
 from azu.demo.screen import Screen
+from azu.demo.settings import DemoSettings
 from azu.distribution import Library
 from azu.errors import AzuError, InputError, InternalError, NetworkError
 from azu.models.manifest import Manifest

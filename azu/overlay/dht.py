@@ -118,6 +118,16 @@ class Dht:
         size: int = self.service.get_routing_table_size()
         return size
 
+    @property
+    def record_count(self) -> int:
+        """Values stored here."""
+        return len(self.service.value_store.store)
+
+    @property
+    def provided_count(self) -> int:
+        """Keys whose providers are stored here."""
+        return len(self.service.provider_store.providers)
+
     async def add_peer(self, peer_id: ID) -> None:
         """Enter a connected peer into the routing table, which nothing else does (trap 10)."""
         await self.service.add_peer(peer_id)

@@ -45,12 +45,16 @@ Handler = Callable[[OverlayStream], Awaitable[None]]
 
 @dataclass(frozen=True)
 class OverlayStatistics:
-    """A snapshot. connections: live ones; streams: open ones in both directions; violations: per peer id."""
+    """A snapshot. connections: live ones; streams: open ones in both directions; violations: per peer id; records and
+    provided_keys: stored here for others.
+    """
 
     connections: int
     streams: int
     routing_table: int
     violations: Mapping[str, int]
+    records: int
+    provided_keys: int
 
 
 class Overlay:
@@ -138,6 +142,7 @@ class Overlay:
         target = parse_peer_id(peer_id)
         given = [parse_dial_address(each, peer_id) for each in addrs]
         if self.is_connected(peer_id):
+            await self._refresh(target, given)
             await self._traversal.upgrade(peer_id)
             return
         if peer_id == self.peer_id:
@@ -146,6 +151,11 @@ class Overlay:
             with trio.fail_after(CONNECT_SECONDS):
                 await self._dial(target, given)
         await self._traversal.upgrade(peer_id)
+
+    async def _refresh(self, target: ID, given: Sequence[Any]) -> None:
+        if given:
+            self._host.get_peerstore().add_addrs(target, given, ADDRESS_SECONDS)
+        await self._swarm.refresh(target, CONNECT_SECONDS)
 
     async def _dial(self, target: ID, given: Sequence[Any]) -> None:
         peerstore = self._host.get_peerstore()
@@ -294,6 +304,8 @@ class Overlay:
             streams=sum(len(each.get_streams()) for each in live),
             routing_table=self._dht.table_size(),
             violations=MappingProxyType(dict(self._violations)),
+            records=self._dht.record_count,
+            provided_keys=self._dht.provided_count,
         )
 
     def count_violation(self, peer_id: str) -> None:
