@@ -12,6 +12,7 @@ import click
 
 from azu.cli import program, run_program, settings_options
 from azu.config import DhtSettings
+from azu.swarm_key import read_swarm_key
 
 if TYPE_CHECKING:
     from azu.dht.snapshot import Snapshot
@@ -81,7 +82,8 @@ def models(settings: DhtSettings, wide: bool) -> None:
 def _survey(settings: DhtSettings, *, with_rtt: bool) -> Snapshot:
     from azu.dht.survey import survey  # libp2p loads here, so that --help is fast
 
-    return run_program(partial(survey, settings.bootstrap, with_rtt=with_rtt), settings=settings)
+    key = read_swarm_key(settings.swarm_key)
+    return run_program(partial(survey, settings.bootstrap, with_rtt=with_rtt, swarm_key=key), settings=settings)
 
 
 def _show_peers(snapshot: Snapshot, settings: DhtSettings, wide: bool) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from azu.identity import Identity
 from azu.peerbook import PeerBook
 
 PEER = Identity(b"p" * 32).peer_id
+LATER = 4e9  # unix seconds
 ADDRESS = f"/ip4/203.0.113.7/tcp/4001/p2p/{PEER}"
 
 
@@ -47,9 +47,9 @@ def test_a_peer_without_an_address_is_not_remembered(tmp_path: Path) -> None:
         b"{",
         b"\xff",
         json.dumps({PEER: 1}).encode(),
-        json.dumps({PEER: [time.time(), ["/ip4/203.0.113.7/tcp/4001"]]}).encode(),
-        json.dumps({PEER: [time.time(), [f"/ip4/203.0.113.7/tcp/4001/p2p/{Identity(b'o' * 32).peer_id}"]]}).encode(),
-        json.dumps({PEER: [time.time(), [7, None, {}]]}).encode(),
+        json.dumps({PEER: [LATER, ["/ip4/203.0.113.7/tcp/4001"]]}).encode(),
+        json.dumps({PEER: [LATER, [f"/ip4/203.0.113.7/tcp/4001/p2p/{Identity(b'o' * 32).peer_id}"]]}).encode(),
+        json.dumps({PEER: [LATER, [7, None, {}]]}).encode(),
         json.dumps({PEER: [0, [ADDRESS]]}).encode(),
     ],
 )

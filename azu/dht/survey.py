@@ -40,7 +40,7 @@ MAX_PEERS = 2_000  # of one kind; what a hostile DHT server can make us look for
 R = TypeVar("R", bound=Record)
 
 
-async def survey(bootstrap: Sequence[str], *, with_rtt: bool) -> Snapshot:
+async def survey(bootstrap: Sequence[str], *, with_rtt: bool, swarm_key: bytes | None = None) -> Snapshot:
     """Join through `bootstrap`, look round, and leave.
 
     Raises:
@@ -52,7 +52,9 @@ async def survey(bootstrap: Sequence[str], *, with_rtt: bool) -> Snapshot:
             code="no_bootstrap",
             remedy="Add --bootstrap MULTIADDR with an address that `azu-bootstrap run` prints, or set AZU_BOOTSTRAP",
         )
-    config = OverlayConfig(os.urandom(32), listen=(), server=False, agent=AGENT, validators=VALIDATORS)
+    config = OverlayConfig(
+        os.urandom(32), listen=(), server=False, agent=AGENT, validators=VALIDATORS, swarm_key=swarm_key
+    )
     async with open_overlay(config) as overlay:
         reached = await _join(overlay, bootstrap)
         snapshot = await look(overlay, with_rtt=with_rtt)

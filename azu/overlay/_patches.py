@@ -30,7 +30,7 @@ from multiaddr import Multiaddr
 
 from azu.overlay._link import READ_BYTES
 from azu.overlay._yamux import CLOSE_SECONDS, AzuYamux
-from azu.overlay.faults import shielded
+from azu.overlay.faults import reason, shielded
 
 __all__ = ["AzuHost", "AzuKadDHT", "AzuMuxers", "AzuSwarm", "BufferedTCP", "is_circuit", "quieten_libp2p", "set_agent"]
 
@@ -41,6 +41,7 @@ MAX_AWAITING_IDENTIFY = 256  # queriers that are not in the routing table yet
 UNANSWERED_SECONDS = 30.0  # how long the DHT leaves a peer alone that could not be dialled
 MAX_UNANSWERED = 4096  # such peers that are remembered; then all are forgotten
 CIRCUIT_SECONDS = 0.5  # how much earlier direct addresses are tried than relayed ones
+ADD_SECONDS = 5.0  # until a connection's tasks run; it waits for nobody else
 MAX_DIAL_ADDRESSES = 16  # addresses of one peer that are tried; a hostile record may list thousands
 
 
@@ -134,13 +135,14 @@ class AzuSwarm(Swarm):
         super().__init__(*args, **kwargs)
         self._unanswered: dict[ID, float] = {}  # until when the DHT does not dial them again
         self.dial_circuit: Callable[[Multiaddr, ID], Awaitable[INetConn]] | None = None  # by a relay; set by the owner
+        self.circuit_left: Callable[[INetConn], float] = lambda connection: 1.0  # of its relay's limits; the same
 
     async def _do_handle_inbound_connection(self, read_write_closer: Any, maddr: Multiaddr, failure_event: Any) -> None:
         try:
             muxed: Any = await self.upgrade_inbound_raw_conn(RawConnection(read_write_closer, False), maddr)
             await muxed.event_closed.wait()
         except Exception as error:  # strangers send what they like to an open port
-            logger.debug("inbound connection: %s", error)
+            logger.debug("inbound connection: %s", reason(error))
         finally:
             with shielded(CLOSE_SECONDS):
                 await read_write_closer.close()
@@ -161,19 +163,37 @@ class AzuSwarm(Swarm):
             await under_way.wait()
         if seconds is None and trio.current_time() < self._unanswered.get(peer_id, 0.0):
             raise SwarmException(f"{peer_id} did not answer a moment ago")
+        return [await self._dial_known(peer_id, QUERY_DIAL_SECONDS if seconds is None else seconds)]
+
+    async def _dial_known(self, peer_id: ID, seconds: float) -> INetConn:
         done = self._ongoing_dials[peer_id] = trio.Event()
         try:
-            addresses = self.known_addresses(peer_id)
-            connection = await self._dial_any(peer_id, addresses, QUERY_DIAL_SECONDS if seconds is None else seconds)
+            connection = await self._dial_any(peer_id, self.known_addresses(peer_id), seconds)
         except SwarmException:
             self._note_unanswered(peer_id)
             raise
         else:
             self._unanswered.pop(peer_id, None)
-            return [connection]
+            return connection
         finally:
             del self._ongoing_dials[peer_id]
             done.set()
+
+    async def refresh(self, peer_id: ID, seconds: float) -> None:
+        """Where a peer is connected through relays only, and half of what they give is used up, try for more.
+
+        New streams take the connection that has the most left, so that they need not end with the relay's patience.
+        """
+        live = [each for each in self.get_connections(peer_id) if not each.is_closed]
+        if any(each.get_connection_type() == ConnectionType.DIRECT or self.circuit_left(each) > 0.5 for each in live):
+            return
+        if (under_way := self._ongoing_dials.get(peer_id)) is not None:
+            await under_way.wait()
+        elif trio.current_time() >= self._unanswered.get(peer_id, 0.0):
+            try:
+                await self._dial_known(peer_id, seconds)
+            except SwarmException as error:  # what there is still works
+                logger.debug("no fresh connection to %s: %s", peer_id, error)
 
     def _note_unanswered(self, peer_id: ID) -> None:
         if len(self._unanswered) >= MAX_UNANSWERED:
@@ -194,9 +214,15 @@ class AzuSwarm(Swarm):
         return self.transport_manager.transport_for_dialing(address) is not None
 
     def _select_connection(self, connections: list[INetConn], peer_id: ID) -> INetConn:
-        """A direct one where there is one: streams must not stay with the relay."""
+        """A direct one where there is one: streams must not stay with the relay; else whose relay gives the longest."""
         direct = [each for each in connections if each.get_connection_type() == ConnectionType.DIRECT]
-        return super()._select_connection(direct or connections, peer_id)
+        return super()._select_connection(direct, peer_id) if direct else max(connections, key=self.circuit_left)
+
+    async def add_conn(self, muxed_conn: IMuxedConn, direction: str = "unknown") -> Any:
+        """As upstream, which closes a live connection where the dial is cancelled while others are told of it."""
+        with shielded(ADD_SECONDS):
+            return await super().add_conn(muxed_conn, direction)
+        raise SwarmException(f"the connection to {muxed_conn.peer_id} did not start")
 
     def protocols_of(self, peer_id: ID) -> Sequence[str]:
         """What a peer speaks; empty until it has told."""

@@ -17,6 +17,7 @@ __all__ = [
     "PeerAddress",
     "expand_addresses",
     "interface_hosts",
+    "line_of",
     "parse_announced",
     "parse_circuit",
     "parse_dial_address",
@@ -150,6 +151,12 @@ def interface_hosts(family: str) -> list[str]:
     """This machine's addresses of a family (ip4 or ip6), loopback last, link-local ones left out."""
     found = get_network_addrs(4 if family == "ip4" else 6)  # without loopback and link-local ones
     return [*dict.fromkeys(str(each) for each in found), "127.0.0.1" if family == "ip4" else "::1"]
+
+
+def line_of(host: str) -> str:
+    """What one customer of a provider has: an IPv4 address, or an IPv6 network of 56 bits (RFC 6177), as text."""
+    family = ipaddress.ip_address(host).version
+    return host if family == 4 else str(ipaddress.ip_network((host.partition("%")[0], 56), strict=False))
 
 
 def _parse(text: str) -> list[tuple[str, str]]:

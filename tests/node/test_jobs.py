@@ -294,7 +294,7 @@ async def test_what_has_no_place_in_a_running_job_ends_it(model: TinyModel, seco
 
 async def test_an_expired_job_says_so(model: TinyModel) -> None:
     async with real_ring(model, 1) as coordinator:
-        ticket = coordinator.ticket(4, expires_at=int(time.time()) + 1)
+        ticket = coordinator.ticket(4, expires_at=int(time.time()) + 3)
         async with coordinator.opened(ticket) as channel:
             assert (await next_of(channel, Failed)).code == "job_expired"
             coordinator.stages[0].assert_idle()

@@ -15,7 +15,8 @@ from libp2p.host.autonat.pb.autonat_pb2 import Message
 from multiaddr import Multiaddr
 
 from azu.errors import NetworkError, ProtocolError
-from azu.overlay.addresses import parse_peer_id
+from azu.overlay.addresses import line_of, parse_peer_id
+from azu.overlay.faults import mapped
 from azu.overlay.nat.dialing import DirectDials
 from azu.overlay.nat.messages import decode_addresses, encode_addresses, read_message, write_message
 from azu.overlay.streams import OverlayStream
@@ -30,7 +31,7 @@ logger = logging.getLogger(__name__)
 AUTONAT = "/libp2p/autonat/1.0.0"
 _MESSAGE_SECONDS = 10.0
 _DIAL_SECONDS = 5.0
-_PER_MINUTE, _PER_PEER = 60, 4  # dials back, of all askers and of one
+_PER_MINUTE, _PER_LINE = 60, 4  # questions that are answered by dialling back, in all and of one line
 
 
 class AutoNatServer:
@@ -42,7 +43,7 @@ class AutoNatServer:
 
     async def handle(self, stream: OverlayStream) -> None:
         """Answer one peer that asks whether its addresses can be dialled."""
-        with trio.fail_after(_MESSAGE_SECONDS):
+        with mapped(f"read what {stream.peer_id} asks"), trio.fail_after(_MESSAGE_SECONDS):
             request = await read_message(stream, Message)
         if request.type != Message.DIAL or request.dial.peer.id != parse_peer_id(stream.peer_id).to_bytes():
             raise ProtocolError("a question about somebody else", code="bad_message")
@@ -52,7 +53,7 @@ class AutoNatServer:
             for each in decode_addresses(request.dial.peer.addrs)
             if each.split("/")[2] == stream.remote_ip and not stream.is_relayed
         ]
-        if not addresses or not self._may_dial(stream.remote_ip):
+        if not addresses or not self._may_dial(line_of(stream.remote_ip)):
             answer.dialResponse.status = Message.E_DIAL_REFUSED
         elif (found := await self._dial_any(stream.peer_id, addresses)) is not None:
             answer.dialResponse.status = Message.OK
@@ -61,13 +62,13 @@ class AutoNatServer:
             answer.dialResponse.status = Message.E_DIAL_ERROR
         await write_message(stream, answer)
 
-    def _may_dial(self, address: str) -> bool:
+    def _may_dial(self, line: str) -> bool:
         now = trio.current_time()
         while self._dialled and self._dialled[0][0] < now - 60:
             self._dialled.popleft()
-        if len(self._dialled) >= _PER_MINUTE or sum(each == address for _, each in self._dialled) >= _PER_PEER:
+        if len(self._dialled) >= _PER_MINUTE or sum(each == line for _, each in self._dialled) >= _PER_LINE:
             return False
-        self._dialled.append((now, address))
+        self._dialled.append((now, line))
         return True
 
     async def _dial_any(self, peer_id: str, addresses: list[str]) -> str | None:

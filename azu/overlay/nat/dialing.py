@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import trio
 from libp2p.connection_types import ConnectionType
+from libp2p.network.exceptions import SwarmException
 from multiaddr import Multiaddr
 
 from azu.errors import NetworkError
@@ -19,10 +22,11 @@ from azu.overlay.streams import OverlayStream
 if TYPE_CHECKING:
     from libp2p.abc import IRawConnection
 
-__all__ = ["DirectDials"]
+__all__ = ["DirectDials", "is_public"]
 
 _STREAM_SECONDS = 5.0
 _IDENTIFY_SECONDS = 2.0
+_CLOSE_SECONDS = 1.0
 
 Endpoint = tuple[str, int]
 
@@ -85,30 +89,37 @@ class DirectDials:
         with mapped(f"open {protocol} to {peer_id}"), trio.fail_after(_STREAM_SECONDS):
             return OverlayStream(await negotiate(self._swarm, parse_peer_id(peer_id), protocol), peer_id, protocol)
 
-    async def identified(self, peer_id: str) -> None:
-        """Wait until a peer has told its addresses, which it does as soon as it is connected; not for long."""
+    async def identified(self, peer_id: str) -> Sequence[str]:
+        """Wait until a peer has told its addresses, which it does as soon as it is connected; not for long.
+
+        Returns what it speaks, which it tells with them; empty if it has not.
+        """
         target = parse_peer_id(peer_id)
         with trio.move_on_after(_IDENTIFY_SECONDS):
             while not self._swarm.protocols_of(target):  # noqa: ASYNC110 - the peerstore has no event for it
                 await trio.sleep(0.02)
+        return self._swarm.protocols_of(target)
 
     def public_addresses(self, peer_id: str) -> list[str]:
-        """Public addresses of a peer that it has told itself."""
-        known = [str(each) for each in self._swarm.known_addresses(parse_peer_id(peer_id))]
+        """Public addresses of a peer that it has told itself; none where it has told nothing."""
+        try:
+            known = [str(each) for each in self._swarm.known_addresses(parse_peer_id(peer_id))]
+        except SwarmException:
+            return []
         return [each for each in known if "p2p-circuit" not in each and is_public(each)]
 
     async def connect(self, peer_id: str, address: str) -> None:
         """A connection that leaves from our listening port. Raises what libp2p raises."""
-        raw = await self._open(address)
-        await self._swarm.upgrade_outbound_raw_conn(raw, parse_peer_id(peer_id))
+        async with self._opened(address) as raw:
+            await self._swarm.upgrade_outbound_raw_conn(raw, parse_peer_id(peer_id))
 
     async def connect_as_responder(self, peer_id: str, address: str) -> None:
         """The same, answering the handshake instead of beginning it. Raises what libp2p raises."""
-        raw = await self._open(address)
-        muxed: Any = await self._swarm.upgrade_inbound_raw_conn(raw, Multiaddr(address))
-        if str(muxed.peer_id) != peer_id:
-            await muxed.close()
-            raise NetworkError(f"{address} is {muxed.peer_id}, not {peer_id}")
+        async with self._opened(address) as raw:
+            muxed: Any = await self._swarm.upgrade_inbound_raw_conn(raw, Multiaddr(address))
+            if str(muxed.peer_id) != peer_id:
+                await muxed.close()
+                raise NetworkError(f"{address} is {muxed.peer_id}, not {peer_id}")
 
     async def answers(self, peer_id: str, address: str) -> bool:
         """Whether a new connection, from a port of the system's choice, proves to be the peer's; it is closed then."""
@@ -123,15 +134,26 @@ class DirectDials:
         else:
             return True
         finally:
-            with shielded(1.0):
+            with shielded(_CLOSE_SECONDS):
                 await raw.close()
 
-    async def _open(self, address: str) -> IRawConnection:
+    @asynccontextmanager
+    async def _opened(self, address: str) -> AsyncIterator[IRawConnection]:
+        """A socket from our listening port, which is closed if what is done with it fails or is cancelled."""
         source = self.listening("ip6" if address.startswith("/ip6/") else "ip4")
-        return await self._tcp.dial_from(Multiaddr(address), source)
+        raw = await self._tcp.dial_from(Multiaddr(address), source)
+        try:
+            yield raw
+        except BaseException:
+            with shielded(_CLOSE_SECONDS):
+                await raw.close()
+            raise
 
 
 def is_public(address: str) -> bool:
-    """Whether a multiaddr begins with a public IP address."""
+    """Whether a multiaddr begins with a public IP address, of one host."""
     _, family, host, *_ = [*address.split("/"), "", ""]
-    return family in ("ip4", "ip6") and ipaddress.ip_address(host).is_global
+    if family not in ("ip4", "ip6"):
+        return False
+    parsed = ipaddress.ip_address(host)
+    return parsed.is_global and not parsed.is_multicast

@@ -6,14 +6,16 @@ from collections.abc import Iterable
 from typing import TypeVar
 
 from google.protobuf.message import DecodeError, Message
+from libp2p.peer.id import ID
 from multiaddr import Multiaddr
 
-from azu.errors import ProtocolError
+from azu.errors import NetworkError, ProtocolError
+from azu.overlay.addresses import parse_peer_id
 from azu.overlay.streams import OverlayStream
 
-__all__ = ["MAX_ADDRESSES", "decode_addresses", "encode_addresses", "read_message", "write_message"]
+__all__ = ["MAX_ADDRESSES", "decode_addresses", "decode_peer", "encode_addresses", "read_message", "write_message"]
 
-MAX_MESSAGE = 8_192  # bytes; an honest one has a few hundred
+MAX_MESSAGE = 4_096  # bytes; DCUtR says so, and go-libp2p for the others. An honest one has a few hundred
 MAX_ADDRESSES = 16  # of one peer that are looked at
 
 M = TypeVar("M", bound=Message)
@@ -33,7 +35,7 @@ async def read_message(stream: OverlayStream, kind: type[M], *, limit: int = MAX
     """The next message, and not a byte beyond it.
 
     Raises:
-        ProtocolError: it is malformed, too large, or the stream ends first.
+        ProtocolError: it is malformed or too large. NetworkError: the stream ends first; the peer may have died.
     """
     length = shift = 0
     while True:
@@ -55,7 +57,7 @@ async def read_message(stream: OverlayStream, kind: type[M], *, limit: int = MAX
 
 
 def encode_addresses(addresses: Iterable[str]) -> list[bytes]:
-    """Multiaddrs without a /p2p part as bytes."""
+    """Multiaddrs as bytes, the first MAX_ADDRESSES of them."""
     return [Multiaddr(each).to_bytes() for each in list(addresses)[:MAX_ADDRESSES]]
 
 
@@ -73,6 +75,18 @@ def decode_addresses(encoded: Iterable[bytes]) -> list[str]:
     return list(found)
 
 
+def decode_peer(raw: bytes) -> str:
+    """The peer id of these bytes.
+
+    Raises:
+        ProtocolError: it is none.
+    """
+    try:
+        return str(parse_peer_id(str(ID(raw))))
+    except Exception as error:
+        raise ProtocolError("a peer id is malformed", code="bad_message") from error
+
+
 def _varint(number: int) -> bytes:
     encoded = bytearray()
     while number >= 0x80:
@@ -87,6 +101,6 @@ async def _read_exactly(stream: OverlayStream, size: int) -> bytes:
     while len(parts) < size:
         part = await stream.receive_some(size - len(parts))
         if not part:
-            raise ProtocolError("the stream ended inside a message", code="bad_message")
+            raise NetworkError(f"{stream.peer_id} ended the stream before a whole message", code="stream_ended")
         parts += part
     return bytes(parts)

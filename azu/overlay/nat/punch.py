@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 
 import trio
 from libp2p.relay.circuit_v2.pb.dcutr_pb2 import HolePunch
 
 from azu.errors import AzuError, ProtocolError
 from azu.logs import log
+from azu.overlay.faults import mapped
 from azu.overlay.nat.dialing import DirectDials, is_public
 from azu.overlay.nat.messages import decode_addresses, encode_addresses, read_message, write_message
 from azu.overlay.streams import OverlayStream
@@ -29,7 +31,17 @@ _ATTEMPTS = 3
 _DIAL_SECONDS = 4.0  # one attempt; a lost SYN is sent again after 1 s
 _MESSAGE_SECONDS = 5.0
 _LONGEST_RTT = 4.0  # seconds, of a relayed round trip that is believed
-_MAX_SETTLED = 1_024
+_MAX_UPGRADES = 1_024  # peers that are remembered
+_MAX_BEGUN = 16  # at once: who comes through a relay may be many, and tell us where to dial
+_MAX_DIALLED = 4  # addresses of one attempt
+
+
+@dataclass(slots=True)
+class _Upgrade:
+    """What becomes of a relayed connection. attempts: of the other end's that we still take part in."""
+
+    attempts: int
+    settled: trio.Event
 
 
 class Puncher:
@@ -43,55 +55,91 @@ class Puncher:
     def __init__(self, dials: DirectDials, candidates: Callable[[], Sequence[str]]) -> None:
         self._dials = dials
         self._candidates = candidates
-        self._settled: dict[str, trio.Event] = {}
+        self._upgrades: dict[str, _Upgrade] = {}
+        self._begun = trio.Semaphore(_MAX_BEGUN)
 
     async def settled(self, peer_id: str, seconds: float) -> None:
-        """Wait until it has turned out whether there is a direct connection to a peer that was dialled by relay."""
-        if (event := self._settled.get(peer_id)) is not None:
-            with trio.move_on_after(seconds):
-                await event.wait()
+        """Wait until it has turned out whether there is a direct connection to a peer that was dialled by relay.
+
+        Not for long where the peer cannot punch holes; and it may just dial us, which begins no exchange.
+        """
+        if (upgrade := self._upgrades.get(peer_id)) is None or upgrade.settled.is_set():
+            return
+        with trio.move_on_after(seconds):
+            spoken = await self._dials.identified(peer_id)
+            if DCUTR in spoken or not spoken:
+                while not (upgrade.settled.is_set() or self._dials.is_direct(peer_id)):  # noqa: ASYNC110 - the swarm has no event
+                    await trio.sleep(0.02)
+        upgrade.settled.set()  # whether it has come about or not: the next stream does not wait for it again
 
     def expect(self, peer_id: str) -> None:
-        """Note that a relayed connection begins, of which the dialled side will make a direct one if it can."""
-        if len(self._settled) >= _MAX_SETTLED:
-            self._settled.clear()
-        self._settled[peer_id] = trio.Event()
+        """Note that we dial a peer by relay, and that it may make a direct connection of that."""
+        self._note(peer_id, _ATTEMPTS)
+
+    def _note(self, peer_id: str, attempts: int) -> None:
+        known = self._upgrades.get(peer_id)
+        if known is not None and not known.settled.is_set():
+            known.attempts = max(known.attempts, attempts)
+            return
+        if len(self._upgrades) >= _MAX_UPGRADES:
+            self._upgrades.clear()
+        self._upgrades[peer_id] = _Upgrade(attempts, trio.Event())
 
     async def begin(self, peer_id: str) -> None:
         """The dialled side: upgrade a relayed connection that has come in. Never raises."""
-        self.expect(peer_id)
+        self._note(peer_id, 0)
         try:
-            await self._dials.identified(peer_id)
-            if await self._dial_back(peer_id):
-                return
-            for _ in range(_ATTEMPTS):
-                async with await self._dials.open_stream(peer_id, DCUTR) as stream:
-                    with trio.fail_after(_MESSAGE_SECONDS):
-                        theirs, rtt = await self._exchange(stream)
-                    if not theirs:
-                        return
-                    await write_message(stream, HolePunch(type=HolePunch.SYNC))
-                    await trio.sleep(min(rtt, _LONGEST_RTT) / 2)
-                    if await self._dial(peer_id, theirs, self._dials.connect_as_responder):
-                        return
+            async with self._begun:
+                await self._dials.identified(peer_id)
+                if await self._dial_back(peer_id):
+                    return
+                for _ in range(_ATTEMPTS):  # on a stream each, as go-libp2p wants it
+                    async with await self._dials.open_stream(peer_id, DCUTR) as stream:
+                        if await self._attempt(stream):
+                            return
         except (AzuError, trio.TooSlowError) as error:
             log(logger, logging.DEBUG, "no hole punched", peer=peer_id, reason=str(error))
         finally:
             self._settle(peer_id)
 
+    async def _attempt(self, stream: OverlayStream) -> bool:
+        """One of the dialled side's; whether another would be of no use."""
+        with trio.fail_after(_MESSAGE_SECONDS):
+            theirs, rtt = await self._exchange(stream)
+        if not theirs or not self._candidates():
+            return True
+        await write_message(stream, HolePunch(type=HolePunch.SYNC))
+        await trio.sleep(min(rtt, _LONGEST_RTT) / 2)
+        return await self._dial(stream.peer_id, theirs, self._dials.connect_as_responder)
+
     async def handle(self, stream: OverlayStream) -> None:
-        """The dialling side: take part in one attempt."""
+        """The dialling side: take part in the other end's attempts, on this stream or (as go-libp2p does) on others."""
         try:
-            with trio.fail_after(_MESSAGE_SECONDS):
-                theirs = _addresses_of(await read_message(stream, HolePunch))
-                await write_message(stream, self._offer())
-                if not theirs or not self._candidates():
+            while self._takes_part(stream):
+                theirs = await self._agree(stream)
+                if not theirs or await self._dial(stream.peer_id, theirs, self._dials.connect):
                     return
-                if (await read_message(stream, HolePunch)).type != HolePunch.SYNC:
-                    raise ProtocolError("something else than SYNC", code="bad_message")
-            await self._dial(stream.peer_id, theirs, self._dials.connect)
         finally:
             self._settle(stream.peer_id)
+
+    def _takes_part(self, stream: OverlayStream) -> bool:
+        """Only with whom we dialled, and seldom: nobody shall make us dial whom they like."""
+        upgrade = self._upgrades.get(stream.peer_id)
+        if upgrade is None or not upgrade.attempts or not stream.is_relayed or self._dials.is_direct(stream.peer_id):
+            return False
+        upgrade.attempts -= 1
+        return True
+
+    async def _agree(self, stream: OverlayStream) -> list[str]:
+        """The other end's addresses, once it is time to dial them; none where it cannot be done."""
+        with mapped(f"agree with {stream.peer_id} on a time"), trio.fail_after(_MESSAGE_SECONDS):
+            theirs = _addresses_of(await read_message(stream, HolePunch))
+            await write_message(stream, self._offer())
+            if not theirs or not self._candidates():
+                return []
+            if (await read_message(stream, HolePunch)).type != HolePunch.SYNC:
+                raise ProtocolError("something else than SYNC", code="bad_message")
+        return theirs
 
     async def _dial_back(self, peer_id: str) -> bool:
         """Where the other end is reachable after all, no hole is needed."""
@@ -120,7 +168,7 @@ class Puncher:
 
         with trio.move_on_after(_DIAL_SECONDS):
             async with trio.open_nursery() as nursery:
-                for address in addresses:
+                for address in addresses[:_MAX_DIALLED]:
                     nursery.start_soon(attempt, address)
                 while not self._dials.is_direct(peer_id):  # noqa: ASYNC110 - the swarm has no event for it
                     await trio.sleep(0.02)
@@ -128,8 +176,8 @@ class Puncher:
         return self._dials.is_direct(peer_id)
 
     def _settle(self, peer_id: str) -> None:
-        if (event := self._settled.get(peer_id)) is not None:
-            event.set()
+        if (upgrade := self._upgrades.get(peer_id)) is not None:
+            upgrade.settled.set()
 
 
 def _addresses_of(message: HolePunch) -> list[str]:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import trio
 from libp2p.identity.identify.pb.identify_pb2 import Identify
@@ -44,6 +44,7 @@ _IDENTIFY_BYTES = 65_536
 _IDENTIFY_S = 5.0
 _LOOK_S = 30.0  # between two look-ups of volunteers
 
+T = TypeVar("T")
 MapPort = Callable[[int], Awaitable["str | None"]]
 
 
@@ -120,7 +121,7 @@ class Reachability:
         if not outside:
             self._note(Finding(Reach.LOCAL))
             return
-        seen = [address for peer in outside if (address := await self._seen_by(peer)) is not None]
+        seen = [address for address in await _of_each(self._seen_by, outside) if address is not None]
         reached, answers = await self._try(outside, [*self._own_public(), *seen])
         if reached:
             self._note(Finding(Reach.PUBLIC, tuple(reached), tuple(reached)))
@@ -128,15 +129,23 @@ class Reachability:
             await self._go_behind_nat(outside, seen)
 
     async def _go_behind_nat(self, servers: list[str], seen: list[str]) -> None:
+        if self.finding.reach == Reach.MAPPED and await self._map(servers):
+            return
+        # A router that takes another port for each destination cannot be told by one observer, who may lie, too.
+        candidates = tuple(address for address in dict.fromkeys(seen) if 2 * seen.count(address) > len(seen))
+        relays = tuple(self._reservations)
+        self._note(Finding(Reach.PUNCHABLE if candidates else Reach.RELAYED, (), candidates, relays))
+        await self._keep_reservations()  # before the router is asked, which may have to be waited for
+        await self._map(servers)
+
+    async def _map(self, servers: list[str]) -> bool:
+        """Whether the router maps a port of ours so that strangers can connect."""
         source = self._dials.listening()
         mapped = await self._map_port(source[1]) if self._map_port is not None and source is not None else None
-        if mapped is not None and (await self._try(servers, [mapped]))[0]:
-            self._note(Finding(Reach.MAPPED, (mapped,), (mapped,)))
-            return
-        # A router that takes another port for each destination cannot be told by one observer.
-        same = len(set(seen)) == 1
-        relays = tuple(self._reservations)
-        self._note(Finding(Reach.PUNCHABLE if same else Reach.RELAYED, (), tuple(seen[:1]) if same else (), relays))
+        if mapped is None or not (await self._try(servers, [mapped]))[0]:
+            return False
+        self._note(Finding(Reach.MAPPED, (mapped,), (mapped,)))
+        return True
 
     def _own_public(self) -> list[str]:
         return [each for each in self._overlay.own_addresses if is_public(each)]
@@ -155,19 +164,23 @@ class Reachability:
         return next((each for each in decode_addresses([told.observed_addr]) if is_public(each)), None)
 
     async def _try(self, servers: list[str], addresses: list[str]) -> tuple[list[str], int]:
-        """Which of these addresses others could dial, and how many of them gave an answer."""
-        reached: dict[str, None] = {}
-        answers = 0
-        for server in servers if addresses else ():
+        """Which of these addresses others could dial, and how many of them gave an answer.
+
+        None where not most of them could dial any: a single one may lie, or be close to us.
+        """
+        if not addresses:
+            return [], len(servers)
+
+        async def ask(server: str) -> tuple[str | None] | None:
             try:
-                found = await may_connect(self._overlay, server, addresses)
+                return (await may_connect(self._overlay, server, addresses),)
             except (AzuError, trio.TooSlowError) as error:
                 log(logger, logging.DEBUG, "not told whether we can be reached", peer=server, reason=str(error))
-                continue
-            answers += 1
-            if found is not None:
-                reached.setdefault(found)
-        return list(reached), answers if addresses else len(servers)
+                return None
+
+        answers = [answer for answer in await _of_each(ask, servers) if answer is not None]
+        reached = [address for (address,) in answers if address is not None]
+        return list(dict.fromkeys(reached)) if 2 * len(reached) > len(answers) else [], len(answers)
 
     async def _keep_reservations(self) -> None:
         now = trio.current_time()
@@ -219,3 +232,16 @@ class Reachability:
             log(logger, logging.INFO, "how others reach this node", reach=str(finding))
             self.changed.set()
             self.changed = trio.Event()
+
+
+async def _of_each(ask: Callable[[str], Awaitable[T]], peers: Sequence[str]) -> list[T]:
+    """What all of them answer, asked at once: one that is silent must not keep the others waiting."""
+    answers: list[T] = []
+
+    async def note(peer: str) -> None:
+        answers.append(await ask(peer))
+
+    async with trio.open_nursery() as nursery:
+        for peer in peers:
+            nursery.start_soon(note, peer)
+    return answers

@@ -2,7 +2,7 @@
 
 https://github.com/libp2p/specs/blob/master/relay/circuit-v2.md. A relay sees only Noise: both ends of a circuit
 authenticate each other, and encrypt. What it gives is bounded in every direction, so that nobody can make it a proxy:
-reservations in all and for each IP address, circuits of each peer, and of each circuit its bytes and its time.
+reservations in all and for each line to the internet, circuits of each peer, and of each circuit its bytes and time.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import trio
-from libp2p.peer.id import ID
 from libp2p.relay.circuit_v2.pb.circuit_pb2 import HopMessage, StopMessage
 from libp2p.relay.circuit_v2.pb.circuit_pb2 import Status as Codes
 
-from azu.errors import AzuError, NetworkError, ProtocolError
+from azu.errors import AzuError, NetworkError
 from azu.logs import log
-from azu.overlay.addresses import parse_peer_id
-from azu.overlay.nat.messages import encode_addresses, read_message, write_message
+from azu.overlay.addresses import line_of, parse_peer_id
+from azu.overlay.faults import mapped
+from azu.overlay.nat.dialing import is_public
+from azu.overlay.nat.messages import decode_peer, encode_addresses, read_message, write_message
 from azu.overlay.streams import OverlayStream
 
 if TYPE_CHECKING:
@@ -41,9 +42,9 @@ _CHUNK = 262_144
 class RelayLimits:
     """What one relay gives.
 
-    reservations: in all; per_address: of one IP address. circuits: at once, in all; per_peer: that begin or end at one
-    peer. data: bytes of one circuit, both directions together; duration: seconds of one circuit. reservation: seconds
-    for which a reservation holds.
+    reservations: in all; per_address: of one IPv4 address or IPv6 /56. circuits: at once, in all; per_peer: that begin
+    or end at one peer. data: bytes of one circuit in each direction; duration: seconds of one circuit. reservation:
+    seconds for which a reservation holds.
     """
 
     reservations: int = 256
@@ -75,7 +76,7 @@ class _Refusal(Exception):
 
 @dataclass(slots=True)
 class _Reservation:
-    address: str
+    line: str
     expires: float
 
 
@@ -96,11 +97,11 @@ class Relay:
 
     async def handle(self, stream: OverlayStream) -> None:
         """Answer one request; a circuit lasts as long as this does."""
-        with trio.fail_after(_MESSAGE_SECONDS):
+        with mapped(f"read what {stream.peer_id} asks of the relay"), trio.fail_after(_MESSAGE_SECONDS):
             request = await read_message(stream, HopMessage)
         try:
-            if stream.is_relayed:
-                raise _Refusal(Codes.PERMISSION_DENIED, "over a circuit")
+            if stream.is_relayed or not stream.remote_ip:
+                raise _Refusal(Codes.PERMISSION_DENIED, "over a circuit, or gone")
             if request.type == HopMessage.RESERVE:
                 await self._reserve(stream)
             elif request.type == HopMessage.CONNECT:
@@ -114,21 +115,27 @@ class Relay:
 
     async def _reserve(self, stream: OverlayStream) -> None:
         self._expire()
-        limits, held = self._limits, self._reservations
+        limits, held, line = self._limits, self._reservations, line_of(stream.remote_ip)
         others = [each for peer_id, each in held.items() if peer_id != stream.peer_id]
         if len(others) >= limits.reservations:
             raise _Refusal(Codes.RESERVATION_REFUSED, "all reservations are taken")
-        if sum(each.address == stream.remote_ip for each in others) >= limits.per_address:
-            raise _Refusal(Codes.RESERVATION_REFUSED, f"{stream.remote_ip} has as many as one address may")
-        held[stream.peer_id] = _Reservation(stream.remote_ip, trio.current_time() + limits.reservation)
+        if sum(each.line == line for each in others) >= limits.per_address:
+            raise _Refusal(Codes.RESERVATION_REFUSED, f"{line} has as many as one address may")
+        held[stream.peer_id] = _Reservation(line, trio.current_time() + limits.reservation)
         answer = HopMessage(type=HopMessage.STATUS, status=Codes.OK)
         answer.reservation.expire = int(time.time()) + limits.reservation
-        answer.reservation.addrs.extend(encode_addresses(self._overlay.own_addresses))
+        answer.reservation.addrs.extend(encode_addresses(self._own_addresses()))
         self._state_limit(answer)
         await write_message(stream, answer)
 
+    def _own_addresses(self) -> list[str]:
+        """The public ones, unless there are none, each with our /p2p part, as the specification wants it."""
+        own = self._overlay.own_addresses
+        chosen = [each for each in own if is_public(each)] or own
+        return [f"{each}/p2p/{self._overlay.peer_id}" for each in chosen]
+
     async def _connect(self, stream: OverlayStream, request: HopMessage) -> None:
-        target = _peer_of(request)
+        target = decode_peer(request.peer.id)
         with self._circuit(stream.peer_id, target):
             stop = await self._reach(stream.peer_id, target)
             async with stop:
@@ -139,7 +146,7 @@ class Relay:
 
     def _circuit(self, source: str, target: str) -> _Counted:
         self._expire()
-        if target not in self._reservations or not self._overlay.is_connected(target):
+        if target not in self._reservations:
             raise _Refusal(Codes.NO_RESERVATION, f"{target} has no reservation here")
         busy = max(self._circuits[source], self._circuits[target])
         if self._open >= self._limits.circuits or busy >= self._limits.per_peer:
@@ -169,23 +176,21 @@ class Relay:
 
     async def _carry(self, one: OverlayStream, other: OverlayStream) -> None:
         """Move bytes both ways until both directions end, or a limit does it."""
-        budget = _Budget(self._limits.data)
         with trio.move_on_after(self._limits.duration) as scope:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._pump, one, other, budget, scope)
-                nursery.start_soon(self._pump, other, one, budget, scope)
+                nursery.start_soon(self._pump, one, other, scope)
+                nursery.start_soon(self._pump, other, one, scope)
         if scope.cancelled_caught:
             await one.reset()
             await other.reset()
 
-    async def _pump(
-        self, source: OverlayStream, sink: OverlayStream, budget: _Budget, circuit: trio.CancelScope
-    ) -> None:
+    async def _pump(self, source: OverlayStream, sink: OverlayStream, circuit: trio.CancelScope) -> None:
+        left = self._limits.data
         try:
             while buffers := await source.receive_buffers(_CHUNK):
                 size = sum(map(len, buffers))
-                budget.left -= size
-                if budget.left < 0:
+                left -= size
+                if left < 0:
                     circuit.cancel()
                     return
                 await sink.send_all(*buffers)
@@ -200,14 +205,9 @@ class Relay:
     def _expire(self) -> None:
         now = trio.current_time()
         gone = [peer for peer, each in self._reservations.items() if each.expires < now]
-        gone += [peer for peer in self._reservations if not self._overlay.is_connected(peer)]
+        gone += [peer for peer in self._reservations if not self._overlay.is_direct(peer)]
         for peer in dict.fromkeys(gone):
             del self._reservations[peer]
-
-
-@dataclass(slots=True)
-class _Budget:
-    left: int
 
 
 class _Counted:
@@ -226,10 +226,3 @@ class _Counted:
         for peer in self._peers:
             if not self._relay._circuits[peer]:
                 del self._relay._circuits[peer]
-
-
-def _peer_of(request: HopMessage) -> str:
-    try:
-        return str(parse_peer_id(str(ID(request.peer.id))))
-    except Exception as error:
-        raise ProtocolError("a circuit to no peer id", code="bad_message") from error

@@ -13,6 +13,7 @@ from azu.overlay._patches import AzuSwarm, BufferedTCP
 from azu.overlay.nat.autonat import AUTONAT, AutoNatServer
 from azu.overlay.nat.circuits import Circuits
 from azu.overlay.nat.dialing import DirectDials, is_public
+from azu.overlay.nat.mapping import PortMapper
 from azu.overlay.nat.punch import DCUTR, Puncher
 from azu.overlay.nat.reachability import RELAYS_KEY, Finding, Reachability
 from azu.overlay.nat.relay import HOP, STOP, Relay, RelayLimits, RelayStatistics
@@ -40,9 +41,10 @@ class Traversal:
         self._dials = DirectDials(swarm, tcp)
         self._puncher = Puncher(self._dials, lambda: self._reachability.finding.observed)
         self._circuits = Circuits(overlay, swarm, self._puncher)
-        self._reachability = Reachability(overlay, self._dials, self._circuits, None)
+        self._mapper = PortMapper()
+        self._reachability = Reachability(overlay, self._dials, self._circuits, self._mapper.map_port)
         self._relay = None if relay is None else Relay(overlay, relay)
-        swarm.dial_circuit = self._circuits.dial
+        swarm.dial_circuit, swarm.circuit_left = self._circuits.dial, self._circuits.left
         overlay.handle(STOP, self._circuits.handle_stop)
         overlay.handle(DCUTR, self._puncher.handle)
         if self._relay is not None:
@@ -68,6 +70,7 @@ class Traversal:
         if self._dials.listening() is not None:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._reachability.run)
+                nursery.start_soon(self._mapper.run)
                 if self._relay is not None:
                     nursery.start_soon(self._volunteer)
 

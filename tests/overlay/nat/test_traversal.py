@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, Self
 
 import pytest
@@ -12,7 +13,8 @@ import trio
 
 from azu.identity import Identity
 from azu.overlay import Overlay, OverlayConfig, OverlayStream, Reach, RelayLimits, open_overlay
-from tests.netlab import Host, Lab, Nat, laboratory
+from tests.netlab import Home, Host, Lab, Nat, laboratory
+from tests.overlay.nat.routers import Table, natpmp
 
 lab = pytest.fixture(laboratory)
 
@@ -34,20 +36,28 @@ class Node:
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._run)
         self.failure: BaseException | None = None
-
-    def __enter__(self) -> Self:
         self._thread.start()
+
+    def ready(self) -> Self:
+        """Wait until it has started."""
         assert self._ready.wait(PATIENCE)
         if self.failure is not None:
             raise self.failure
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
-        trio.from_thread.run_sync(self._ended.set, trio_token=self._token)
+    def end(self) -> None:
+        """Begin to stop."""
+        assert self._ready.wait(PATIENCE)
+        if self.failure is None:
+            trio.from_thread.run_sync(self._ended.set, trio_token=self._token)
+
+    def join(self) -> None:
+        """Wait until it has stopped."""
         self._thread.join(PATIENCE)
 
     def run(self, function: Callable[[Overlay], Awaitable[Any]]) -> Any:
-        """Run this with the overlay, in its thread."""
+        """Run this with the overlay, in its thread, once it has started."""
+        self.ready()
 
         async def bounded() -> Any:
             with trio.fail_after(PATIENCE):
@@ -95,22 +105,29 @@ class Node:
 
 
 class Internet:
-    """A laboratory with two bootstrap nodes that relay."""
+    """A laboratory with two bootstrap nodes that relay. Nodes start, and stop, at the same time."""
 
-    def __init__(self, lab: Lab, stack: ExitStack, limits: RelayLimits) -> None:
-        self.lab, self._stack = lab, stack
-        self.publics = [lab.public_host() for _ in range(2)]
-        self.relays: list[Node] = []
-        for host in self.publics:
-            self.relays.append(self.start(host, relay=limits))
+    def __init__(self, lab: Lab, limits: RelayLimits) -> None:
+        self.lab = lab
+        self._nodes: list[Node] = []
+        self._bootstrap: list[str] = []
+        self.relays = [self.start(lab.public_host(), relay=limits) for _ in range(2)]
+        self._bootstrap = [each.ready().addresses[0] for each in self.relays]
 
     def start(self, host: Host, **config: Any) -> Node:
-        bootstrap = [each.addresses[0] for each in self.relays]
-        return self._stack.enter_context(Node(host, config, bootstrap))
+        """Begin to start a node."""
+        self._nodes.append(Node(host, config, self._bootstrap))
+        return self._nodes[-1]
 
     def at_home(self, nat: Nat, **config: Any) -> tuple[Node, Host]:
         home = self.lab.home(nat)
         return self.start(home.hosts[0], server=False, **config), home.router
+
+    def stop(self) -> None:
+        for each in self._nodes:
+            each.end()
+        for each in self._nodes:
+            each.join()
 
     def relayed(self) -> int:
         """Bytes that the relays have carried."""
@@ -125,16 +142,19 @@ class Internet:
 
 @contextmanager
 def internet(lab: Lab, limits: RelayLimits = RelayLimits()) -> Iterator[Internet]:  # noqa: B008 - frozen
-    with ExitStack() as stack:
-        yield Internet(lab, stack, limits)
+    net = Internet(lab, limits)
+    try:
+        yield net
+    finally:
+        net.stop()
 
 
 def send_a_mib(source: Node, target: Node) -> bool:
     """Send a MiB there and back; whether that went directly."""
-    addresses = target.addresses
+    peer_id, addresses = target.ready().overlay.peer_id, target.addresses
 
     async def send(overlay: Overlay) -> bool:
-        opened = await overlay.open_stream(target.overlay.peer_id, ECHO, addrs=addresses)
+        opened = await overlay.open_stream(peer_id, ECHO, addrs=addresses)
         async with opened as stream, trio.open_nursery() as tasks:
             tasks.start_soon(stream.send_all, bytes(MIB))
             left = MIB
@@ -172,11 +192,48 @@ def test_behind_symmetric_routers_the_relay_carries_it(lab: Lab) -> None:
 def test_what_each_kind_of_router_lets_through(lab: Lab) -> None:
     with internet(lab) as net:
         public = net.start(lab.public_host())
+        (open_one, _), (hidden, _) = net.at_home("full-cone"), net.at_home("symmetric")
         assert public.reach(Reach.PUBLIC).external
-        open_one, _ = net.at_home("full-cone")
         open_one.reach(Reach.PUBLIC)
-        hidden, _ = net.at_home("symmetric")
         hidden.reach(Reach.RELAYED)
         assert send_a_mib(public, open_one)
         assert send_a_mib(hidden, open_one)
         assert send_a_mib(public, hidden), "who is reachable is dialled back"
+
+
+def test_a_router_that_maps_ports_makes_its_home_reachable(lab: Lab) -> None:
+    with internet(lab) as net:
+        home = lab.home("symmetric")
+        with serving(home, partial(natpmp, home, Table(home))):
+            one, (other, _) = net.start(home.hosts[0], server=False), net.at_home("symmetric")
+            assert one.reach(Reach.MAPPED).external == (f"/ip4/{home.address}/tcp/4001",)
+            other.reach(Reach.RELAYED)
+            before = net.relayed()
+            assert send_a_mib(other, one)
+            assert net.relayed() - before < 10_000, "the relay carried it"
+
+
+@contextmanager
+def serving(home: Home, server: Callable[..., Awaitable[None]]) -> Iterator[None]:
+    """Run a server in a home's router, in a thread of its own."""
+    started, ended = threading.Event(), threading.Event()
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(server)
+            started.set()
+            await trio.to_thread.run_sync(ended.wait)
+            nursery.cancel_scope.cancel()
+
+    def run() -> None:
+        with home.router.entered():
+            trio.run(main)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        assert started.wait(PATIENCE)
+        yield
+    finally:
+        ended.set()
+        thread.join(PATIENCE)
