@@ -42,15 +42,21 @@ import struct
 import subprocess
 import sys
 import time
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
+
+from outcome import Outcome
+from trio._core import _thread_cache
+from trio._core._thread_cache import ThreadCache
 
 __all__ = ["Home", "Host", "Lab", "Nat", "laboratory", "why_not"]
+
+T = TypeVar("T")
 
 Nat = Literal["full-cone", "port-restricted", "symmetric"]
 
@@ -115,8 +121,7 @@ class Host:
     def entered(self) -> Iterator[None]:
         """Put the calling thread inside: sockets, threads and processes that it makes in the block belong there.
 
-        A whole `trio.run` works, in a thread of its own. Trio keeps its worker threads for later use by anybody: what
-        uses sockets in `trio.to_thread` (looking up a host name, say) may then be in another namespace.
+        A whole `trio.run` works, in a thread of its own; the worker threads that it starts are inside too.
         """
         with open("/proc/thread-self/ns/net") as outside, open(f"/run/netns/{self.namespace}") as inside:
             _setns(inside.fileno())
@@ -309,6 +314,22 @@ def _veth(one: Host, device: str, other: Host, peer: str) -> None:
 def _nft_objects(host: Host, kind: str, name: str) -> list[dict[str, Any]]:
     listed = json.loads(host.run(["nft", "-j", "list", kind, "ip", "lab", name]))
     return [each[kind] for each in listed["nftables"] if kind in each]
+
+
+class _WorkersPerNamespace(ThreadCache):
+    """Trio lends its idle worker threads to anybody in the process, though each is in the namespace it began in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._caches: defaultdict[int, ThreadCache] = defaultdict(ThreadCache)
+
+    def start_thread_soon(
+        self, fn: Callable[[], T], deliver: Callable[[Outcome[T]], object], name: str | None = None
+    ) -> None:
+        self._caches[os.stat("/proc/thread-self/ns/net").st_ino].start_thread_soon(fn, deliver, name)
+
+
+_thread_cache.THREAD_CACHE = _WorkersPerNamespace()
 
 
 def _setns(namespace: int) -> None:

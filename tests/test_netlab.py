@@ -174,6 +174,19 @@ def test_trio_runs_inside(lab: Lab) -> None:
         serving.result()
 
 
+def test_trios_worker_threads_stay_where_they_were_started(lab: Lab) -> None:
+    async def where_a_worker_is() -> str:
+        return await trio.to_thread.run_sync(os.readlink, "/proc/thread-self/ns/net")
+
+    def inside() -> str:
+        with lab.public_host().entered():
+            return trio.run(where_a_worker_is)
+
+    with ThreadPoolExecutor(1) as pool:
+        there = pool.submit(inside).result()
+    assert there != trio.run(where_a_worker_is) == os.readlink("/proc/self/ns/net")
+
+
 def test_loopback_is_up_everywhere(lab: Lab) -> None:
     home = lab.home()
     for host in (lab.public_host(), home.router, home.hosts[0]):
