@@ -136,16 +136,26 @@ class AzuSwarm(Swarm):
         self._unanswered: dict[ID, float] = {}  # until when the DHT does not dial them again
         self.dial_circuit: Callable[[Multiaddr, ID], Awaitable[INetConn]] | None = None  # by a relay; set by the owner
         self.circuit_left: Callable[[INetConn], float] = lambda connection: 1.0  # of its relay's limits; the same
+        self.punching: dict[tuple[str, int], ID] = {}  # endpoint -> whom we punch a hole to there, as client
 
     async def _do_handle_inbound_connection(self, read_write_closer: Any, maddr: Multiaddr, failure_event: Any) -> None:
         try:
-            muxed: Any = await self.upgrade_inbound_raw_conn(RawConnection(read_write_closer, False), maddr)
+            muxed = await self._upgrade_accepted(read_write_closer, maddr)
             await muxed.event_closed.wait()
         except Exception as error:  # strangers send what they like to an open port
             logger.debug("inbound connection: %s", reason(error))
         finally:
             with shielded(CLOSE_SECONDS):
                 await read_write_closer.close()
+
+    async def _upgrade_accepted(self, stream: Any, maddr: Multiaddr) -> Any:
+        remote = stream.get_remote_address()
+        expected = self.punching.get(tuple(remote[:2])) if remote is not None else None
+        if expected is None:
+            return await self.upgrade_inbound_raw_conn(RawConnection(stream, False), maddr)
+        # Its SYN was here before ours had left: DCUtR's roles hold all the same, or both ends would wait to be greeted.
+        connection: Any = await self.upgrade_outbound_raw_conn(RawConnection(stream, True), expected)
+        return connection.muxed_conn
 
     async def dial_peer(self, peer_id: ID, seconds: float | None = None) -> list[INetConn]:
         """Connect to a peer whose addresses the peerstore knows; joins a dial that is under way.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import trio
@@ -120,6 +120,22 @@ class DirectDials:
             if str(muxed.peer_id) != peer_id:
                 await muxed.close()
                 raise NetworkError(f"{address} is {muxed.peer_id}, not {peer_id}")
+
+    @contextmanager
+    def expecting(self, peer_id: str, addresses: Sequence[str]) -> Iterator[None]:
+        """While this lasts, we are client on what we accept from these addresses: a peer's half of a punched hole.
+
+        DCUtR gives the roles, whoever's SYN arrives first
+        (https://github.com/libp2p/specs/blob/master/relay/DCUtR.md).
+        """
+        target, table = parse_peer_id(peer_id), self._swarm.punching
+        endpoints = [(parts[2], int(parts[4])) for parts in (each.split("/") for each in addresses)]
+        mine = [each for each in endpoints if table.setdefault(each, target) is target]
+        try:
+            yield
+        finally:
+            for each in mine:
+                del table[each]
 
     async def answers(self, peer_id: str, address: str) -> bool:
         """Whether a new connection, from a port of the system's choice, proves to be the peer's; it is closed then."""

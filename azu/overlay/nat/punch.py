@@ -115,35 +115,48 @@ class Puncher:
     async def handle(self, stream: OverlayStream) -> None:
         """The dialling side: take part in the other end's attempts, on this stream or (as go-libp2p does) on others."""
         try:
-            while self._takes_part(stream):
-                theirs = await self._agree(stream)
-                if not theirs or await self._dial(stream.peer_id, theirs, self._dials.connect):
+            while self._is_wanted(stream):
+                theirs = await self._asked(stream)
+                if not self._use_attempt(stream):
                     return
+                with self._dials.expecting(stream.peer_id, theirs):
+                    if not await self._agree(stream, theirs):
+                        return
+                    if await self._dial(stream.peer_id, theirs, self._dials.connect):
+                        return
         finally:
             self._settle(stream.peer_id)
 
-    def _takes_part(self, stream: OverlayStream) -> bool:
+    def _is_wanted(self, stream: OverlayStream) -> bool:
         """Only with whom we dialled, and seldom: nobody shall make us dial whom they like."""
         upgrade = self._upgrades.get(stream.peer_id)
-        if upgrade is None or not upgrade.attempts or not stream.is_relayed or self._dials.is_direct(stream.peer_id):
+        has_attempts = upgrade is not None and upgrade.attempts > 0
+        return has_attempts and stream.is_relayed and not self._dials.is_direct(stream.peer_id)
+
+    def _use_attempt(self, stream: OverlayStream) -> bool:
+        """Count one; whether there was one left, which others of the peer's streams may have used up."""
+        if not self._is_wanted(stream):
             return False
-        upgrade.attempts -= 1
+        self._upgrades[stream.peer_id].attempts -= 1
         return True
 
-    async def _agree(self, stream: OverlayStream) -> list[str]:
-        """The other end's addresses, once it is time to dial them; none where it cannot be done."""
+    async def _asked(self, stream: OverlayStream) -> list[str]:
+        with mapped(f"hear {stream.peer_id}'s addresses"), trio.fail_after(_MESSAGE_SECONDS):
+            return _addresses_of(await read_message(stream, HolePunch))
+
+    async def _agree(self, stream: OverlayStream, theirs: Sequence[str]) -> bool:
+        """Wait for the time to dial; whether it has come, or a hole cannot be punched."""
         with mapped(f"agree with {stream.peer_id} on a time"), trio.fail_after(_MESSAGE_SECONDS):
-            theirs = _addresses_of(await read_message(stream, HolePunch))
             await write_message(stream, self._offer())
             if not theirs or not self._candidates():
-                return []
+                return False
             if (await read_message(stream, HolePunch)).type != HolePunch.SYNC:
                 raise ProtocolError("something else than SYNC", code="bad_message")
-        return theirs
+        return True
 
     async def _dial_back(self, peer_id: str) -> bool:
         """Where the other end is reachable after all, no hole is needed."""
-        return await self._dial(peer_id, self._dials.public_addresses(peer_id), self._dials.connect)
+        return await self._dial(peer_id, self._dials.public_addresses(peer_id)[:_MAX_DIALLED], self._dials.connect)
 
     async def _exchange(self, stream: OverlayStream) -> tuple[list[str], float]:
         """The other end's addresses, and the round-trip time through the relay in seconds."""
@@ -168,7 +181,7 @@ class Puncher:
 
         with trio.move_on_after(_DIAL_SECONDS):
             async with trio.open_nursery() as nursery:
-                for address in addresses[:_MAX_DIALLED]:
+                for address in addresses:
                     nursery.start_soon(attempt, address)
                 while not self._dials.is_direct(peer_id):  # noqa: ASYNC110 - the swarm has no event for it
                     await trio.sleep(0.02)
@@ -183,4 +196,4 @@ class Puncher:
 def _addresses_of(message: HolePunch) -> list[str]:
     if message.type != HolePunch.CONNECT:
         raise ProtocolError("something else than CONNECT", code="bad_message")
-    return [each for each in decode_addresses(message.ObsAddrs) if is_public(each)]
+    return [each for each in decode_addresses(message.ObsAddrs) if is_public(each)][:_MAX_DIALLED]
