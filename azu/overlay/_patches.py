@@ -8,12 +8,11 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import trio
-from libp2p.abc import IMuxedConn, INetConn, IRawConnection, ISecureConn
+from libp2p.abc import IMuxedConn, INetConn, ISecureConn
 from libp2p.connection_types import ConnectionType
+from libp2p.custom_types import TProtocol
 from libp2p.host.basic_host import BasicHost
 from libp2p.identity.identify import identify
-from libp2p.io.exceptions import ConnectionClosedError
-from libp2p.io.trio import TrioTCPStream
 from libp2p.kad_dht import kad_dht, routing_table
 from libp2p.kad_dht.common import PROTOCOL_ID
 from libp2p.kad_dht.kad_dht import KadDHT
@@ -24,15 +23,15 @@ from libp2p.peer.id import ID
 from libp2p.peer.peerinfo import PeerInfo
 from libp2p.peer.peerstore import PeerStoreError
 from libp2p.stream_muxer.muxer_multistream import MuxerMultistream
-from libp2p.transport.exceptions import OpenConnectionError
-from libp2p.transport.tcp.tcp import TCP, TCPListener
+from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX
 from multiaddr import Multiaddr
 
-from azu.overlay._link import READ_BYTES
 from azu.overlay._yamux import CLOSE_SECONDS, AzuYamux
 from azu.overlay.faults import reason, shielded
+from azu.overlay.gate import Gate
+from azu.overlay.held import Held
 
-__all__ = ["AzuHost", "AzuKadDHT", "AzuMuxers", "AzuSwarm", "BufferedTCP", "is_circuit", "quieten_libp2p", "set_agent"]
+__all__ = ["AzuHost", "AzuKadDHT", "AzuMuxers", "AzuSwarm", "is_circuit", "quieten_libp2p", "set_agent"]
 
 logger = logging.getLogger(__name__)
 
@@ -45,81 +44,19 @@ ADD_SECONDS = 5.0  # until a connection's tasks run; it waits for nobody else
 MAX_DIAL_ADDRESSES = 16  # addresses of one peer that are tried; a hostile record may list thousands
 
 
-class BufferedTCPStream(TrioTCPStream):
-    """Upstream makes two socket reads per Noise message (its length, then its body); this one makes few."""
-
-    def __init__(self, stream: trio.SocketStream) -> None:
-        super().__init__(stream)
-        self._buffer = memoryview(b"")
-
-    async def read(self, n: int | None = None) -> bytes:
-        """Up to n bytes; b"" at the end."""
-        if not self._buffer:
-            try:
-                received = await self.stream.receive_some(READ_BYTES)
-            except trio.BrokenResourceError as error:
-                raise ConnectionClosedError(f"connection reset: {error}", transport="tcp") from error
-            except trio.ClosedResourceError:
-                return b""
-            if not received and n != 0:
-                # Upstream's read_exactly would ask a hundred times more.
-                raise ConnectionClosedError("connection closed", transport="tcp")
-            if n is None or n >= len(received):
-                return bytes(received)  # uncopied
-            self._buffer = memoryview(received)
-        data = self._buffer if n is None else self._buffer[:n]
-        self._buffer = self._buffer[len(data) :]
-        return bytes(data)
-
-    async def write(self, data: bytes) -> None:
-        """All of data; upstream hides writes to a socket that we closed, which would look like success."""
-        try:
-            await self.stream.send_all(data)
-        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
-            raise ConnectionClosedError(f"connection closed: {error}", transport="tcp") from error
-
-
-class BufferedTCP(TCP):
-    """TCP whose streams read through a buffer. trio sets TCP_NODELAY on both sides already."""
-
-    # IP address of a peer -> where a dial to it leaves from; None leaves that to the system
-    source_of: Callable[[str], tuple[str, int] | None] = staticmethod(lambda host: None)
-
-    async def dial(self, maddr: Multiaddr) -> IRawConnection:
-        """As upstream, from where `source_of` says."""
-        family, host = str(maddr).split("/")[1:3]
-        source = self.source_of(host) if family in ("ip4", "ip6") else None
-        if source is not None:
-            try:
-                return await self.dial_from(maddr, source)
-            except OpenConnectionError:  # the port has a connection to that very address already, or just had one
-                logger.debug("dial to %s not from %s", maddr, source)
-        return await self.dial_from(maddr, None)
-
-    async def dial_from(self, maddr: Multiaddr, source: tuple[str, int] | None) -> IRawConnection:
-        """Dial from this address and port, or from what the system chooses."""
-        dialled = super().dial(maddr) if source is None else super().dial_with_source(maddr, source)
-        connection: Any = await dialled
-        connection.stream = BufferedTCPStream(connection.stream.stream)
-        raw: IRawConnection = connection
-        return raw
-
-    def create_listener(self, handler_function: Any) -> TCPListener:
-        """As upstream."""
-
-        async def handler(stream: Any) -> None:
-            await handler_function(BufferedTCPStream(stream.stream))
-
-        return super().create_listener(handler)
-
-
 class AzuMuxers(MuxerMultistream):
     """Upstream's new_conn() names its Yamux class in the code, whatever class was registered."""
+
+    def __init__(self) -> None:
+        super().__init__({TProtocol(YAMUX): AzuYamux})
+        self.held = Held()
+        self.on_violation: Callable[[str], None] = lambda peer_id: None  # set by the owner
 
     async def new_conn(self, conn: ISecureConn, peer_id: ID) -> IMuxedConn:
         """Negotiate and start our Yamux."""
         protocol, _ = await self._selector.select(conn, conn.is_initiator, self.negotiate_timeout)
-        return self._annotate_connection(AzuYamux(conn, peer_id, conn.is_initiator), conn, protocol)
+        muxed = AzuYamux(conn, peer_id, conn.is_initiator, held=self.held, on_violation=self.on_violation)
+        return self._annotate_connection(muxed, conn, protocol)
 
 
 class AzuSwarm(Swarm):
@@ -136,21 +73,26 @@ class AzuSwarm(Swarm):
         self._unanswered: dict[ID, float] = {}  # until when the DHT does not dial them again
         self.dial_circuit: Callable[[Multiaddr, ID], Awaitable[INetConn]] | None = None  # by a relay; set by the owner
         self.circuit_left: Callable[[INetConn], float] = lambda connection: 1.0  # of its relay's limits; the same
+        self.gate = Gate(trio.current_time)
         self.punching: dict[tuple[str, int], ID] = {}  # endpoint -> whom we punch a hole to there, as client
 
     async def _do_handle_inbound_connection(self, read_write_closer: Any, maddr: Multiaddr, failure_event: Any) -> None:
         try:
-            muxed = await self._upgrade_accepted(read_write_closer, maddr)
-            await muxed.event_closed.wait()
+            remote = read_write_closer.get_remote_address()
+            ticket = self.gate.admit(remote[0]) if remote is not None else None
+            if ticket is not None:
+                with ticket:
+                    muxed = await self._upgrade_accepted(read_write_closer, remote, maddr)
+                    ticket.established()
+                    await muxed.event_closed.wait()
         except Exception as error:  # strangers send what they like to an open port
             logger.debug("inbound connection: %s", reason(error))
         finally:
             with shielded(CLOSE_SECONDS):
                 await read_write_closer.close()
 
-    async def _upgrade_accepted(self, stream: Any, maddr: Multiaddr) -> Any:
-        remote = stream.get_remote_address()
-        expected = self.punching.get(tuple(remote[:2])) if remote is not None else None
+    async def _upgrade_accepted(self, stream: Any, remote: tuple[str, int], maddr: Multiaddr) -> Any:
+        expected = self.punching.get((remote[0], remote[1]))
         if expected is None:
             return await self.upgrade_inbound_raw_conn(RawConnection(stream, False), maddr)
         # Its SYN was here before ours had left: DCUtR's roles hold all the same, or both ends would wait to be greeted.
@@ -163,6 +105,7 @@ class AzuSwarm(Swarm):
         Without `seconds` it is a look-up of the DHT that dials: it is patient for QUERY_DIAL_SECONDS, and not at all
         with a peer that did not answer a moment ago, or one that hangs would hold up every look-up that meets it.
         """
+        self._refuse_banned(peer_id)
         while True:
             live = [each for each in self.get_connections(peer_id) if not each.is_closed]
             if live:
@@ -231,8 +174,23 @@ class AzuSwarm(Swarm):
     async def add_conn(self, muxed_conn: IMuxedConn, direction: str = "unknown") -> Any:
         """As upstream, which closes a live connection where the dial is cancelled while others are told of it."""
         with shielded(ADD_SECONDS):
+            try:
+                self._refuse_banned(muxed_conn.peer_id)
+            except SwarmException:
+                await muxed_conn.close()
+                raise
             return await super().add_conn(muxed_conn, direction)
         raise SwarmException(f"the connection to {muxed_conn.peer_id} did not start")
+
+    def _refuse_banned(self, peer_id: ID) -> None:
+        if (left := self.gate.ban_left(str(peer_id))) > 0:
+            raise SwarmException(f"{peer_id} broke a protocol again and again, and is banned for {left:.0f} s more")
+
+    def note_violation(self, peer_id: str) -> None:
+        """Count it towards a ban; one that is banned now loses its connections."""
+        if self.gate.violated(peer_id):
+            logger.warning("%s is banned for %.0f s: it breaks protocols", peer_id, self.gate.ban_left(peer_id))
+            self.manager.run_task(self.close_peer, ID.from_string(peer_id))
 
     def protocols_of(self, peer_id: ID) -> Sequence[str]:
         """What a peer speaks; empty until it has told."""

@@ -17,14 +17,13 @@ py-libp2p 0.8.1's loop is correct enough for chat and too slow and too trusting 
 from __future__ import annotations
 
 import logging
-import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import trio
 from libp2p.abc import ISecureConn
 from libp2p.io.exceptions import ConnectionClosedError
 from libp2p.peer.id import ID
-from libp2p.stream_muxer.exceptions import MuxedStreamEOF, MuxedStreamError, MuxedStreamReset
+from libp2p.stream_muxer.exceptions import MuxedStreamError
 from libp2p.stream_muxer.yamux.yamux import (
     DEFAULT_WINDOW_SIZE,
     FLAG_ACK,
@@ -36,133 +35,28 @@ from libp2p.stream_muxer.yamux.yamux import (
     TYPE_GO_AWAY,
     TYPE_PING,
     TYPE_WINDOW_UPDATE,
-    YAMUX_HEADER_FORMAT,
     Yamux,
     YamuxStream,
 )
 
-from azu.overlay._link import Buffer, Inbox, NoiseLink
+from azu.overlay._link import Inbox, NoiseLink
+from azu.overlay._yamux_stream import BATCH_BYTES, HEADER, AzuYamuxStream
 from azu.overlay.faults import acquire, shielded
+from azu.overlay.held import Held
 
-__all__ = ["BATCH_BYTES", "AzuYamux", "AzuYamuxStream"]
+__all__ = ["BATCH_BYTES", "AzuYamux"]
 
 logger = logging.getLogger(__name__)
 
-MAX_PAYLOAD = 65_507  # bytes: 65519 (Noise plaintext) - 12 (Yamux header)
-MAX_WINDOW = 4 * 1024 * 1024  # bytes one stream may have in flight towards us; 80 MB/s at 50 ms
-MAX_BATCH = 4  # frames of one stream that are written at once; the next stream waits for them
-BATCH_BYTES = MAX_BATCH * MAX_PAYLOAD  # whoever writes in slices best takes slices of so much
-EXTRA_WINDOWS = 64 * 1024 * 1024  # bytes of window beyond the 256 KiB per stream that one connection is granted
+EXTRA_WINDOWS = 32 * 1024 * 1024  # bytes of window beyond the 256 KiB per stream that one connection is granted
 MAX_REMOTE_STREAMS = 512  # streams one connection's remote may have open
-MAX_CONTROL = 256  # pongs and acks in flight; a peer that makes us owe more is cut off
-WINDOW_SECONDS = 15.0  # a remote that grants no window for so long loses the stream
+MAX_CONTROL = 1024  # pongs and acks in flight; a peer that makes us owe more is cut off
 CLOSE_SECONDS = 1.0  # closing the socket
 FRAME_SECONDS = 15.0  # a socket that does not take a frame for so long loses the connection
-
-_HEADER = struct.Struct(YAMUX_HEADER_FORMAT)
 
 
 class _Violation(Exception):
     """The remote broke Yamux; its connection ends."""
-
-
-class AzuYamuxStream(YamuxStream):
-    """One stream. `send_window` and `recv_window` are bytes that may still be sent in either direction."""
-
-    conn: AzuYamux
-
-    def __init__(self, stream_id: int, conn: AzuYamux, is_initiator: bool) -> None:
-        super().__init__(stream_id, conn, is_initiator)
-        self.window_opened = trio.Event()
-        self._unreturned = 0  # bytes read but not yet given back as credit
-
-    async def read(self, n: int | None = -1) -> bytes:
-        """Up to n bytes as soon as there are any; cancelling loses none."""
-        if n == 0:
-            return b""
-        return b"".join(await self.read_buffers(MAX_WINDOW if n is None or n < 0 else n))
-
-    async def read_buffers(self, limit: int) -> list[Buffer]:
-        """The same without a copy."""
-        conn, sid = self.conn, self.stream_id
-        await trio.lowlevel.checkpoint_if_cancelled()
-        while True:
-            inbox = conn.stream_buffers.get(sid)
-            if inbox:
-                before = len(inbox)
-                data = inbox.take(limit)
-                await self._give_credit(before - len(inbox))
-                return data
-            if self.reset_received:
-                raise MuxedStreamReset("stream was reset")
-            event = conn.stream_events.get(sid)
-            if self.recv_closed or inbox is None or event is None or conn.event_shutting_down.is_set():
-                raise MuxedStreamEOF("no more data")
-            if event.is_set():
-                event = conn.stream_events[sid] = trio.Event()
-            await event.wait()
-
-    async def _give_credit(self, taken: int) -> None:
-        self._unreturned += taken
-        if self.closed or self.recv_closed:
-            if self.closed:
-                self.conn.forget(self)
-            await trio.lowlevel.cancel_shielded_checkpoint()
-            return
-        if self._unreturned < self.target_recv_window // 2:
-            await trio.lowlevel.cancel_shielded_checkpoint()  # a reader of a full buffer must not starve others
-            return
-        increment, self._unreturned = self._unreturned, 0
-        grow = min(self.target_recv_window, MAX_WINDOW - self.target_recv_window)
-        if grow > 0 and self.conn.grant(grow):
-            self.target_recv_window += grow
-            increment += grow
-        self.recv_window += increment
-        try:
-            with trio.CancelScope(shield=True):
-                await self.conn.write_header(TYPE_WINDOW_UPDATE, 0, self.stream_id, increment)
-        except Exception as error:  # the bytes read are good all the same
-            logger.debug("credit for stream %d: %s", self.stream_id, error)
-
-    async def write(self, data: bytes) -> None:
-        """Write all of data (any bytes-like object) as DATA frames, waiting for window credit as need be."""
-        view = memoryview(data).cast("B")
-        sent = 0
-        while sent < len(view):
-            while self.send_window <= 0:
-                self._check_writable()
-                await self._wait_for_window()
-            self._check_writable()
-            frames: list[bytes] = []
-            while sent < len(view) and self.send_window > 0 and len(frames) < MAX_BATCH:
-                size = min(self.send_window, MAX_PAYLOAD, len(view) - sent)
-                self.send_window -= size
-                header = _HEADER.pack(0, TYPE_DATA, 0, self.stream_id, size)
-                frames.append(b"".join((header, view[sent : sent + size])))
-                sent += size
-            await self.conn._write_frames(frames)
-
-    def _check_writable(self) -> None:
-        if self.send_closed or self.closed:
-            raise MuxedStreamError("stream is closed or was reset by the remote")
-
-    async def _wait_for_window(self) -> None:
-        self.window_opened = trio.Event()
-        with trio.move_on_after(WINDOW_SECONDS) as scope:
-            await self.window_opened.wait()
-        if scope.cancelled_caught:
-            raise MuxedStreamError(f"the remote granted no window for {WINDOW_SECONDS:g} s")
-
-    async def reset(self) -> None:
-        """As upstream, and wakes our own reader and writer, and drops what nobody will read."""
-        event = self.conn.stream_events.get(self.stream_id)
-        self.conn.stream_buffers.get(self.stream_id, Inbox()).clear()
-        try:
-            await super().reset()
-        finally:
-            self.window_opened.set()
-            if event is not None:
-                event.set()
 
 
 class AzuYamux(Yamux):
@@ -171,8 +65,20 @@ class AzuYamux(Yamux):
     streams: dict[int, AzuYamuxStream]  # type: ignore[assignment]  # narrowed: we alone create them
     stream_buffers: dict[int, Inbox]  # type: ignore[assignment]  # upstream asks for their length only
 
-    def __init__(self, conn: ISecureConn, peer_id: ID, is_initiator: bool, link: NoiseLink | None = None) -> None:
+    def __init__(
+        self,
+        conn: ISecureConn,
+        peer_id: ID,
+        is_initiator: bool,
+        link: NoiseLink | None = None,
+        *,
+        held: Held | None = None,
+        on_violation: Callable[[str], None] = lambda peer_id: None,
+    ) -> None:
         super().__init__(conn, peer_id, is_initiator)
+        self._held = Held() if held is None else held
+        self._held.watch(self)
+        self._on_violation = on_violation
         self._link = NoiseLink(conn) if link is None else link
         # Upstream's 10 would make the frame loop wait for acceptance; ours refuses with RST beyond the bound.
         self.new_stream_send_channel, self.new_stream_receive_channel = trio.open_memory_channel[YamuxStream](
@@ -183,6 +89,19 @@ class AzuYamux(Yamux):
         self._payload_left = 0  # bytes of the current DATA frame still to come
         self._payload_stream: AzuYamuxStream | None = None
         self._payload_flags = 0
+
+    @property
+    def unread(self) -> int:
+        """Bytes that came and are held until somebody reads them."""
+        return sum(map(len, self.stream_buffers.values()))
+
+    def cut_off(self, why: str) -> None:
+        """Drop what is unread, and close the connection from a task of its own."""
+        logger.warning("connection to %s closed: %s", self.peer_id, why)
+        for each in self.stream_buffers.values():
+            each.clear()
+        if self._nursery is not None:
+            self._nursery.start_soon(self.secured_conn.close)  # the frame loop sees it and cleans up
 
     def grant(self, size: int) -> bool:
         """Reserve window beyond the default; False once the connection's share is used up."""
@@ -227,7 +146,7 @@ class AzuYamux(Yamux):
 
     async def write_header(self, kind: int, flags: int, stream_id: int, length: int) -> None:
         """Write a frame without payload."""
-        await self._write_frame(_HEADER.pack(0, kind, flags, stream_id, length))
+        await self._write_frame(HEADER.pack(0, kind, flags, stream_id, length))
 
     async def _write_frame(self, data: bytes) -> None:
         """What upstream writes its own frames with (SYN, FIN, RST, GO_AWAY): under its name, or theirs are cut."""
@@ -267,6 +186,7 @@ class AzuYamux(Yamux):
                     carry = self._feed(carry + message if carry else message)
         except _Violation as error:
             logger.warning("connection to %s closed: %s", self.peer_id, error)
+            self._on_violation(str(self.peer_id))
         except Exception as error:  # a connection ends in many ways: EOF, reset, failed decryption
             logger.debug("connection to %s ended: %r", self.peer_id, error)
         await self._cleanup_on_error()
@@ -289,7 +209,7 @@ class AzuYamux(Yamux):
                     return b""
             if len(view) - at < HEADER_SIZE:
                 return bytes(view[at:])
-            version, kind, flags, stream_id, length = _HEADER.unpack_from(view, at)
+            version, kind, flags, stream_id, length = HEADER.unpack_from(view, at)
             at += HEADER_SIZE
             if version != 0:
                 raise _Violation(f"Yamux version {version}")
@@ -328,6 +248,7 @@ class AzuYamux(Yamux):
         inbox, event = self.stream_buffers.get(stream.stream_id), self.stream_events.get(stream.stream_id)
         if inbox is not None and not stream.recv_closed:
             inbox.add(data)
+            self._held.came(len(data))
             if event is not None:
                 event.set()
         if not self._payload_left:

@@ -45,14 +45,16 @@ Handler = Callable[[OverlayStream], Awaitable[None]]
 
 @dataclass(frozen=True)
 class OverlayStatistics:
-    """A snapshot. connections: live ones; streams: open ones in both directions; violations: per peer id; records and
-    provided_keys: stored here for others.
+    """A snapshot. connections: live ones; streams: open ones in both directions; violations: per peer id; banned: peer
+    ids; refused: connections turned away by their address; records and provided_keys: stored here for others.
     """
 
     connections: int
     streams: int
     routing_table: int
     violations: Mapping[str, int]
+    banned: tuple[str, ...]
+    refused: int
     records: int
     provided_keys: int
 
@@ -304,14 +306,19 @@ class Overlay:
             streams=sum(len(each.get_streams()) for each in live),
             routing_table=self._dht.table_size(),
             violations=MappingProxyType(dict(self._violations)),
+            banned=self._swarm.gate.banned,
+            refused=self._swarm.gate.refused,
             records=self._dht.record_count,
             provided_keys=self._dht.provided_count,
         )
 
     def count_violation(self, peer_id: str) -> None:
-        """Note that a peer broke a protocol; the count is in `statistics()`."""
+        """Note that a peer broke a protocol; one that does so again and again is banned for a while (`GateLimits`)."""
+        if peer_id == self.peer_id:  # a computation of our own that failed
+            return
         if peer_id in self._violations or len(self._violations) < 10_000:
             self._violations[peer_id] += 1
+        self._swarm.note_violation(peer_id)
 
     async def _close(self) -> None:
         """Say goodbye to all peers at once (upstream: 0.2 s each, one after the other), then stop the rest."""

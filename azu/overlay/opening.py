@@ -18,13 +18,12 @@ from libp2p.peer.id import ID
 from libp2p.peer.peerstore import PeerStore
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
 from libp2p.security.noise.transport import Transport as NoiseTransport
-from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX
 from libp2p.tools.anyio_service import background_trio_service
 from multiaddr import Multiaddr
 
 from azu.errors import InputError, InternalError, NetworkError
-from azu.overlay._patches import AzuHost, AzuMuxers, AzuSwarm, BufferedTCP, quieten_libp2p, set_agent
-from azu.overlay._yamux import AzuYamux
+from azu.overlay._patches import AzuHost, AzuMuxers, AzuSwarm, quieten_libp2p, set_agent
+from azu.overlay._tcp import BufferedTCP
 from azu.overlay.addresses import (
     OwnAddresses,
     parse_announced,
@@ -81,9 +80,11 @@ async def open_overlay(config: OverlayConfig) -> AsyncIterator[Overlay]:
     quieten_libp2p()
     listen = [parse_listen_address(each) for each in config.listen]
     tcp, addresses = BufferedTCP(), OwnAddresses([str(parse_announced(each)) for each in config.announce])
-    swarm, host = _build(config, tcp, addresses)
+    muxers = AzuMuxers()
+    swarm, host = _build(config, tcp, addresses, muxers)
     overlay = Overlay(host, swarm, Dht(host, server=config.server, validators=config.validators))
     overlay._traversal = traversal = Traversal(overlay, swarm, tcp, config.relay)
+    muxers.on_violation = overlay.count_violation
     addresses.found = lambda: traversal.addresses
     from_body: Exception | None = None
     try:
@@ -130,7 +131,9 @@ def _refuse_taken(listen: Sequence[Multiaddr]) -> None:
             probe.bind((host, int(port)))
 
 
-def _build(config: OverlayConfig, tcp: BufferedTCP, addresses: OwnAddresses) -> tuple[AzuSwarm, BasicHost]:
+def _build(
+    config: OverlayConfig, tcp: BufferedTCP, addresses: OwnAddresses, muxers: AzuMuxers
+) -> tuple[AzuSwarm, BasicHost]:
     """The host by hand: new_host() allows plaintext (trap 11), dials strangers to stay above 100 connections, and
     its resource manager turns peers away once this process uses much memory, as one with a model in it does.
     """
@@ -140,7 +143,7 @@ def _build(config: OverlayConfig, tcp: BufferedTCP, addresses: OwnAddresses) -> 
     set_agent(config.agent)
     noise = NoiseTransport(libp2p_keypair=keys, noise_privkey=create_noise_key_pair().private_key)
     upgrader = KeyedUpgrader({TProtocol(NOISE): noise}, {}, config.swarm_key)
-    upgrader.muxer_multistream = AzuMuxers({TProtocol(YAMUX): AzuYamux})
+    upgrader.muxer_multistream = muxers
     peer_id = ID.from_pubkey(keys.public_key)
     peerstore = PeerStore()
     peerstore.add_key_pair(peer_id, keys)

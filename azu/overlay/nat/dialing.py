@@ -13,7 +13,8 @@ from libp2p.network.exceptions import SwarmException
 from multiaddr import Multiaddr
 
 from azu.errors import NetworkError
-from azu.overlay._patches import AzuSwarm, BufferedTCP
+from azu.overlay._patches import AzuSwarm
+from azu.overlay._tcp import BufferedTCP
 from azu.overlay.addresses import interface_hosts, parse_peer_id
 from azu.overlay.faults import mapped, shielded
 from azu.overlay.negotiate import negotiate

@@ -9,7 +9,8 @@ import trio
 
 from azu.errors import NetworkError
 from azu.logs import log
-from azu.overlay._patches import AzuSwarm, BufferedTCP
+from azu.overlay._patches import AzuSwarm
+from azu.overlay._tcp import BufferedTCP
 from azu.overlay.nat.autonat import AUTONAT, AutoNatServer
 from azu.overlay.nat.circuits import Circuits
 from azu.overlay.nat.dialing import DirectDials, is_public
