@@ -9,7 +9,7 @@ import pytest
 from openai import OpenAI
 
 from azu.peerbook import PeerBook
-from tests.local_swarm import LocalSwarm, wait_until
+from tests.local_swarm import LocalSwarm, Program, wait_until
 from tests.swarm.conftest import WORKER_VRAM
 
 pytestmark = [pytest.mark.swarm, pytest.mark.slow]
@@ -26,10 +26,17 @@ def test_bootstrap_nodes_may_die_and_come_back(tmp_path: Path) -> None:
         expected = answer(swarm)
         assert len(expected) > 100
 
+        first, second = swarm.bootstrap, start_second(swarm)
+        second.wait_for("joined the swarm")
         running = Asking(swarm)
         wait_until(lambda: running.pieces, "the first token")
-        swarm.bootstrap.kill()
-        assert running.text() == expected, "the answer changed when the bootstrap node died"
+        first.kill()
+        first = start_again(swarm)
+        second.kill()
+        second = start_second(swarm)
+        first.kill()
+        second.kill()
+        assert running.text() == expected, "the answer changed when the bootstrap nodes died"
 
         # A worker that starts again finds the others by itself.
         swarm.workers[0].kill()
@@ -43,10 +50,22 @@ def test_bootstrap_nodes_may_die_and_come_back(tmp_path: Path) -> None:
         # Its address is the same after a restart, which who waits for it sees.
         newcomer = swarm.add_worker(WORKER_VRAM, name="newcomer")
         newcomer.wait_for("cannot join yet")
-        listen = swarm.multiaddr.split("/p2p/")[0]
-        bootstrap = swarm.start("bootstrap", "azu-bootstrap", "run", "--listen", listen)
-        assert swarm.multiaddr in bootstrap.wait_for("bootstrap node ready")["addrs"]
+        start_again(swarm)
         newcomer.wait_for("joined the swarm")
+
+
+def start_again(swarm: LocalSwarm) -> Program:
+    """Start the swarm's bootstrap node at the address that it had."""
+    program = swarm.start("bootstrap", "azu-bootstrap", "run", "--listen", swarm.multiaddr.split("/p2p/")[0])
+    assert swarm.multiaddr in program.wait_for("bootstrap node ready")["addrs"]
+    return program
+
+
+def start_second(swarm: LocalSwarm) -> Program:
+    """Start another bootstrap node, which knows the first."""
+    program = swarm.start("bootstrap2", "azu-bootstrap", "run", "--bootstrap", swarm.multiaddr)
+    program.wait_for("bootstrap node ready")
+    return program
 
 
 class Asking(threading.Thread):
@@ -64,7 +83,7 @@ class Asking(threading.Thread):
             model=self._swarm.model_id,
             messages=[{"role": "user", "content": "Tell me about the sea."}],
             temperature=0,
-            max_tokens=96,
+            max_tokens=160,
             stream=True,
         )
         for chunk in stream:
