@@ -52,6 +52,7 @@ _SPECIAL = {  # what neither the config nor the forward shows
     "RecurrentGemmaForCausalLM": "its layers keep the state of one job in themselves",
     "Gemma4ForCausalLM": "its rotary tables are computed from the kinds of all of its layers",
     "Gemma4UnifiedForCausalLM": "its rotary tables are computed from the kinds of all of its layers",
+    "JambaForCausalLM": "its layers begin anew at each chunk of a prompt",
     "ModernBertDecoderForCausalLM": "loading one stage touches modules of others",
 }
 

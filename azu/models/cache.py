@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, DynamicLayer, PreTrainedConfig
 
-__all__ = ["new_cache"]
+__all__ = ["ReservedLayer", "new_cache"]
 
 _BLOCK = 256  # tokens by which a layer grows that was told too few
 
@@ -20,11 +20,11 @@ def new_cache(config: PreTrainedConfig, tokens: int) -> DynamicCache:
             the states of linear attention are as large as they are.
     """
     cache = DynamicCache(config=config)
-    cache.layers = [_Reserved(tokens) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    cache.layers = [ReservedLayer(tokens) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
 
 
-class _Reserved(DynamicLayer):  # type: ignore[no-untyped-call]  # no annotations upstream
+class ReservedLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # no annotations upstream
     """Keys and values are the filled front, [..., tokens, width], of buffers that are longer."""
 
     def __init__(self, tokens: int) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +24,11 @@ from azu.errors import InputError, InternalError, ModelError
 from azu.models.architecture import on_meta, resolve
 from azu.models.cache import new_cache
 from azu.models.checkpoint import LayerNames, StoredTensor, open_stored
+from azu.models.packing import PACKED, Pack, can_pack
 from azu.models.quantize import IntegerWeights
 from azu.models.surgery import LastLayerDone, spliced, state_names
 
-__all__ = ["Stage", "StageSpec", "build_stage", "stage_tensor_names"]
+__all__ = ["Part", "Stage", "StageSpec", "build_stage", "stage_tensor_names"]
 
 # transformers' loader reads ahead in threads: all experts of a stage would lie in memory before the first are fused.
 os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
@@ -146,6 +147,15 @@ def _check_size(outline: Any, state: Mapping[str, StoredTensor]) -> None:
         raise ModelError(f"the model computes tables of {computed} bytes", code="bad_config")
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Part:
+    """Some tokens of one job, as `Stage.forward` takes them."""
+
+    inputs: torch.Tensor
+    cache: Cache
+    position: int
+
+
 class Stage:
     """A loaded stage; made by `build_stage`. Not safe for concurrent use: one thread per device runs it."""
 
@@ -157,6 +167,8 @@ class Stage:
         self.model: PreTrainedModel = model
         self._incoming: Any = getattr(model, "azu_incoming", None)  # in all stages but the first
         self._device = next(model.parameters()).device
+        self._solo: str = model.config._attn_implementation
+        self.can_pack = can_pack(model, self.new_cache())
 
     def new_cache(self, tokens: int = 0) -> Cache:
         """Returns an empty KV cache for this stage's layers, with room for `tokens` and growing where more come."""
@@ -182,20 +194,55 @@ class Stage:
             InputError: code "bad_stage_input", where shape or dtype differ.
         """
         self._check(inputs)
-        positions = torch.arange(position, position + inputs.shape[0], device=self._device).unsqueeze(0)
-        arguments = {"past_key_values": cache, "use_cache": True, "position_ids": positions}
+        positions = torch.arange(position, position + inputs.shape[0], device=self._device)
+        return self._run(inputs, positions, cache, 1)
+
+    @torch.inference_mode()
+    def forward_pack(self, parts: Sequence[Part]) -> list[torch.Tensor]:
+        """Runs some tokens of each of several jobs, in one forward pass where the family allows it (`can_pack`).
+
+        Returns:
+            For each part what `forward` would: equal to it but for the order in which a kernel sums.
+
+        Raises:
+            InputError: code "bad_stage_input", where shape or dtype differ.
+        """
+        if len(parts) == 1 or not self.can_pack:
+            return [self.forward(part.inputs, part.cache, part.position) for part in parts]
+        for part in parts:
+            self._check(part.inputs)
+        rows = [len(part.inputs) for part in parts]
+        ends = torch.tensor(rows, device=self._device).cumsum(0)
+        starts = torch.tensor([part.position for part in parts], device=self._device)
+        positions = torch.arange(sum(rows), device=self._device)
+        positions += torch.repeat_interleave(
+            starts - ends + torch.tensor(rows, device=self._device), torch.tensor(rows)
+        )
+        pack = Pack([part.cache for part in parts], rows)
+        self.model.config._attn_implementation = PACKED
+        try:
+            with pack:
+                result = self._run(torch.cat([part.inputs for part in parts]), positions, pack, ends - 1)
+        finally:
+            self.model.config._attn_implementation = self._solo
+        return list(result.split(1 if self.is_last else rows))
+
+    def _run(
+        self, inputs: torch.Tensor, positions: torch.Tensor, cache: Cache, logits_to_keep: int | torch.Tensor
+    ) -> torch.Tensor:
+        arguments = {"past_key_values": cache, "use_cache": True, "position_ids": positions.unsqueeze(0)}
         if self.is_first:
             arguments["input_ids"] = inputs.unsqueeze(0)
         else:
             self._incoming.hidden = inputs.unsqueeze(0)
             arguments["inputs_embeds"] = inputs.unsqueeze(0).clone()  # some families scale their embeddings in place
         try:
-            logits: torch.Tensor = self.model(**arguments, logits_to_keep=1).logits
+            logits: torch.Tensor = self.model(**arguments, logits_to_keep=logits_to_keep).logits
         except LastLayerDone as done:
             return done.hidden[0]
         if not self.is_last:
             raise InternalError("the forward pass ended without reaching the stage's last layer")
-        return logits[0, -1:]
+        return logits[0, -1:] if isinstance(logits_to_keep, int) else logits[0]
 
     def cache_bytes(self, cache: Cache) -> int:
         """Returns the memory that a cache takes, in bytes: keys and values, and the state of linear attention.

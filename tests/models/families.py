@@ -27,7 +27,7 @@ from tests.models.family_settings import (
     YARN,
 )
 
-__all__ = ["FAMILIES", "OTHERS", "Family", "save", "table"]
+__all__ = ["ALONE", "FAMILIES", "OTHERS", "Family", "save", "table"]
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,6 @@ OTHERS = [
     Family("Hunyuan dense", "HunYuanDenseV1Config", "", {"head_dim": 8}),
     Family("Hunyuan MoE", "HunYuanMoEV1Config", "experts", {"num_experts": 4, "moe_topk": 2, "head_dim": 8}),
     Family("InternLM 3", "InternLM3Config", "", {"head_dim": 8}),
-    Family("Jamba", "JambaConfig", "experts", {"attn_layer_offset": 1, "attn_layer_period": 3, "num_experts": 4}),
     Family("LFM2", "Lfm2Config", "", {"layer_types": ["conv", "full_attention", "conv", "conv"]}),
     Family("MiniMax-M2", "MiniMaxM2Config", "experts", {**SPARSE, "num_local_experts": 4, "head_dim": 8}),
     Family("Ministral 3", "Ministral3Config", "", {"head_dim": 8, "sliding_window": 8}),
@@ -183,6 +182,15 @@ OTHERS = [
     Family("StableLM", "StableLmConfig", "partial rotary"),
 ]
 """Not promised, but seen to work: in stages of one layer each."""
+
+
+# Whose jobs cannot share a forward pass; `azu.models.packing` says why.
+ALONE = {
+    *("Llama, tied", "Phi-3"),
+    *("GPT-Neo", "GPT-J", "BLOOM", "Falcon, old", "Falcon, 7B", "Falcon, new", "MPT", "StableLM"),
+    *("Qwen3-Next", "Qwen3.5 text", "LFM2", "Falcon-H1", "Bamba", "Granite MoE hybrid"),
+    *("Llama 4 text",),
+}
 
 
 def save(family: Family, directory: Path) -> None:
@@ -205,10 +213,12 @@ def architecture(config: Any) -> Any:
 
 def table(families: list[Family]) -> str:
     """Returns a Markdown table of the families."""
-    lines = ["| family | class | cache | besides |", "| --- | --- | --- | --- |"]
+    lines = ["| family | class | cache | jobs share a pass | besides |", "| --- | --- | --- | --- | --- |"]
     for family in families:
         config = family.build_config()
-        lines.append(f"| {family.name} | `{architecture(config).__name__}` | {_caches(config)} | {family.traits} |")
+        shared = "no" if family.name in ALONE else "yes"
+        columns = (family.name, f"`{architecture(config).__name__}`", _caches(config), shared, family.traits)
+        lines.append(f"| {' | '.join(columns)} |")
     return "\n".join(lines)
 
 

@@ -1,0 +1,182 @@
+"""Several jobs in one forward pass: their tokens lie behind one another as one sequence.
+
+Embeddings, norms, linear layers and experts work on the whole pack; only attention looks at jobs one by one. So the
+model runs with an attention function of ours (transformers' AttentionInterface) and with a `Pack` as its cache, which
+hands each job's share of the keys and values to that job's own cache. Positions are the jobs' own, so that rotary
+tables are right. It is what vLLM and transformers' continuous batching do, without a kernel of our own.
+
+A family can be packed if its attention goes through that interface and keeps nothing but keys and values, and if a
+token's rotary angle does not depend on the others in the pack.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, Cache, DynamicLayer, PreTrainedModel
+from transformers.cache_utils import DynamicSlidingWindowLayer
+
+from azu.errors import InternalError
+from azu.models.cache import ReservedLayer
+
+__all__ = ["PACKED", "Pack", "can_pack"]
+
+PACKED = "azu_packed"  # our attention function's name
+_DEPENDENT_ROPE = ("dynamic", "longrope")  # one job's length would change the others' angles
+
+# What a job's cache may be made of. Indexed layers and linear attention keep more than keys and values.
+_PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, ReservedLayer)
+
+_running = threading.local()  # the pack that this thread computes: one thread computes for one device
+
+
+class Pack(Cache):
+    """What the model takes for its cache in one forward pass over several jobs.
+
+    Args:
+        caches: each job's own.
+        rows: how many of the pack's tokens are each job's, in the same order.
+    """
+
+    def __init__(self, caches: Sequence[Cache], rows: Sequence[int]) -> None:
+        self.layers = []  # instead of upstream's __init__, which makes layers of its own
+        self._caches = caches
+        self._rows = rows
+        self._held: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._window = 0
+        self._masks: dict[tuple[int, int, int], torch.Tensor] = {}
+
+    def __enter__(self) -> None:
+        _running.pack = self
+
+    def __exit__(self, *_: object) -> None:
+        del _running.pack
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Zero: the pack itself begins anew each time. Positions come with the call."""
+        return 0
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append each job's part of [1, heads, tokens, width] to its own cache; attention follows at once."""
+        keys, values = key_states.split(self._rows, 2), value_states.split(self._rows, 2)
+        self._held = [
+            cache.update(key, value, layer_idx, *args, **kwargs)
+            for cache, key, value in zip(self._caches, keys, values, strict=True)
+        ]
+        self._window = getattr(self._caches[0].layers[layer_idx], "sliding_window", 0)
+        return key_states, value_states
+
+    def attend(self, module: Any, query: torch.Tensor, scaling: float | None, **scores: Any) -> torch.Tensor:
+        """Attention of each job's queries [1, heads, tokens, width] over its own keys: [1, tokens, heads, width]."""
+        expand = getattr(module, "expand_kv", lambda keys, values: (keys, values))  # what is cached may be latent
+        outputs = []
+        for part, held in zip(query.split(self._rows, 2), self._held, strict=True):
+            keys, values = expand(*held)
+            outputs.append(_attend(part, keys, values, self._mask(part, keys), scaling, **scores))
+        return torch.cat(outputs, 2).transpose(1, 2)
+
+    def _mask(self, query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor | None:
+        """Which of the keys each of the last positions sees, [rows, length]; None where it sees all.
+
+        A windowed cache gives as many keys as the first of several rows sees.
+        """
+        rows, length, window = query.shape[2], keys.shape[2], self._window
+        if rows == 1:
+            return None
+        key = (rows, length, window)
+        if key not in self._masks:
+            seen = torch.ones(rows, length, dtype=torch.bool, device=query.device).tril(length - rows)
+            self._masks[key] = seen.triu(length - rows - window + 1) if window else seen
+        return self._masks[key]
+
+
+def _attend(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float | None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """One job's attention: [1, heads, rows, width] over [1, kv heads, length, width]."""
+    heads, kv_heads = query.shape[1], keys.shape[1]
+    if softcap is not None or sinks is not None:
+        return _attend_by_hand(query, keys, values, mask, scaling, softcap, sinks)
+    if query.shape[2] == 1 and mask is None:  # the heads that share keys take the place of rows
+        shared = query.view(1, kv_heads, heads // kv_heads, query.shape[3])
+        return scaled_dot_product_attention(shared, keys, values, scale=scaling).view(1, heads, 1, values.shape[3])
+    if heads != kv_heads:  # as transformers does it
+        keys, values = (each.repeat_interleave(heads // kv_heads, 1) for each in (keys, values))
+    return scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scaling)
+
+
+def _attend_by_hand(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """With capped scores (Gemma 2), or with sinks [heads] that take a part of each row's weight (GPT-OSS)."""
+    groups = query.shape[1] // keys.shape[1]
+    keys, values = (each.repeat_interleave(groups, 1) for each in (keys, values))
+    scores = query @ keys.transpose(2, 3) * (query.shape[3] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    if sinks is None:
+        return scores.softmax(-1, dtype=torch.float32).to(query.dtype) @ values
+    sunk = torch.cat([scores, sinks.view(1, -1, 1, 1).expand(1, -1, scores.shape[2], 1)], -1)
+    return sunk.softmax(-1, dtype=torch.float32)[..., :-1].to(query.dtype) @ values
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **other: Any,
+) -> tuple[torch.Tensor, None]:
+    pack: Pack = _running.pack
+    if attention_mask is not None or other.get("position_bias") is not None:
+        raise InternalError(f"{type(module).__name__} gives its attention what a pack does not have")
+    return pack.attend(module, query, scaling, softcap=softcap, sinks=s_aux), None
+
+
+AttentionInterface.register(PACKED, _attention)
+
+
+def can_pack(model: PreTrainedModel, cache: Cache) -> bool:
+    """Whether jobs of this model can share a forward pass; `cache` is one of theirs, empty."""
+    kinds = [_rope_kinds(module) for module in model.modules()]
+    return (
+        model._supports_attention_backend
+        and all(type(layer) in _PLAIN_LAYERS for layer in cache.layers)
+        and _windows_are_plain(model)
+        and not any(kind in _DEPENDENT_ROPE for found in kinds for kind in found)
+    )
+
+
+def _windows_are_plain(model: PreTrainedModel) -> bool:
+    """Llama 4 attends in chunks, which its cache keeps as if they were windows."""
+    types = getattr(model.config, "layer_types", None) or ()
+    return set(types) <= {"full_attention", "sliding_attention"}
+
+
+def _rope_kinds(module: torch.nn.Module) -> tuple[str, ...]:
+    kinds = getattr(module, "rope_type", ())
+    return (kinds,) if isinstance(kinds, str) else tuple(kinds.values() if isinstance(kinds, dict) else kinds)
