@@ -1,25 +1,25 @@
-"""The azu-dht program."""
+"""The azu-dht program.
+
+Each command imports what it needs when it runs: libp2p takes a second, which --help shall not.
+"""
 
 from __future__ import annotations
 
-import json
-import re
-import sys
 from functools import partial
-from typing import TYPE_CHECKING, Any
 
 import click
 
 from azu.cli import program, run_program, settings_options
 from azu.config import DhtSettings
-from azu.swarm_key import read_swarm_key
-
-if TYPE_CHECKING:
-    from azu.dht.snapshot import Snapshot
 
 __all__ = ["main"]
 
-_WIDE = "Shorten nothing: whole peer ids, digests, names and every address. So do terminals of 200 columns, and --json."
+_wide = click.option(
+    "--wide",
+    is_flag=True,
+    help="Shorten nothing: whole peer ids, digests, names and every address. So do terminals of 200 columns, and "
+    "--json.",
+)
 
 
 @program(
@@ -28,6 +28,9 @@ _WIDE = "Shorten nothing: whole peer ids, digests, names and every address. So d
         "azu-dht peers --bootstrap /ip4/203.0.113.7/tcp/4001/p2p/12D3KooW...",
         "export AZU_BOOTSTRAP=/ip4/203.0.113.7/tcp/4001/p2p/12D3KooW...   # then it need not be typed again",
         "azu-dht models",
+        "azu-dht watch",
+        "azu-dht get ...kKDvdJpT                      # a peer by the end of its id, as the tables show it",
+        "azu-dht providers SmolLM2-135M-Instruct",
         "azu-dht peers --wide | less -S",
         "azu-dht models --json | jq '.models[] | select(.complete | not) | {model_id, missing}'",
     ],
@@ -37,30 +40,29 @@ def main() -> None:
 
     Needs one address of the swarm, and changes nothing there. Everything shown is what the peers sign about themselves:
     a signature says who claims it, not that it is true.
+
+    A PEER may be given by its whole id, or by the end of it that the tables show.
     """
 
 
 @main.command()
-@click.option("--wide", is_flag=True, help=_WIDE)
+@_wide
 @settings_options(DhtSettings)
 def peers(settings: DhtSettings, wide: bool) -> None:
     """List the workers and coordinators of a swarm.
 
     LAYERS are numbered from 0, both ends included. MS/LAYER is the time that a token takes in one layer, as the worker
     measured it. AGE is the record's: workers renew theirs every few seconds, and records that have expired are left
-    out. RTT is measured from here, - where a peer did not answer within two seconds.
+    out. RTT is measured from here, - where a peer did not answer within three seconds; PATH is the way that this took:
+    direct, or relayed by another peer.
     """
-    snapshot = _survey(settings, with_rtt=True)
-    if settings.as_json:
-        from azu.dht.peers import peers_document
+    from azu.dht import commands
 
-        _print_json(peers_document(snapshot))
-    else:
-        _show_peers(snapshot, settings, wide)
+    run_program(partial(commands.peers, settings, wide=wide), settings=settings)
 
 
 @main.command()
-@click.option("--wide", is_flag=True, help=_WIDE)
+@_wide
 @settings_options(DhtSettings)
 def models(settings: DhtSettings, wide: bool) -> None:
     """Show how well the workers of a swarm cover each model.
@@ -70,84 +72,103 @@ def models(settings: DhtSettings, wide: bool) -> None:
 
     In --json, ranges are {"start": 0, "end": 12}: layers 0 to 11.
     """
-    snapshot = _survey(settings, with_rtt=False)
-    if settings.as_json:
-        from azu.dht.models import models_document
+    from azu.dht import commands
 
-        _print_json(models_document(snapshot))
-    else:
-        _show_models(snapshot, settings, wide)
+    run_program(partial(commands.models, settings, wide=wide), settings=settings)
 
 
-def _survey(settings: DhtSettings, *, with_rtt: bool) -> Snapshot:
-    from azu.dht.survey import survey  # libp2p loads here, so that --help is fast
+@main.command()
+@click.argument("key")
+@settings_options(DhtSettings)
+def get(settings: DhtSettings, key: str) -> None:
+    """Show a record: whether it is in force, and all that it says.
 
-    key = read_swarm_key(settings.swarm_key)
-    return run_program(partial(survey, settings.bootstrap, with_rtt=with_rtt, swarm_key=key), settings=settings)
+    KEY is a record's key, /azu-worker/PEER or /azu-coordinator/PEER, or a PEER for all records of it. Only records
+    whose signature holds are shown. Where one is out of force, its peer is pinged, to tell a peer that is gone from a
+    clock that is wrong.
+    """
+    from azu.dht import commands
 
-
-def _show_peers(snapshot: Snapshot, settings: DhtSettings, wide: bool) -> None:
-    from azu.dht.peers import peer_rows, summary
-    from azu.dht.screen import ROOMY, open_console, show_rows
-
-    _never_fail_on_encoding()
-    console = open_console()
-    if snapshot.is_empty:
-        click.echo(_nobody(snapshot, settings))
-        return
-    is_roomy = console.is_terminal and console.width >= ROOMY
-    show_rows(console, peer_rows(snapshot, wide=wide or is_roomy), optional=("AGENT", "ADDRESSES"))
-    click.echo(summary(snapshot))
+    run_program(partial(commands.get, settings, key), settings=settings)
 
 
-def _show_models(snapshot: Snapshot, settings: DhtSettings, wide: bool) -> None:
-    from azu.dht.coverage import models_of
-    from azu.dht.models import LEGEND, model_fields, model_title
-    from azu.dht.peers import summary
-    from azu.dht.screen import ROOMY, open_console, show_card
+@main.command()
+@click.argument("model")
+@_wide
+@settings_options(DhtSettings)
+def providers(settings: DhtSettings, model: str, wide: bool) -> None:
+    """List who announced a model, and which of its layers each has.
 
-    _never_fail_on_encoding()
-    console = open_console()
-    views = models_of(snapshot)
-    if not views:
-        click.echo(_nobody(snapshot, settings) if snapshot.is_empty else _no_model(settings))
-        return
-    wide = wide or (console.is_terminal and console.width >= ROOMY)
-    for view in views:
-        fields = model_fields(view, width=console.width - 14, wide=wide)
-        show_card(console, model_title(view, wide=wide), fields)
-    click.echo(f"{LEGEND}\n{summary(snapshot)}")
+    MODEL is the 64 hex digits of its manifest's digest, or the first of them as `azu-dht models` shows them, or its
+    id, if a coordinator offers it. Announcements outlive their peers by up to 48 hours: who has no record in force is
+    most likely gone.
+    """
+    from azu.dht import commands
+
+    run_program(partial(commands.providers, settings, model, wide=wide), settings=settings)
 
 
-def _nobody(snapshot: Snapshot, settings: DhtSettings) -> str:
-    address = settings.bootstrap[0]
-    lines = [
-        "This swarm has no workers and no coordinators right now.",
-        f"  to add a worker:       azu-node join {address}",
-        f"  to add a coordinator:  azu-coordinator serve --bootstrap {address} --model PATH_OR_HUB_ID",
-    ]
-    if snapshot.expired:
-        lines.append(
-            f"  Expired records left out: {snapshot.expired}. Those peers are gone, or the clock here is wrong."
-        )
-    if snapshot.silent:
-        lines.append(f"  Announced without a record: {snapshot.silent}. They are just starting, or gone.")
-    return "\n".join(lines)
+@main.command()
+@click.argument("peer")
+@settings_options(DhtSettings)
+def find(settings: DhtSettings, peer: str) -> None:
+    """List the addresses of a peer: those in its signed record, and those that other peers have of it.
+
+    PATH is direct, or relayed where the address leads through another peer. None of them is tried: `ping` does that.
+    """
+    from azu.dht import commands
+
+    run_program(partial(commands.find, settings, peer), settings=settings)
 
 
-def _no_model(settings: DhtSettings) -> str:
-    return (
-        "No coordinator here offers a model, and no worker holds layers of one.\n"
-        f"  to offer one:  azu-coordinator serve --bootstrap {settings.bootstrap[0]} --model PATH_OR_HUB_ID"
-    )
+@main.command()
+@click.argument("peer")
+@click.option("--count", type=click.IntRange(1, 1000), default=4, show_default=True, help="How many pings to send.")
+@settings_options(DhtSettings)
+def ping(settings: DhtSettings, peer: str, count: int) -> None:
+    """Measure round trips to a peer, over a direct connection or a relayed one.
+
+    A ping counts as lost after five seconds.
+    """
+    from azu.dht import commands
+
+    run_program(partial(commands.ping, settings, peer, count=count), settings=settings)
 
 
-def _print_json(document: dict[str, Any]) -> None:
-    text = json.dumps(document, indent=2)  # ASCII: control characters in strangers' text stay escaped
-    click.echo(re.sub(r"\[\n[\d,\s]+\]", lambda found: f"[{' '.join(found[0][1:-1].split())}]", text))  # on one line
+@main.command()
+@click.argument("key")
+@click.option(
+    "--as-member",
+    is_flag=True,
+    help="Begin with a full routing table, on several disjoint paths, as workers and coordinators do.",
+)
+@_wide
+@settings_options(DhtSettings)
+def trace(settings: DhtSettings, key: str, as_member: bool, wide: bool) -> None:
+    """Show how a look-up finds its way, peer by peer.
+
+    KEY is a record's key, /azu-worker/PEER or /azu-coordinator/PEER; a PEER; or a manifest's digest of 64 hex digits.
+    The look-up is a newcomer's: it begins at the nodes of --bootstrap.
+
+    Each peer stands below the one that named it. HOP is the order in which they were asked; PATH which of the disjoint
+    paths asked; BITS how many leading bits the hash of its id shares with the key's, which grows towards the goal;
+    NAMED how many closer peers it named in turn.
+    """
+    from azu.dht import commands
+
+    run_program(partial(commands.trace, settings, key, as_member=as_member, wide=wide), settings=settings)
 
 
-def _never_fail_on_encoding() -> None:
-    """A terminal that cannot show a character gets its escape instead of an error."""
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")
+@main.command()
+@click.option(
+    "--interval", type=click.FloatRange(1, 3600), default=5.0, show_default=True, help="Seconds between two refreshes."
+)
+@settings_options(DhtSettings)
+def watch(settings: DhtSettings, interval: float) -> None:
+    """Show peers and models on the whole terminal, again and again. q or Ctrl-C ends it.
+
+    With --json it prints one document a line for each refresh, on a terminal or not.
+    """
+    from azu.dht.watch import watch
+
+    run_program(partial(watch, settings, interval=interval), settings=settings)

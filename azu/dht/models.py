@@ -7,6 +7,7 @@ from typing import Any
 from rich.text import Text
 
 from azu.dht.coverage import STATES, ModelView, models_of
+from azu.dht.peers import left_out
 from azu.dht.snapshot import Snapshot
 from azu.dht.text import clip, printable, short_digest, short_ids, spans
 
@@ -59,7 +60,7 @@ def coverage_bar(view: ModelView, width: int) -> Text:
 def models_document(snapshot: Snapshot) -> dict[str, Any]:
     """Every model with its replicas by layer; ranges are [start, end)."""
     views = [_entry(view) for view in models_of(snapshot)]
-    return {"models": views, "expired": snapshot.expired, "without_record": snapshot.silent}
+    return {"models": views, **left_out(snapshot)}
 
 
 def _entry(view: ModelView) -> dict[str, Any]:

@@ -9,12 +9,22 @@ from typing import Any
 from azu.dht.coverage import STATES, held_layers, names_of
 from azu.dht.screen import Row
 from azu.dht.snapshot import Seen, Snapshot
-from azu.dht.text import clip, duration, printable, short_digest, short_ids, spans, stretches
+from azu.dht.text import (
+    clip,
+    duration,
+    milliseconds,
+    printable,
+    short_address,
+    short_digest,
+    short_ids,
+    spans,
+    stretches,
+)
 from azu.records import CoordinatorRecord, Record, WorkerRecord
 from azu.sizes import format_size
 from azu.tickets import MAX_STAGES
 
-__all__ = ["peer_rows", "peers_document", "summary"]
+__all__ = ["held_states", "left_out", "peer_rows", "peers_document", "summary"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +36,7 @@ class _Style:
     now: float
     device: int | None = 28
     model: int | None = 32
-    address: int | None = 40
+    address: int | None = 52
     agent: int | None = 24
     models: int | None = 4  # lines in one cell
     addresses: int | None = 1
@@ -57,7 +67,18 @@ def peers_document(snapshot: Snapshot) -> dict[str, Any]:
     workers = [_entry("worker", seen, snapshot.taken_at) for seen in snapshot.workers]
     for worker in workers:
         worker["ranges"] = [{**held, "model_id": names.get(held["manifest"])} for held in worker["ranges"]]
-    return {"peers": [*coordinators, *workers], "expired": snapshot.expired, "without_record": snapshot.silent}
+    return {"peers": [*coordinators, *workers], **left_out(snapshot)}
+
+
+def left_out(snapshot: Snapshot) -> dict[str, Any]:
+    """What a document tells of what is not in it."""
+    ahead = snapshot.clock_ahead
+    return {
+        "expired": snapshot.expired,
+        "early": snapshot.early,
+        "without_record": snapshot.silent,
+        "clock_ahead_s": None if ahead is None else round(ahead),
+    }
 
 
 def summary(snapshot: Snapshot) -> str:
@@ -65,6 +86,8 @@ def summary(snapshot: Snapshot) -> str:
     parts = [_count(len(snapshot.coordinators), "coordinator"), _count(len(snapshot.workers), "worker")]
     if snapshot.expired:
         parts.append(f"{_count(snapshot.expired, 'expired record')} left out")
+    if snapshot.early:
+        parts.append(f"{_count(snapshot.early, 'record')} dated in the future left out")
     if snapshot.silent:
         parts.append(f"{_count(snapshot.silent, 'peer')} announced without a record")
     return "; ".join([", ".join(parts[:2]), *parts[2:]])
@@ -83,7 +106,8 @@ def _entry(kind: str, seen: Seen[Record], now: float) -> dict[str, Any]:
     measured = {
         "kind": kind,
         "age_s": round(max(0.0, now - seen.record.issued_at), 1),
-        "rtt_ms": None if seen.rtt is None else round(seen.rtt * 1000, 2),
+        "rtt_ms": None if seen.pong is None else round(seen.pong.rtt * 1000, 2),
+        "path": None if seen.pong is None else seen.pong.route,
     }
     return {"peer_id": seen.record.peer_id, **measured, **seen.record.model_dump(mode="json")}
 
@@ -110,34 +134,40 @@ def _worker_row(seen: Seen[WorkerRecord], style: _Style) -> Row:
 
 def _row(seen: Seen[Record], style: _Style, own: Mapping[str, str]) -> Row:
     record = seen.record
-    # The /p2p/ part repeats the peer id.
-    addresses = [printable(address.removesuffix(f"/p2p/{record.peer_id}")) for address in record.addrs]
+    addresses = [short_address(each, record.peer_id, wide=style.address is None) for each in record.addrs]
     return {
         "PEER": style.ids[record.peer_id],
         **dict.fromkeys(("KIND", "DEVICE", "VRAM FREE", "LAYERS", "JOBS", "MS/LAYER"), "-"),
         **own,
         "AGE": duration(style.now - record.issued_at),
-        "RTT": "-" if seen.rtt is None else f"{seen.rtt * 1000:.1f} ms",
+        "RTT": milliseconds(None if seen.pong is None else seen.pong.rtt),
+        "PATH": "-" if seen.pong is None else seen.pong.route,
         "AGENT": clip(printable(record.agent), style.agent) or "-",
         "ADDRESSES": _lines([clip(each, style.address) for each in addresses], style.addresses),
     }
 
 
 def _holdings(record: WorkerRecord, style: _Style) -> list[str]:
-    """A line a model: "SmolLM2-135M-Instruct: 0-11 loaded, 12-17 cached"; what is loaded is not named again."""
+    """A line a model: "SmolLM2-135M-Instruct: 0-11 loaded, 12-17 cached"."""
     lines = []
     for manifest in dict.fromkeys(held.manifest for held in record.ranges):
-        name = printable(style.names[manifest]) if manifest in style.names else short_digest(manifest)
-        seen_already: set[int] = set()
-        parts = []
-        for state in STATES:
-            layers = held_layers(record.ranges, manifest, state, MAX_STAGES) - seen_already
-            seen_already |= layers
-            if layers:
-                flags = [layer in layers for layer in range(max(layers) + 1)]
-                parts.append(f"{spans(stretches(flags), style.models)} {state}{_percent(record, manifest, state)}")
-        lines.append(f"{clip(name, style.model)}: {', '.join(parts) or 'nothing'}")
+        digest = manifest if style.model is None else short_digest(manifest)
+        name = printable(style.names[manifest]) if manifest in style.names else digest
+        lines.append(f"{clip(name, style.model)}: {held_states(record, manifest, style.models)}")
     return lines
+
+
+def held_states(record: WorkerRecord, manifest: str, most: int | None) -> str:
+    """What a worker has of a model, "0-11 loaded, 12-17 cached"; what is loaded is not named again."""
+    seen_already: set[int] = set()
+    parts = []
+    for state in STATES:
+        layers = held_layers(record.ranges, manifest, state, MAX_STAGES) - seen_already
+        seen_already |= layers
+        if layers:
+            flags = [layer in layers for layer in range(max(layers) + 1)]
+            parts.append(f"{spans(stretches(flags), most)} {state}{_percent(record, manifest, state)}")
+    return ", ".join(parts) or "nothing"
 
 
 def _percent(record: WorkerRecord, manifest: str, state: str) -> str:

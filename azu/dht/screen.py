@@ -6,6 +6,7 @@ that grep and less find whole rows.
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from typing import TextIO
@@ -17,7 +18,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["ROOMY", "Row", "open_console", "show_card", "show_rows"]
+__all__ = ["Row", "is_roomy", "open_console", "show_card", "show_rows"]
 
 Row = Mapping[str, str]  # heading -> text, which may have several lines
 
@@ -25,12 +26,17 @@ ROOMY = 200  # columns; a terminal this wide is shown peer ids and addresses in 
 _UNBOUNDED = 100_000  # columns of what is no terminal
 _FLEXIBLE = ("DEVICE", "LAYERS", "ADDRESSES")  # columns that may be folded at their spaces
 _LONGEST_WORD = 24  # columns; a longer one may be cut, so that one peer's fancy does not end the table for all
-_NUMERIC = ("JOBS", "MS/LAYER", "AGE", "RTT")
+_NUMERIC = ("JOBS", "MS/LAYER", "AGE", "RTT", "BITS", "TIME", "NAMED")
 
 
 def open_console(stream: TextIO | None = None) -> Console:
-    """The console for this process's stdout, or for another stream."""
+    """The console for this process's stdout, or for another stream.
+
+    A terminal that cannot show a character gets its escape instead of an error.
+    """
     stream = sys.stdout if stream is None else stream
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="backslashreplace")
     is_terminal = stream.isatty()
     return Console(
         file=stream,
@@ -40,6 +46,11 @@ def open_console(stream: TextIO | None = None) -> Console:
         markup=False,
         emoji=False,
     )
+
+
+def is_roomy(console: Console) -> bool:
+    """Whether this is a terminal on which nothing needs to be shortened."""
+    return console.is_terminal and console.width >= ROOMY
 
 
 def show_rows(console: Console, rows: Sequence[Row], *, optional: Collection[str]) -> None:

@@ -5,7 +5,19 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Iterable, Sequence
 
-__all__ = ["clip", "duration", "printable", "short_digest", "short_ids", "spans", "stretches"]
+__all__ = [
+    "clip",
+    "duration",
+    "is_relayed",
+    "milliseconds",
+    "printable",
+    "short_address",
+    "short_digest",
+    "short_id",
+    "short_ids",
+    "spans",
+    "stretches",
+]
 
 _SHORTEST_ID = 8  # characters of a peer id's end; the beginning is the same in all of them
 _DIGEST_CHARS = 12
@@ -40,6 +52,23 @@ def short_ids(peer_ids: Iterable[str]) -> dict[str, str]:
     return {each: f"…{each[-length:]}" if len(each) > length else each for each in distinct}
 
 
+def short_id(peer_id: str) -> str:
+    """One peer id's end."""
+    return short_ids([peer_id])[peer_id]
+
+
+def is_relayed(address: str) -> bool:
+    """Whether a multiaddr leads through a relay."""
+    return "/p2p-circuit" in address
+
+
+def short_address(address: str, peer_id: str, *, wide: bool) -> str:
+    """A peer's multiaddr without the peer's own id; a relay's id shows as its end, unless `wide`."""
+    parts = address.removesuffix(f"/p2p/{peer_id}").split("/")
+    relays = {index for index, part in enumerate(parts) if index and parts[index - 1] == "p2p" and not wide}
+    return printable("/".join(short_id(part) if index in relays else part for index, part in enumerate(parts)))
+
+
 def short_digest(digest: str) -> str:
     """A digest's beginning."""
     return digest[:_DIGEST_CHARS]
@@ -70,3 +99,8 @@ def duration(seconds: float) -> str:
         if whole >= 2 * size:
             return f"{whole // size} {unit}"
     return f"{whole} s"
+
+
+def milliseconds(seconds: float | None) -> str:
+    """A round-trip time: "1.5 ms"; "-" for none."""
+    return "-" if seconds is None else f"{seconds * 1000:.1f} ms"

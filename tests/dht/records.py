@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from azu.dht.snapshot import Seen, Snapshot
+from azu.dht.snapshot import Pong, Seen, Snapshot
 from azu.identity import Identity
 from azu.records import CoordinatorRecord, HeldRange, ModelOffer, WorkerRecord
 
@@ -63,11 +63,10 @@ def offer(n_layers: int = 30, model_id: str = MODEL, manifest: str = MANIFEST) -
     return ModelOffer.model_validate({"model_id": model_id, "manifest": manifest, "n_layers": n_layers, **least})
 
 
-def snapshot(*records: WorkerRecord | CoordinatorRecord, expired: int = 0, silent: int = 0) -> Snapshot:
+def snapshot(*records: WorkerRecord | CoordinatorRecord, **left_out: Any) -> Snapshot:
     return Snapshot(
         taken_at=NOW,
-        workers=tuple(Seen(each, 0.0015) for each in records if isinstance(each, WorkerRecord)),
+        workers=tuple(Seen(each, Pong(0.0015, "direct")) for each in records if isinstance(each, WorkerRecord)),
         coordinators=tuple(Seen(each) for each in records if isinstance(each, CoordinatorRecord)),
-        expired=expired,
-        silent=silent,
+        **left_out,
     )

@@ -1,81 +1,22 @@
-"""The real azu-dht program against real peers on loopback."""
+"""The real azu-dht program's peers and models, against real peers on loopback."""
 
 from __future__ import annotations
 
 import json
-import os
 import socket
 import subprocess
-import sys
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
-from pathlib import Path
+from contextlib import AsyncExitStack
+from typing import Any
 
 import pytest
 import trio
+from click.testing import CliRunner
 
-from azu.overlay import Overlay, OverlayConfig, open_overlay
-from azu.records import (
-    COORDINATORS_KEY,
-    VALIDATORS,
-    WORKERS_KEY,
-    CoordinatorRecord,
-    WorkerRecord,
-    coordinator_key,
-    sign_coordinator_record,
-    sign_worker_record,
-    worker_key,
-)
+from azu.dht_cli import main
+from azu.overlay import open_overlay
 from tests.dht.records import MANIFEST, MODEL, coordinator, held, identity, offer, worker
-
-ROOT = Path(__file__).parents[2]
-LIMIT = 60.0  # seconds for one test's waiting
-EVIL = "\x1b[2J\x1b]0;owned\x07[bold red]H100[/]\r\n\u202e"
-PROGRAM = str(Path(sys.executable).with_name("azu-dht"))
-
-
-async def azu_dht(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("AZU_")}
-    with trio.fail_after(LIMIT):
-        done = await trio.run_process(
-            [PROGRAM, *words],
-            capture_stdout=True,
-            capture_stderr=True,
-            check=False,
-            cwd=ROOT,
-            env=environment | {"FORCE_COLOR": "1"} | variables,  # a pipe gets no colours all the same
-        )
-    return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
-
-
-@asynccontextmanager
-async def a_swarm(*records: WorkerRecord | CoordinatorRecord) -> AsyncIterator[Sequence[str]]:
-    """A bootstrap node, whose addresses are returned, and a peer for each record; identities are numbered from 1."""
-    with trio.fail_after(LIMIT):
-        async with AsyncExitStack() as stack:
-            meeting_point = await stack.enter_async_context(open_overlay(_config(1000)))
-            for number, record in enumerate(records, 1):
-                peer = await stack.enter_async_context(open_overlay(_config(number)))
-                assert peer.peer_id == record.peer_id
-                await peer.bootstrap(meeting_point.addrs)
-                await _publish(
-                    peer, number, record.model_copy(update={"addrs": peer.addrs} if not record.addrs else {})
-                )
-            yield meeting_point.addrs
-
-
-def _config(number: int) -> OverlayConfig:
-    return OverlayConfig(identity(number).seed, ("/ip4/127.0.0.1/tcp/0",), validators=VALIDATORS)
-
-
-async def _publish(peer: Overlay, number: int, record: WorkerRecord | CoordinatorRecord) -> None:
-    if isinstance(record, WorkerRecord):
-        await peer.put_record(worker_key(peer.peer_id), sign_worker_record(identity(number), record))
-        await peer.provide(WORKERS_KEY)
-    else:
-        await peer.put_record(coordinator_key(peer.peer_id), sign_coordinator_record(identity(number), record))
-        await peer.provide(COORDINATORS_KEY)
+from tests.dht.swarm import EVIL, PROGRAM, ROOT, a_swarm, assert_refused, azu_dht, config, publish
 
 
 @pytest.mark.swarm
@@ -87,12 +28,12 @@ async def test_a_swarm_with_a_dead_and_a_malicious_worker() -> None:
         worker(3, held(0, 30), now=now - 600),
         worker(4, held(12, 14, "loading"), now=now, device=EVIL, agent=EVIL, addrs=(EVIL,), payout_address=EVIL),
     )
-    async with a_swarm(*records) as addresses:
-        table = await azu_dht("peers", "--bootstrap", addresses[0])
-        document = await azu_dht("peers", "--json", AZU_BOOTSTRAP=addresses[0])
-        cards = await azu_dht("models", "--bootstrap", addresses[0])
+    async with a_swarm(*records) as swarm:
+        table = await azu_dht("peers", "--bootstrap", swarm.address)
+        document = await azu_dht("peers", "--json", AZU_BOOTSTRAP=swarm.address)
+        cards = await azu_dht("models", "--bootstrap", swarm.address)
         started = time.monotonic()
-        coverage = await azu_dht("models", "--bootstrap", addresses[0], "--json")
+        coverage = await azu_dht("models", "--bootstrap", swarm.address, "--json")
         took = time.monotonic() - started
     for done in (table, document, cards, coverage):
         assert (done.returncode, done.stderr) == (0, "")
@@ -103,8 +44,8 @@ async def test_a_swarm_with_a_dead_and_a_malicious_worker() -> None:
     assert len(workers) == 2
     assert f"{MODEL}: 0-11 loaded" in workers[0]
     assert " ms" in workers[0]  # it answered the ping
+    assert "direct" in workers[0]
     assert "\\x1b[2J\\x1b]0;owned\\x07" in workers[1]
-    assert " ms" not in workers[1]  # its record's address is none
     assert summary == "1 coordinator, 2 workers; 1 expired record left out"
 
     peers = {each["peer_id"]: each for each in json.loads(document.stdout)["peers"]}
@@ -125,14 +66,14 @@ async def test_a_swarm_with_a_dead_and_a_malicious_worker() -> None:
 @pytest.mark.swarm
 async def test_a_worker_that_hangs_is_not_waited_for() -> None:
     record = worker(7, now=int(time.time()))
-    async with a_swarm() as addresses, AsyncExitStack() as stack:
-        async with open_overlay(_config(7)) as peer:
-            await peer.bootstrap(addresses)
-            await _publish(peer, 7, record.model_copy(update={"addrs": peer.addrs}))
+    async with a_swarm() as swarm, AsyncExitStack() as stack:
+        async with open_overlay(config(7)) as peer:
+            await peer.bootstrap(swarm.meeting_point.addrs)
+            await publish(peer, 7, record.model_copy(update={"addrs": peer.addrs}))
             port = int(peer.addrs[0].split("/")[4])
         stack.enter_context(socket.create_server(("127.0.0.1", port)))  # accepts, and never says a word
         started = time.monotonic()
-        done = await azu_dht("peers", "--json", "--bootstrap", addresses[0])
+        done = await azu_dht("peers", "--json", "--bootstrap", swarm.address)
         took = time.monotonic() - started
     (hanging,) = json.loads(done.stdout)["peers"]
     assert (hanging["peer_id"], hanging["rtt_ms"]) == (identity(7).peer_id, None)
@@ -141,51 +82,73 @@ async def test_a_worker_that_hangs_is_not_waited_for() -> None:
 
 @pytest.mark.swarm
 async def test_the_output_survives_its_surroundings() -> None:
-    async with a_swarm(worker(1, held(0, 2), now=int(time.time()))) as addresses:
-        done = await azu_dht("peers", "--bootstrap", addresses[0], PYTHONIOENCODING="ascii")
+    async with a_swarm(worker(1, held(0, 2), now=int(time.time()))) as swarm:
+        done = await azu_dht("peers", "--bootstrap", swarm.address, PYTHONIOENCODING="ascii")
         assert (done.returncode, done.stderr) == (0, "")
         assert f"\\u2026{identity(1).peer_id[-8:]}" in done.stdout
         assert "worker" in done.stdout
-        command = f"{PROGRAM} peers --bootstrap {addresses[0]} | true"
+        command = f"{PROGRAM} peers --bootstrap {swarm.address} | true"
         piped = await trio.run_process(["sh", "-c", command], capture_stdout=True, capture_stderr=True)
         assert b"Traceback" not in piped.stderr
 
 
 @pytest.mark.swarm
 async def test_an_empty_swarm_says_what_to_do() -> None:
-    async with a_swarm() as addresses:
+    async with a_swarm() as swarm:
         for command in ("peers", "models"):
-            done = await azu_dht(command, "--bootstrap", addresses[0])
+            done = await azu_dht(command, "--bootstrap", swarm.address)
             assert (done.returncode, done.stderr) == (0, "")
             assert "no workers and no coordinators" in done.stdout
-            assert f"azu-node join {addresses[0]}" in done.stdout
-            assert f"azu-coordinator serve --bootstrap {addresses[0]} --model" in done.stdout
-        done = await azu_dht("models", "--json", "--bootstrap", addresses[0])
-        assert json.loads(done.stdout) == {"models": [], "expired": 0, "without_record": 0}
+            assert f"azu-node join {swarm.address}" in done.stdout
+            assert f"azu-coordinator serve --bootstrap {swarm.address} --model" in done.stdout
+        done = await azu_dht("models", "--json", "--bootstrap", swarm.address)
+        left_out = {"expired": 0, "early": 0, "without_record": 0, "clock_ahead_s": None}
+        assert json.loads(done.stdout) == {"models": [], **left_out}
 
 
 @pytest.mark.swarm
-async def test_expired_records_and_idle_workers_are_explained() -> None:
-    now = int(time.time())
-    async with a_swarm(worker(1, now=now - 3600)) as addresses:
-        done = await azu_dht("peers", "--bootstrap", addresses[0])
-    assert "Expired records left out: 1" in done.stdout
-    async with a_swarm(worker(1, now=now)) as addresses:
-        done = await azu_dht("models", "--bootstrap", addresses[0])
+async def test_idle_workers_are_explained() -> None:
+    async with a_swarm(worker(1, now=int(time.time()))) as swarm:
+        done = await azu_dht("models", "--bootstrap", swarm.address)
     assert "No coordinator here offers a model" in done.stdout
 
 
+@pytest.mark.swarm
+async def test_expired_records_of_peers_that_are_gone() -> None:
+    async with a_swarm() as swarm:
+        async with open_overlay(config(1)) as peer:
+            await peer.bootstrap(swarm.meeting_point.addrs)
+            gone = worker(1, now=int(time.time()) - 3600).model_copy(update={"addrs": peer.addrs})
+            await publish(peer, 1, gone)
+        done = await azu_dht("peers", "--bootstrap", swarm.address)
+    assert "no workers and no coordinators" in done.stdout
+    assert "Expired records left out: 1. Those peers do not answer" in done.stdout
+
+
+@pytest.mark.swarm
+async def test_every_question_has_a_json_answer() -> None:
+    me, now = identity(1).peer_id, int(time.time())
+    answers: dict[str, Any] = {}
+
+    async def ask(words: str, address: str) -> None:
+        done = await azu_dht(*words.split(), "--json", "--bootstrap", address)
+        assert (done.returncode, done.stderr) == (0, "")
+        answers[words.split()[0]] = json.loads(done.stdout)
+
+    questions = f"get {me}", f"providers {MODEL}", f"find {me}", f"ping --count 1 {me}", f"trace {me[-8:]}"
+    async with a_swarm(worker(1, now=now, addrs=()), coordinator(2, offer(), now=now, addrs=())) as swarm:
+        await swarm.peers[0].provide(bytes.fromhex(MANIFEST))
+        async with trio.open_nursery() as nursery:
+            for words in questions:
+                nursery.start_soon(ask, words, swarm.address)
+    assert answers["get"]["records"][0]["peer_id"] == me
+    assert [each["peer_id"] for each in answers["providers"]["providers"]] == [me]
+    assert answers["find"]["addresses"]
+    assert answers["ping"]["pings"][0]["path"] == "direct"
+    assert answers["trace"]["closest"][0] == me
+
+
 # --- bad input ---
-
-
-def assert_refused(done: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
-    assert done.returncode == code, done.stderr
-    assert done.stdout == ""
-    assert "Traceback" not in done.stderr
-    assert "remedy: " in done.stderr
-    assert done.stderr.startswith("azu-dht: error: ")
-    for word in words:
-        assert word in done.stderr
 
 
 @pytest.mark.parametrize("command", ["peers", "models"])
@@ -199,46 +162,10 @@ async def test_a_wrong_address(address: str) -> None:
     assert_refused(done, 2, "--bootstrap", address, "as `azu-bootstrap run` prints it")
 
 
-async def test_bootstrap_down() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        place = f"/ip4/127.0.0.1/tcp/{free.getsockname()[1]}"
-    address = f"{place}/p2p/{identity(1).peer_id}"
-    assert_refused(await azu_dht("models", "--bootstrap", address), 1, "no bootstrap node answered", place, "refused")
-    done = await azu_dht("peers", "--json", "--log-json", "--bootstrap", address)
-    assert (done.returncode, done.stdout) == (1, "")
-    (line,) = done.stderr.splitlines()
-    assert json.loads(line)["fields"]["code"] == "bootstrap_unreachable"
-
-
-@pytest.mark.slow
-async def test_something_else_listens_there() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as mute:
-        place = f"/ip4/127.0.0.1/tcp/{mute.getsockname()[1]}"
-        done = await azu_dht("peers", "--bootstrap", f"{place}/p2p/{identity(1).peer_id}")
-    assert_refused(done, 1, "no bootstrap node answered", place, "no answer in time")
-
-
-@pytest.mark.swarm
-async def test_another_peer_lives_there() -> None:
-    async with a_swarm() as addresses:
-        address = addresses[0].replace(identity(1000).peer_id, identity(7).peer_id)
-        done = await azu_dht("peers", "--bootstrap", address)
-    assert_refused(done, 1, "no bootstrap node answered", address.partition("/p2p/")[0])
-
-
-@pytest.mark.swarm
-async def test_a_peer_that_serves_no_dht() -> None:
-    config = OverlayConfig(identity(1).seed, ("/ip4/127.0.0.1/tcp/0",), server=False)
-    async with open_overlay(config) as peer:
-        done = await azu_dht("peers", "--bootstrap", peer.addrs[0])
-    assert_refused(done, 1, peer.peer_id, "serves no DHT")
-
-
 def test_help_teaches() -> None:
-    for words in (["--help"], ["peers", "--help"], ["models", "--help"]):
-        done = subprocess.run([PROGRAM, *words], cwd=ROOT, capture_output=True, text=True, timeout=60)
-        assert done.returncode == 0
+    for name in main.commands:
+        shown = CliRunner().invoke(main, [name, "--help"])
+        assert (shown.exit_code, "env: AZU_BOOTSTRAP" in shown.output, "--json" in shown.output) == (0, True, True)
     top = subprocess.run([PROGRAM, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60).stdout
     assert "azu-dht peers --bootstrap /ip4/" in top
     assert "select(.complete | not)" in top

@@ -11,8 +11,8 @@ from azu.dht.coverage import models_of
 from azu.dht.models import model_fields, model_title
 from azu.dht.peers import peer_rows, peers_document, summary
 from azu.dht.screen import open_console, show_card, show_rows
-from azu.dht.snapshot import Snapshot
-from tests.dht.records import MANIFEST, MODEL, coordinator, held, identity, offer, snapshot, worker
+from azu.dht.snapshot import Pong, Seen, Snapshot
+from tests.dht.records import MANIFEST, MODEL, NOW, coordinator, held, identity, offer, snapshot, worker
 
 EVIL = "\x1b]0;owned\x07\x1b[2J[bold red]H100[/] :boom:\r\n\u202e"
 SWARM = snapshot(
@@ -56,13 +56,14 @@ def test_a_pipe_gets_one_plain_line_a_peer() -> None:
     assert lines.pop() == ""
     assert "\x1b" not in "".join(lines)
     assert lines[0].split() == [
-        *("PEER", "KIND", "DEVICE", "VRAM", "FREE", "LAYERS", "JOBS", "MS/LAYER", "AGE", "RTT", "AGENT", "ADDRESSES")
+        *("PEER", "KIND", "DEVICE", "VRAM", "FREE", "LAYERS", "JOBS", "MS/LAYER", "AGE", "RTT", "PATH", "AGENT"),
+        "ADDRESSES",
     ]
     assert [line.split()[1] for line in lines[2:]] == ["coordinator", "worker", "worker", "worker"]
     first = " ".join(lines[3].split())
     assert first == (
         f"…{identity(1).peer_id[-8:]} worker NVIDIA H100 80GB HBM3 3.0 GiB / 8.0 GiB {MODEL}: 0-11 loaded 2 1.23 12 s "
-        "1.5 ms azu-node/0.1.0 /ip4/192.0.2.1/tcp/4001"
+        "1.5 ms direct azu-node/0.1.0 /ip4/192.0.2.1/tcp/4001"
     )
     assert f"{MODEL}: 12-29 loaded, 10-11 cached" in lines[4]  # what is loaded is not named again as cached
     assert f"{MODEL}: 30 offered" in lines[2]
@@ -134,9 +135,24 @@ def test_the_document_keeps_everything() -> None:
     one = by_id[identity(1).peer_id]
     held = {"manifest": MANIFEST, "start": 0, "end": 12, "state": "loaded", "percent": 0, "model_id": MODEL}
     assert one["ranges"] == [held]
-    assert (one["kind"], one["age_s"], one["rtt_ms"]) == ("worker", 12.0, 1.5)
-    assert by_id[identity(4).peer_id]["rtt_ms"] is None
+    assert (one["kind"], one["age_s"], one["rtt_ms"], one["path"]) == ("worker", 12.0, 1.5, "direct")
+    assert (by_id[identity(4).peer_id]["rtt_ms"], by_id[identity(4).peer_id]["path"]) == (None, None)
 
 
 def test_the_summary_counts() -> None:
     assert summary(SWARM) == ("1 coordinator, 3 workers; 1 expired record left out; 2 peers announced without a record")
+    assert summary(snapshot(early=2)) == "0 coordinators, 0 workers; 2 records dated in the future left out"
+
+
+def test_relayed_peers_are_told_apart() -> None:
+    relay, me = identity(9).peer_id, identity(1).peer_id
+    circuit = f"/ip4/192.0.2.9/tcp/4001/p2p/{relay}/p2p-circuit/p2p/{me}"
+    relayed = Seen(worker(1, addrs=(circuit,)), Pong(0.042, "relayed"))
+    seen = Snapshot(taken_at=NOW, workers=(relayed,))
+    (row,) = peer_rows(seen, wide=False)
+    assert (row["RTT"], row["PATH"]) == ("42.0 ms", "relayed")
+    assert row["ADDRESSES"] == f"/ip4/192.0.2.9/tcp/4001/p2p/…{relay[-8:]}/p2p-circuit"
+    (row,) = peer_rows(seen, wide=True)
+    assert row["ADDRESSES"] == circuit.removesuffix(f"/p2p/{me}")
+    (entry,) = peers_document(seen)["peers"]
+    assert (entry["path"], entry["addrs"]) == ("relayed", [circuit])

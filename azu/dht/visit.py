@@ -1,0 +1,142 @@
+"""Join a swarm for a look, as a client that listens nowhere and leaves nothing behind."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from functools import partial
+
+import trio
+
+from azu.config import DhtSettings
+from azu.dht.diagnosis import explain
+from azu.dht.probe import identify
+from azu.dht.text import clip, printable
+from azu.errors import AzuError, InputError, NetworkError
+from azu.overlay import Overlay, OverlayConfig, open_overlay, parse_peer_multiaddr
+from azu.overlay.dht import KAD
+from azu.records import VALIDATORS
+from azu.swarm_key import read_swarm_key
+
+__all__ = ["AGENT", "rejoin", "visit"]
+
+logger = logging.getLogger(__name__)
+
+AGENT = "azu-dht/0.1.0"
+SETTLE_SECONDS = 2.0  # for meeting the neighbours, from the first connection on
+SECOND_TRY_SECONDS = 5.0
+IDENTIFY_SECONDS = 3.0
+_POLL_SECONDS = 0.02
+
+
+@asynccontextmanager
+async def visit(settings: DhtSettings, *, as_newcomer: bool = False) -> AsyncIterator[Overlay]:
+    """Join the settings' swarm, and leave at the end; `as_newcomer` knows nobody but the nodes of --bootstrap yet.
+
+    Raises:
+        InputError: no address, or a malformed one. NetworkError: nobody answers, or nobody of an azu swarm; its code
+        and remedy say which of the many ways to fail it was.
+    """
+    if not settings.bootstrap:
+        raise InputError(
+            "no bootstrap address was given",
+            code="no_bootstrap",
+            remedy="Add --bootstrap MULTIADDR with an address that `azu-bootstrap run` prints, or set AZU_BOOTSTRAP",
+        )
+    config = OverlayConfig(
+        os.urandom(32),
+        listen=(),
+        server=False,
+        agent=AGENT,
+        validators=VALIDATORS,
+        swarm_key=read_swarm_key(settings.swarm_key),
+    )
+    async with open_overlay(config) as overlay:
+        await (_arrive if as_newcomer else rejoin)(overlay, settings)
+        yield overlay
+
+
+async def rejoin(overlay: Overlay, settings: DhtSettings) -> None:
+    """Join, and meet the neighbours.
+
+    Raises:
+        NetworkError: as `visit` does.
+    """
+    await _enter(overlay, settings, partial(overlay.bootstrap, settings.bootstrap))
+    if not overlay.statistics().routing_table:
+        with trio.move_on_after(SECOND_TRY_SECONDS):
+            await overlay.bootstrap(settings.bootstrap)  # it may only be slow to say that it serves the DHT
+        if not overlay.statistics().routing_table:
+            raise await _no_dht(overlay)
+
+
+async def _arrive(overlay: Overlay, settings: DhtSettings) -> None:
+    """Connect, and no more: look-ups then begin at the nodes that were given."""
+
+    async def connect(text: str) -> None:
+        peer_id, address = parse_peer_multiaddr(text)
+        try:
+            await overlay.connect(peer_id, [address])
+        except NetworkError as error:
+            logger.debug("%s: %s", text, error)
+
+    async def connect_all() -> None:
+        async with trio.open_nursery() as nursery:
+            for text in settings.bootstrap:
+                nursery.start_soon(connect, text)
+        if not overlay.connected_peers():
+            raise NetworkError("no bootstrap node answered")
+
+    await _enter(overlay, settings, connect_all)
+    with trio.move_on_after(SECOND_TRY_SECONDS):
+        while not overlay.peers_with(KAD):  # noqa: ASYNC110 - the overlay has no event for it
+            await trio.sleep(_POLL_SECONDS)
+    if not overlay.peers_with(KAD):
+        raise await _no_dht(overlay)
+
+
+async def _enter(overlay: Overlay, settings: DhtSettings, enter: Callable[[], Awaitable[object]]) -> None:
+    """Wait no longer for slow peers once somebody has let us in: we stay for seconds only."""
+    failed: list[AzuError] = []
+
+    async def hurry() -> None:
+        while not overlay.connected_peers():  # noqa: ASYNC110 - the overlay has no event for it
+            await trio.sleep(_POLL_SECONDS)
+        scope.deadline = trio.current_time() + SETTLE_SECONDS
+
+    async with trio.open_nursery() as nursery:
+        scope = nursery.cancel_scope
+        nursery.start_soon(hurry)
+        try:
+            await enter()
+        except AzuError as error:  # carried out of the nursery, which would wrap it in a group
+            failed.append(error)
+        scope.cancel()
+    if failed and isinstance(failed[0], NetworkError):
+        raise await explain(overlay, settings.bootstrap, has_key=settings.swarm_key is not None)
+    if failed:
+        raise failed[0]
+
+
+async def _no_dht(overlay: Overlay) -> NetworkError:
+    """Somebody let us in who knows nothing of the swarm."""
+    peer_id = next(iter(overlay.connected_peers()), "the peer")
+    try:
+        agent = (await identify(overlay, peer_id, timeout=IDENTIFY_SECONDS)).agent
+    except AzuError:
+        agent = ""
+    shown = clip(printable(agent), 60)
+    if agent.startswith("azu"):
+        return NetworkError(
+            f"{peer_id} ({shown}) answers, but serves no DHT",
+            code="no_dht",
+            remedy="Give the address of a bootstrap node, as `azu-bootstrap run` prints it",
+        )
+    called = f'calls itself "{shown}"' if shown else "does not say what it is"
+    return NetworkError(
+        f"{peer_id} answers, but is no azu node: it serves no DHT that azu reads, and {called}",
+        code="not_azu",
+        remedy="Check address and port: another libp2p program runs there",
+    )

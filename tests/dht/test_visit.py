@@ -1,0 +1,192 @@
+"""Every way of not getting in has its own words, against real sockets and real nodes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import trio
+
+from azu.config import DhtSettings
+from azu.dht.visit import rejoin, visit
+from azu.errors import NetworkError
+from azu.overlay import host, open_overlay
+from azu.swarm_key import read_swarm_key, write_new_swarm_key
+from tests.dht.records import identity, worker
+from tests.dht.swarm import LIMIT, a_swarm, assert_refused, azu_dht, config
+
+WANTED = identity(7).peer_id
+
+
+@pytest.fixture(autouse=True)
+def bare_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("AZU_BOOTSTRAP", "AZU_SWARM_KEY"):
+        monkeypatch.delenv(name, raising=False)
+
+
+async def refusal(*addresses: str, swarm_key: Path | None = None) -> NetworkError:
+    with trio.fail_after(LIMIT), pytest.raises(NetworkError) as refused:
+        async with visit(DhtSettings(bootstrap=addresses, swarm_key=swarm_key)):
+            pytest.fail("it let us in")
+    assert refused.value.remedy
+    return refused.value
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+@contextmanager
+def a_listener() -> Iterator[tuple[socket.socket, str]]:
+    """Something that takes connections, and its address as a node's."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server, f"/ip4/127.0.0.1/tcp/{server.getsockname()[1]}/p2p/{WANTED}"
+
+
+async def answer_all(server: socket.socket, greeting: bytes, *, hang_up: bool) -> None:
+    listener = trio.SocketListener(trio.socket.from_stdlib_socket(server.dup()))
+
+    async def answer(stream: trio.SocketStream) -> None:
+        with contextlib.suppress(trio.BrokenResourceError):  # whoever has read enough hangs up
+            await stream.send_all(greeting)
+            while await stream.receive_some() and not hang_up:
+                pass
+
+    await trio.serve_listeners(answer, [listener])
+
+
+async def test_the_port_is_wrong() -> None:
+    address = f"/ip4/127.0.0.1/tcp/{free_port()}/p2p/{WANTED}"
+    error = await refusal(address)
+    assert error.code == "nothing_listens"
+    assert f"nothing listens at {address.partition('/p2p/')[0]} (connection refused)" in error.message
+    assert "4001" in error.remedy
+
+
+async def test_the_name_is_wrong() -> None:
+    error = await refusal(f"/dns4/nowhere.invalid/tcp/4001/p2p/{WANTED}")
+    assert (error.code, "nowhere.invalid" in error.message) == ("unknown_host", True)
+    assert "spelling" in error.remedy
+
+
+async def test_the_peer_id_is_wrong_and_the_remedy_right() -> None:
+    async with open_overlay(config(1)) as node:
+        place = node.addrs[0].partition("/p2p/")[0]
+        error = await refusal(f"{place}/p2p/{WANTED}")
+        assert error.code == "wrong_peer"
+        assert f"is {node.peer_id}, not {WANTED}" in error.message
+        assert f"give {place}/p2p/{node.peer_id}." in error.remedy
+        async with visit(DhtSettings(bootstrap=(f"{place}/p2p/{node.peer_id}",))) as us:
+            assert us.connected_peers() == (node.peer_id,)
+
+
+@pytest.mark.parametrize(
+    ("greeting", "code", "words"),
+    [
+        (b"SSH-2.0-OpenSSH_9.2\r\n", "not_libp2p", 'is no azu node: it says "SSH-2.0-OpenSSH_9.2"'),
+        (b"\x1b[2J\x07 bell", "not_libp2p", "\\x1b[2J\\x07"),
+        (b"", "silent", "takes connections, and does not answer as an azu node does"),
+    ],
+)
+async def test_another_program_listens_there(greeting: bytes, code: str, words: str) -> None:
+    with a_listener() as (server, address):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(lambda: answer_all(server, greeting, hang_up=True))
+            error = await refusal(address)
+            nursery.cancel_scope.cancel()
+    assert (error.code, words in error.message, error.message.isprintable()) == (code, True, True)
+    assert "Check the port" in error.remedy
+
+
+async def test_something_listens_there_that_never_says_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "CONNECT_SECONDS", 0.5)
+    with a_listener() as (_, address):
+        error = await refusal(address)
+    assert (error.code, "takes connections, and does not answer" in error.message) == ("silent", True)
+
+
+@pytest.mark.swarm
+async def test_a_peer_that_serves_no_dht() -> None:
+    async with open_overlay(config(1, server=False)) as peer:
+        done = await azu_dht("peers", "--bootstrap", peer.addrs[0])
+    assert_refused(done, 1, peer.peer_id, "(azu/0.1.0) answers, but serves no DHT", "address of a bootstrap node")
+
+
+@pytest.mark.swarm
+async def test_a_peer_of_another_network() -> None:
+    async with open_overlay(config(1, server=False, agent="kubo/0.29\x1b[2J")) as peer:
+        done = await azu_dht("get", identity(3).peer_id, "--log-json", "--bootstrap", peer.addrs[0])
+    assert (done.returncode, done.stdout) == (1, "")
+    (line,) = done.stderr.splitlines()
+    fields = json.loads(line)["fields"]
+    assert (fields["code"], "is no azu node" in fields["error"]) == ("not_azu", True)
+    assert 'calls itself "kubo/0.29\\x1b[2J"' in fields["error"]
+
+
+async def test_a_private_swarm(tmp_path: Path) -> None:
+    theirs, ours = tmp_path / "theirs.key", tmp_path / "ours.key"
+    for path in (theirs, ours):
+        write_new_swarm_key(path)
+    async with open_overlay(config(1, swarm_key=read_swarm_key(theirs))) as node:
+        error = await refusal(node.addrs[0])
+        assert (error.code, "with --swarm-key" in error.remedy) == ("private_swarm", True)
+        error = await refusal(node.addrs[0], swarm_key=ours)
+        assert (error.code, "swarm key" in error.message) == ("handshake_failed", True)
+        assert "Compare the file of --swarm-key" in error.remedy
+        async with visit(DhtSettings(bootstrap=node.addrs[:1], swarm_key=theirs)) as us:
+            assert us.connected_peers() == (node.peer_id,)
+
+
+async def test_several_addresses_are_told_one_by_one() -> None:
+    closed = f"/ip4/127.0.0.1/tcp/{free_port()}"
+    unknown = "/dns4/nowhere.invalid/tcp/4001"
+    error = await refusal(f"{closed}/p2p/{WANTED}", f"{unknown}/p2p/{WANTED}")
+    assert error.code == "bootstrap_unreachable"
+    assert error.message.index(closed) < error.message.index(unknown)
+    assert "4001" in error.remedy
+    assert "spelling" in error.remedy
+
+
+async def test_one_good_address_is_enough_and_is_found_again() -> None:
+    async with a_swarm() as swarm:
+        closed = f"/ip4/127.0.0.1/tcp/{free_port()}/p2p/{WANTED}"
+        settings = DhtSettings(bootstrap=(closed, swarm.address))
+        async with visit(settings) as us:
+            await us.disconnect(swarm.meeting_point.peer_id)
+            assert us.connected_peers() == ()
+            await rejoin(us, settings)
+            assert us.connected_peers() == (swarm.meeting_point.peer_id,)
+
+
+async def test_a_newcomer_knows_only_who_let_it_in() -> None:
+    now = int(time.time())
+    async with a_swarm(worker(1, now=now, addrs=()), worker(2, now=now, addrs=())) as swarm:
+        closed = f"/ip4/127.0.0.1/tcp/{free_port()}/p2p/{WANTED}"
+        async with visit(DhtSettings(bootstrap=(closed, swarm.address)), as_newcomer=True) as us:
+            assert us.connected_peers() == (swarm.meeting_point.peer_id,)
+            trace = await us.trace(b"any key")
+            assert len(trace.hops) == 3
+        with pytest.raises(NetworkError) as refused:
+            async with visit(DhtSettings(bootstrap=(closed,)), as_newcomer=True):
+                pytest.fail("it let us in")
+    assert refused.value.code == "nothing_listens"
+
+
+async def test_a_listener_that_floods_is_not_read_for_ever() -> None:
+    flood = b"x" * (1 << 24)
+    with a_listener() as (server, address):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(lambda: answer_all(server, flood, hang_up=False))
+            error = await refusal(address)
+            nursery.cancel_scope.cancel()
+    assert error.code == "not_libp2p"
+    assert len(error.message) < 400
