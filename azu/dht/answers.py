@@ -9,7 +9,7 @@ from azu.dht.lookups import Address, Found, Pings, Provider
 from azu.dht.peers import held_states
 from azu.dht.screen import Row
 from azu.dht.snapshot import Pong
-from azu.dht.text import clip, duration, is_relayed, milliseconds, printable, short_address, short_ids
+from azu.dht.text import duration, is_relayed, milliseconds, printable, short_address, short_ids
 from azu.records import CoordinatorRecord, WorkerRecord
 
 __all__ = [
@@ -91,7 +91,6 @@ def ping_summary(pings: Pings) -> str:
     """All pings together."""
     rtts = [each.rtt for each in pings.pongs if each is not None]
     lost = len(pings.pongs) - len(rtts)
-    agent = "an unknown program" if pings.identified is None else clip(printable(pings.identified.agent), 60)
     parts = [f"{len(pings.pongs)} {'ping' if len(pings.pongs) == 1 else 'pings'}, {lost} lost"]
     if rtts:
         mean = sum(rtts) / len(rtts)
@@ -99,15 +98,14 @@ def ping_summary(pings: Pings) -> str:
             f"{milliseconds(min(rtts))} at least, {milliseconds(mean)} mean, {milliseconds(max(rtts))} at most"
         )
     seconds = pings.connect_seconds
-    found = "connected since joining" if seconds is None else f"found and connected in {milliseconds(seconds)}"
-    return "; ".join((*parts, f"{found}, to {agent}"))
+    parts.append("connected since joining" if seconds is None else f"found and connected in {milliseconds(seconds)}")
+    return "; ".join(parts)
 
 
 def pings_document(pings: Pings) -> dict[str, Any]:
     """All pings; what was lost is null."""
     return {
         "peer_id": pings.peer_id,
-        "agent": None if pings.identified is None else pings.identified.agent,
         "connect_ms": None if pings.connect_seconds is None else round(pings.connect_seconds * 1000, 2),
         "pings": [
             None if each is None else {"rtt_ms": round(each.rtt * 1000, 2), "path": each.route} for each in pings.pongs

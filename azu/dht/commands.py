@@ -12,16 +12,15 @@ import trio
 
 from azu.config import DhtSettings
 from azu.dht import answers, lookups, names, tracing
-from azu.dht.advice import no_model, no_provider, nobody
 from azu.dht.coverage import models_of
-from azu.dht.models import LEGEND, models_document
-from azu.dht.pages import show_models, show_peers
-from azu.dht.peers import peers_document, summary
+from azu.dht.models import LEGEND, models_document, no_model, show_models
+from azu.dht.peers import nobody, peers_document, show_peers, summary
 from azu.dht.record import record_fields, record_title, records_document
 from azu.dht.screen import is_roomy, open_console, show_card, show_rows
 from azu.dht.snapshot import Pong
 from azu.dht.survey import survey
 from azu.dht.visit import visit
+from azu.errors import NetworkError
 
 __all__ = ["find", "get", "models", "peers", "ping", "providers", "trace"]
 
@@ -73,8 +72,6 @@ async def providers(settings: DhtSettings, model: str, *, wide: bool) -> None:
         found = await lookups.providers(overlay, digest)
     if settings.as_json:
         _print_json(answers.providers_document(found, digest))
-    elif not found:
-        click.echo(no_provider(digest))
     else:
         console = open_console()
         rows = answers.provider_rows(found, digest, time.time(), wide=wide or is_roomy(console))
@@ -106,6 +103,12 @@ async def ping(settings: DhtSettings, peer: str, *, count: int) -> None:
         _print_json(answers.pings_document(pings))
     else:
         click.echo(answers.ping_summary(pings))
+    if not any(pings.pongs):
+        raise NetworkError(
+            f"{pings.peer_id} took the connection, and answered no ping",
+            code="no_answer",
+            remedy="It hangs or is overloaded: look at its log",
+        )
 
 
 async def trace(settings: DhtSettings, key: str, *, as_member: bool, wide: bool) -> None:

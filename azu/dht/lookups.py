@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -11,9 +12,8 @@ import trio
 
 from azu.dht.kinds import KINDS, Kind, Standing, standing
 from azu.dht.names import as_digest, is_peer_id, match_model, match_peer, split_key
-from azu.dht.probe import Identified, identify, ping
 from azu.dht.snapshot import Pong
-from azu.dht.survey import LOOKUP_SECONDS, coordinators, dialable, ping_all
+from azu.dht.survey import LOOKUP_SECONDS, coordinators, dialable, ping, ping_all
 from azu.errors import AzuError, NetworkError
 from azu.overlay import Overlay
 from azu.records import Record
@@ -36,7 +36,6 @@ PARALLEL_PROVIDERS = 16  # of whom the records are asked for at once
 MAX_PROVIDERS = 1_000  # of one model; what a hostile DHT server can make us look for
 PING_SECONDS = 5.0
 PAUSE_SECONDS = 0.5  # between two pings
-IDENTIFY_SECONDS = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +75,6 @@ class Pings:
     """
 
     peer_id: str
-    identified: Identified | None
     connect_seconds: float | None
     pongs: tuple[Pong | None, ...]
 
@@ -131,7 +129,11 @@ async def whole_key(overlay: Overlay, text: str) -> str:
 
 
 async def providers(overlay: Overlay, digest: str) -> tuple[Provider, ...]:
-    """Who announced a model's manifest, with what each says of itself."""
+    """Who announced a model's manifest, with what each says of itself.
+
+    Raises:
+        NetworkError: nobody did.
+    """
     limit = trio.CapacityLimiter(PARALLEL_PROVIDERS)
     found: list[Provider] = []
 
@@ -142,6 +144,13 @@ async def providers(overlay: Overlay, digest: str) -> tuple[Provider, ...]:
             found.append(Provider(peer_id, records, tuple(dict.fromkeys(addresses))))
 
     peers = await overlay.providers(bytes.fromhex(digest), timeout=LOOKUP_SECONDS)
+    if not peers:
+        raise NetworkError(
+            f"nobody here has announced the manifest {digest}",
+            code="no_provider",
+            remedy="Look at `azu-dht models`. A coordinator announces its models within seconds of its start, and each "
+            "worker those of which it has layers",
+        )
     await _all(partial(ask, peer_id) for peer_id in peers[:MAX_PROVIDERS])
     return tuple(sorted(found, key=lambda each: each.peer_id))
 
@@ -166,20 +175,16 @@ async def ping_peer(overlay: Overlay, peer_id: str, count: int, tell: Callable[[
         NetworkError: its addresses are not known, or none of them answers.
     """
     seconds = None if overlay.is_connected(peer_id) else await _connect(overlay, peer_id)
-    try:
-        identified = await identify(overlay, peer_id, timeout=IDENTIFY_SECONDS)
-    except AzuError:  # only a name is lost
-        identified = None
     pongs: list[Pong | None] = []
     for number in range(1, count + 1):
         if pongs:
             await trio.sleep(PAUSE_SECONDS)
-        try:
-            pongs.append(await ping(overlay, peer_id, timeout=PING_SECONDS))
-        except NetworkError:
-            pongs.append(None)
-        tell(number, pongs[-1])
-    return Pings(peer_id, identified, seconds, tuple(pongs))
+        pong = None
+        with trio.move_on_after(PING_SECONDS), contextlib.suppress(NetworkError):  # either is a lost ping
+            pong = await ping(overlay, peer_id)
+        pongs.append(pong)
+        tell(number, pong)
+    return Pings(peer_id, seconds, tuple(pongs))
 
 
 async def _connect(overlay: Overlay, peer_id: str) -> float:
@@ -247,7 +252,7 @@ async def _no_record(overlay: Overlay, peer_id: str, kinds: Sequence[str]) -> Ne
         return NetworkError(
             f"{peer_id} is known here, but neither as a worker nor as a coordinator: bootstrap nodes have no record",
             code="no_record",
-            remedy=f"Run `azu-dht ping {peer_id}` for what it calls itself",
+            remedy=f"Run `azu-dht find {peer_id}` for its addresses, and `azu-dht peers` for workers and coordinators",
         )
     return _unknown(peer_id)
 

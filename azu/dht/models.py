@@ -1,24 +1,36 @@
-"""The models of a snapshot with their coverage, as cards for people and as a document for programs. Pure."""
+"""The models of a snapshot with their coverage, as cards for people and as a document for programs."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from rich.console import Console
 from rich.text import Text
 
 from azu.dht.coverage import STATES, ModelView, models_of
 from azu.dht.peers import left_out
+from azu.dht.screen import is_roomy, show_card
 from azu.dht.snapshot import Snapshot
 from azu.dht.text import clip, printable, short_digest, short_ids, spans
 
-__all__ = ["LEGEND", "coverage_bar", "model_fields", "model_title", "models_document"]
+__all__ = ["LEGEND", "coverage_bar", "model_fields", "model_title", "models_document", "no_model", "show_models"]
 
 LEGEND = "A digit stands for a layer: how many workers have it loaded. + ten or more, ~ being loaded, . nobody."
 _GROUP = 10  # layers between two spaces
 _LONGEST_ROW = 50  # layers in one line: easy to count in, and good for 80 columns
 _MOST_SPANS = 12
 _LONGEST_NAME = 100  # characters
+_CARD_INDENT = 14  # columns
 _STYLES = {".": "bold red", "~": "yellow", "1": "yellow"}
+
+
+def show_models(console: Console, snapshot: Snapshot, *, wide: bool) -> None:
+    """The models as cards."""
+    wide = wide or is_roomy(console)
+    for view in models_of(snapshot):
+        fields = model_fields(view, width=console.width - _CARD_INDENT, wide=wide)
+        show_card(console, model_title(view, wide=wide), fields)
 
 
 def model_title(view: ModelView, *, wide: bool) -> str:
@@ -61,6 +73,14 @@ def models_document(snapshot: Snapshot) -> dict[str, Any]:
     """Every model with its replicas by layer; ranges are [start, end)."""
     views = [_entry(view) for view in models_of(snapshot)]
     return {"models": views, **left_out(snapshot)}
+
+
+def no_model(bootstrap: Sequence[str]) -> str:
+    """Where nobody offers a model, or has layers of one."""
+    return (
+        "No coordinator here offers a model, and no worker holds layers of one.\n"
+        f"  to offer one:  azu-coordinator serve --bootstrap {bootstrap[0]} --model PATH_OR_HUB_ID"
+    )
 
 
 def _entry(view: ModelView) -> dict[str, Any]:

@@ -1,13 +1,15 @@
-"""The peers of a snapshot as rows for people, and as a document for programs. Pure."""
+"""The peers of a snapshot as a table for people, and as a document for programs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rich.console import Console
+
 from azu.dht.coverage import STATES, held_layers, names_of
-from azu.dht.screen import Row
+from azu.dht.screen import Row, is_roomy, show_rows
 from azu.dht.snapshot import Seen, Snapshot
 from azu.dht.text import (
     clip,
@@ -24,7 +26,7 @@ from azu.records import CoordinatorRecord, Record, WorkerRecord
 from azu.sizes import format_size
 from azu.tickets import MAX_STAGES
 
-__all__ = ["held_states", "left_out", "peer_rows", "peers_document", "summary"]
+__all__ = ["held_states", "left_out", "nobody", "peer_rows", "peers_document", "show_peers", "summary"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +42,11 @@ class _Style:
     agent: int | None = 24
     models: int | None = 4  # lines in one cell
     addresses: int | None = 1
+
+
+def show_peers(console: Console, snapshot: Snapshot, *, wide: bool) -> None:
+    """The peers as a table, or as cards; there must be one."""
+    show_rows(console, peer_rows(snapshot, wide=wide or is_roomy(console)), optional=("AGENT", "ADDRESSES"))
 
 
 def peer_rows(snapshot: Snapshot, *, wide: bool) -> list[Row]:
@@ -91,6 +98,32 @@ def summary(snapshot: Snapshot) -> str:
     if snapshot.silent:
         parts.append(f"{_count(snapshot.silent, 'peer')} announced without a record")
     return "; ".join([", ".join(parts[:2]), *parts[2:]])
+
+
+def nobody(snapshot: Snapshot, bootstrap: Sequence[str]) -> str:
+    """Where there is neither a worker nor a coordinator."""
+    if snapshot.clock_ahead is not None:
+        ahead = snapshot.clock_ahead
+        return (
+            f"Peers answer here, but their records {'have expired' if ahead > 0 else 'are dated in the future'}: this "
+            f"machine's clock is about {duration(abs(ahead))} {'ahead of' if ahead > 0 else 'behind'} theirs.\n"
+            "  to compare:  date -u\n"
+            "  to set it:   timedatectl set-ntp true"
+        )
+    lines = [
+        "This swarm has no workers and no coordinators right now.",
+        f"  to add a worker:       azu-node join {bootstrap[0]}",
+        f"  to add a coordinator:  azu-coordinator serve --bootstrap {bootstrap[0]} --model PATH_OR_HUB_ID",
+    ]
+    if snapshot.expired:
+        lines.append(
+            f"  Expired records left out: {snapshot.expired}. Those peers do not answer: they are gone, or cut off."
+        )
+    if snapshot.early:
+        lines.append(f"  Records dated in the future: {snapshot.early}. Compare this machine's clock: date -u")
+    if snapshot.silent:
+        lines.append(f"  Announced without a record: {snapshot.silent}. They are just starting, or gone.")
+    return "\n".join(lines)
 
 
 def _count(number: int, noun: str) -> str:

@@ -12,14 +12,13 @@ import trio
 
 from azu.config import DhtSettings
 from azu.dht.kinds import COORDINATOR, WORKER, Kind, standing
-from azu.dht.probe import ping
 from azu.dht.snapshot import Pong, Seen, Snapshot
 from azu.dht.visit import visit
 from azu.errors import AzuError, InputError
 from azu.overlay import Overlay, parse_peer_multiaddr
 from azu.records import CoordinatorRecord, Record
 
-__all__ = ["LOOKUP_SECONDS", "coordinators", "dialable", "look", "ping_all", "survey"]
+__all__ = ["LOOKUP_SECONDS", "coordinators", "dialable", "look", "ping", "ping_all", "survey"]
 
 PARALLEL_LOOKUPS = 16  # records asked for at once; each asks up to ten peers
 PARALLEL_PINGS = 64  # connections being made at once
@@ -142,6 +141,16 @@ async def _ping(overlay: Overlay, record: Record, limit: trio.CapacityLimiter, p
             try:
                 if addrs or overlay.is_connected(record.peer_id):
                     await overlay.connect(record.peer_id, addrs)
-                    pongs[record.peer_id] = await ping(overlay, record.peer_id, timeout=PING_SECONDS)
+                    pongs[record.peer_id] = await ping(overlay, record.peer_id)
             except AzuError:
                 return  # unreachable
+
+
+async def ping(overlay: Overlay, peer_id: str) -> Pong:
+    """One round trip to a peer that there is a connection to, over the best one.
+
+    Raises:
+        NetworkError: no answer.
+    """
+    rtt = await overlay.ping(peer_id)
+    return Pong(rtt, "direct" if overlay.is_direct(peer_id) else "relayed")

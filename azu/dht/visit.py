@@ -12,8 +12,6 @@ import trio
 
 from azu.config import DhtSettings
 from azu.dht.diagnosis import explain
-from azu.dht.probe import identify
-from azu.dht.text import clip, printable
 from azu.errors import AzuError, InputError, NetworkError
 from azu.overlay import Overlay, OverlayConfig, open_overlay, parse_peer_multiaddr
 from azu.overlay.dht import KAD
@@ -27,8 +25,8 @@ logger = logging.getLogger(__name__)
 AGENT = "azu-dht/0.1.0"
 SETTLE_SECONDS = 2.0  # for meeting the neighbours, from the first connection on
 SECOND_TRY_SECONDS = 5.0
-IDENTIFY_SECONDS = 3.0
 _POLL_SECONDS = 0.02
+_EMPTY_REFRESH_STEPS = 50  # in which py-libp2p's first refresh of the routing table finds nobody to ask
 
 
 @asynccontextmanager
@@ -69,7 +67,7 @@ async def rejoin(overlay: Overlay, settings: DhtSettings) -> None:
         with trio.move_on_after(SECOND_TRY_SECONDS):
             await overlay.bootstrap(settings.bootstrap)  # it may only be slow to say that it serves the DHT
         if not overlay.statistics().routing_table:
-            raise await _no_dht(overlay)
+            raise _no_dht(overlay)
 
 
 async def _arrive(overlay: Overlay, settings: DhtSettings) -> None:
@@ -89,12 +87,14 @@ async def _arrive(overlay: Overlay, settings: DhtSettings) -> None:
         if not overlay.connected_peers():
             raise NetworkError("no bootstrap node answered")
 
+    for _ in range(_EMPTY_REFRESH_STEPS):
+        await trio.lowlevel.checkpoint()
     await _enter(overlay, settings, connect_all)
     with trio.move_on_after(SECOND_TRY_SECONDS):
         while not overlay.peers_with(KAD):  # noqa: ASYNC110 - the overlay has no event for it
             await trio.sleep(_POLL_SECONDS)
     if not overlay.peers_with(KAD):
-        raise await _no_dht(overlay)
+        raise _no_dht(overlay)
 
 
 async def _enter(overlay: Overlay, settings: DhtSettings, enter: Callable[[], Awaitable[object]]) -> None:
@@ -120,23 +120,10 @@ async def _enter(overlay: Overlay, settings: DhtSettings, enter: Callable[[], Aw
         raise failed[0]
 
 
-async def _no_dht(overlay: Overlay) -> NetworkError:
+def _no_dht(overlay: Overlay) -> NetworkError:
     """Somebody let us in who knows nothing of the swarm."""
-    peer_id = next(iter(overlay.connected_peers()), "the peer")
-    try:
-        agent = (await identify(overlay, peer_id, timeout=IDENTIFY_SECONDS)).agent
-    except AzuError:
-        agent = ""
-    shown = clip(printable(agent), 60)
-    if agent.startswith("azu"):
-        return NetworkError(
-            f"{peer_id} ({shown}) answers, but serves no DHT",
-            code="no_dht",
-            remedy="Give the address of a bootstrap node, as `azu-bootstrap run` prints it",
-        )
-    called = f'calls itself "{shown}"' if shown else "does not say what it is"
     return NetworkError(
-        f"{peer_id} answers, but is no azu node: it serves no DHT that azu reads, and {called}",
-        code="not_azu",
-        remedy="Check address and port: another libp2p program runs there",
+        f"{', '.join(overlay.connected_peers()) or 'the peer'} answers, but serves no DHT",
+        code="no_dht",
+        remedy="Give the address of a bootstrap node, as `azu-bootstrap run` prints it",
     )

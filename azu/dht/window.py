@@ -8,11 +8,9 @@ import trio
 from rich.console import Console
 from rich.text import Text
 
-from azu.dht.advice import nobody
 from azu.dht.coverage import models_of
-from azu.dht.models import LEGEND
-from azu.dht.pages import show_models, show_peers
-from azu.dht.peers import summary
+from azu.dht.models import LEGEND, show_models
+from azu.dht.peers import nobody, show_peers, summary
 from azu.dht.snapshot import Snapshot
 from azu.dht.text import duration, printable
 from azu.errors import AzuError
