@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import socket
 import time
 from collections.abc import Iterator
@@ -14,12 +13,14 @@ import pytest
 import trio
 
 from azu.config import DhtSettings
+from azu.dht import diagnosis
+from azu.dht import visit as visit_module
 from azu.dht.visit import rejoin, visit
 from azu.errors import NetworkError
 from azu.overlay import host, open_overlay
 from azu.swarm_key import read_swarm_key, write_new_swarm_key
 from tests.dht.records import identity, worker
-from tests.dht.swarm import LIMIT, a_swarm, assert_refused, azu_dht, config
+from tests.dht.swarm import LIMIT, a_swarm, config
 
 WANTED = identity(7).peer_id
 
@@ -108,28 +109,19 @@ async def test_another_program_listens_there(greeting: bytes, code: str, words: 
 
 
 async def test_something_listens_there_that_never_says_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host, "CONNECT_SECONDS", 0.5)
+    monkeypatch.setattr(host, "CONNECT_SECONDS", 0.3)
+    monkeypatch.setattr(diagnosis, "_HELLO_SECONDS", 0.3)
     with a_listener() as (_, address):
         error = await refusal(address)
     assert (error.code, "takes connections, and does not answer" in error.message) == ("silent", True)
 
 
-@pytest.mark.swarm
-async def test_a_peer_that_serves_no_dht() -> None:
+async def test_a_peer_that_serves_no_dht(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(visit_module, "SECOND_TRY_SECONDS", 0.3)
     async with open_overlay(config(1, server=False)) as peer:
-        done = await azu_dht("peers", "--bootstrap", peer.addrs[0])
-    assert_refused(done, 1, peer.peer_id, "(azu/0.1.0) answers, but serves no DHT", "address of a bootstrap node")
-
-
-@pytest.mark.swarm
-async def test_a_peer_of_another_network() -> None:
-    async with open_overlay(config(1, server=False, agent="kubo/0.29\x1b[2J")) as peer:
-        done = await azu_dht("get", identity(3).peer_id, "--log-json", "--bootstrap", peer.addrs[0])
-    assert (done.returncode, done.stdout) == (1, "")
-    (line,) = done.stderr.splitlines()
-    fields = json.loads(line)["fields"]
-    assert (fields["code"], "is no azu node" in fields["error"]) == ("not_azu", True)
-    assert 'calls itself "kubo/0.29\\x1b[2J"' in fields["error"]
+        error = await refusal(peer.addrs[0])
+    assert (error.code, error.message) == ("no_dht", f"{peer.peer_id} answers, but serves no DHT")
+    assert "address of a bootstrap node" in error.remedy
 
 
 async def test_a_private_swarm(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import fcntl
 import json
 import os
 import pty
-import signal
 import struct
 import subprocess
 import termios
@@ -18,6 +17,8 @@ import pytest
 import trio
 
 from azu.overlay import open_overlay
+from tests.dht.conftest import Program
+from tests.dht.lively import COORDINATOR, GONE, HOSTILE, ME, Lively
 from tests.dht.records import MODEL, coordinator, held, identity, offer, worker
 from tests.dht.swarm import (
     EVIL,
@@ -26,8 +27,6 @@ from tests.dht.swarm import (
     ROOT,
     Swarm,
     a_swarm,
-    assert_refused,
-    azu_dht,
     config,
     publish,
     surroundings,
@@ -130,18 +129,17 @@ async def test_it_refreshes_scrolls_and_leaves_the_terminal_as_it_was() -> None:
 
 
 @pytest.mark.swarm
-async def test_it_scrolls_and_ctrl_c_ends_it() -> None:
-    async with a_swarm(worker(1, held(0, 12), now=int(time.time()), addrs=())) as swarm:
-        with on_a_terminal("--bootstrap", swarm.address, columns=60, lines=10) as terminal:
-            await terminal.wait_for("lines 1-7 of")
-            terminal.type(b"jj\x1b[B")
-            await terminal.wait_for("lines 4-10 of")
-            terminal.type(b"\x1b[Ak")
-            await terminal.wait_for("lines 2-8 of")
-            terminal.type(b"\x03")
-            assert await terminal.ended() == 130
-            await terminal.wait_for(SHOW_CURSOR)
-            assert terminal.attributes == terminal.before
+async def test_it_scrolls_and_ctrl_c_ends_it(lively: Lively) -> None:
+    with on_a_terminal("--bootstrap", lively.address, columns=60, lines=10) as terminal:
+        await terminal.wait_for("lines 1-7 of")
+        terminal.type(b"jj\x1b[B")
+        await terminal.wait_for("lines 4-10 of")
+        terminal.type(b"\x1b[Ak")
+        await terminal.wait_for("lines 2-8 of")
+        terminal.type(b"\x03")
+        assert await terminal.ended() == 130
+        await terminal.wait_for(SHOW_CURSOR)
+        assert terminal.attributes == terminal.before
 
 
 @pytest.mark.swarm
@@ -159,9 +157,13 @@ async def test_the_swarm_goes_away_and_comes_back() -> None:
             assert await terminal.ended() == 0
 
 
-async def test_a_pipe_and_a_dumb_terminal_are_refused() -> None:
+def test_a_pipe_is_refused(program: Program) -> None:
+    said = program.refusal(2, "watch")
+    assert ("not a terminal" in said, "--json" in said) == (True, True)
+
+
+async def test_a_dumb_terminal_is_refused() -> None:
     address = f"/ip4/127.0.0.1/tcp/1/p2p/{identity(1).peer_id}"
-    assert_refused(await azu_dht("watch", "--bootstrap", address), 2, "not a terminal", "--json")
     with on_a_terminal("--bootstrap", address, TERM="dumb") as terminal:
         assert await terminal.ended() == 2
         await terminal.wait_for("--json")
@@ -178,38 +180,23 @@ async def test_nobody_answers_at_the_start() -> None:
 
 
 @pytest.mark.swarm
-async def test_json_is_a_document_a_line() -> None:
-    now = int(time.time())
-    async with a_swarm(worker(1, held(0, 12), now=now, addrs=()), coordinator(2, offer(), now=now)) as swarm:
-        words = ("watch", "--json", "--interval", "1", "--bootstrap", swarm.address)
-        with trio.fail_after(LIMIT):
-            process = await trio.lowlevel.open_process(
-                [PROGRAM, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, env=surroundings()
-            )
-            text = b""
-            assert process.stdout is not None
-            while text.count(b"\n") < 3:
-                text += await process.stdout.receive_some()
-            mine = visitors(swarm)
-            process.send_signal(signal.SIGTERM)
-            assert await process.wait() == 0
-            assert process.stderr is not None
-            assert b"Traceback" not in await process.stderr.receive_some()
-    assert len(mine) == 1
-    documents = [json.loads(line) for line in text.splitlines()[:3]]
-    assert documents[0]["taken_at"] < documents[1]["taken_at"] < documents[2]["taken_at"]
-    for document in documents:
+async def test_json_is_a_document_a_line_until_nobody_reads_it(lively: Lively) -> None:
+    words = ("watch", "--json", "--interval", "1", "--bootstrap", lively.address)
+    with trio.fail_after(LIMIT):
+        process = await trio.lowlevel.open_process(
+            [PROGRAM, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, env=surroundings()
+        )
+        text = b""
+        assert process.stdout is not None
+        while text.count(b"\n") < 2:
+            text += await process.stdout.receive_some()
+        await process.stdout.aclose()
+        await process.wait()
+        assert process.stderr is not None
+        assert await process.stderr.receive_some() == b""
+    first, second = (json.loads(line) for line in text.splitlines()[:2])
+    assert first["taken_at"] < second["taken_at"]
+    for document in (first, second):
         assert document["error"] is None
-        assert {each["peer_id"] for each in document["peers"]} == {identity(1).peer_id, identity(2).peer_id}
+        assert {each["peer_id"] for each in document["peers"]} == {ME, COORDINATOR, HOSTILE, GONE}
         assert document["models"][0]["missing"] == [{"start": 12, "end": 30}]
-
-
-@pytest.mark.swarm
-async def test_whoever_reads_the_json_may_stop() -> None:
-    async with a_swarm() as swarm:
-        command = f"{PROGRAM} watch --json --interval 1 --bootstrap {swarm.address} | head -n 1"
-        with trio.fail_after(LIMIT):
-            done = await trio.run_process(["sh", "-c", command], capture_stdout=True, capture_stderr=True)
-    assert json.loads(done.stdout)["peers"] == []
-    assert b"Traceback" not in done.stderr
-    assert b"bug" not in done.stderr
