@@ -14,7 +14,7 @@ from azu.config import DhtSettings
 from azu.dht import answers, lookups, names, tracing
 from azu.dht.coverage import models_of
 from azu.dht.models import LEGEND, models_document, no_model, show_models
-from azu.dht.peers import nobody, peers_document, show_peers, summary
+from azu.dht.peers import nobody, peers_document, show_peers, summary, way_in
 from azu.dht.record import record_fields, record_title, records_document
 from azu.dht.screen import is_roomy, open_console, show_card, show_rows
 from azu.dht.snapshot import Pong
@@ -31,7 +31,7 @@ async def peers(settings: DhtSettings, *, wide: bool) -> None:
     if settings.as_json:
         _print_json(peers_document(snapshot))
     elif snapshot.is_empty:
-        click.echo(nobody(snapshot, settings.bootstrap))
+        click.echo(nobody(snapshot, way_in(settings)))
     else:
         console = open_console()
         show_peers(console, snapshot, wide=wide)
@@ -44,9 +44,9 @@ async def models(settings: DhtSettings, *, wide: bool) -> None:
     if settings.as_json:
         _print_json(models_document(snapshot))
     elif snapshot.is_empty:
-        click.echo(nobody(snapshot, settings.bootstrap))
+        click.echo(nobody(snapshot, way_in(settings)))
     elif not models_of(snapshot):
-        click.echo(no_model(settings.bootstrap))
+        click.echo(no_model(way_in(settings)))
     else:
         show_models(open_console(), snapshot, wide=wide)
         click.echo(f"{LEGEND}\n{summary(snapshot)}")

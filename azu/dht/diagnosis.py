@@ -122,7 +122,7 @@ def _foreign(place: str, greeting: bytes) -> _Finding:
             f"{_CHECK_PORT}. If it is right, that node hangs, or turns this machine away",
         )
     try:
-        said = clip(printable(greeting.decode().strip()), 60)
+        said = clip(printable(greeting.decode().strip().partition("\n")[0].rstrip()), 60)
     except UnicodeDecodeError:  # a private swarm's node begins with 24 random bytes
         return _Finding(
             "private_swarm",
@@ -146,7 +146,9 @@ async def _try_peer(overlay: Overlay, target: PeerAddress, has_key: bool) -> _Fi
                 f"If you trust it all the same, give {target.address}/p2p/{found}. A node that lost its identity.key "
                 "comes back under another peer id",
             )
-        remedy = "Compare the file of --swarm-key with that node's, and check the port" if has_key else _RETRY
+        remedy = _RETRY
+        if has_key:
+            remedy = "Compare the file of --swarm-key with that node's; leave it out where that swarm is public"
         what = f"{target.address} answers, and then fails ({printable(error.message)})"
         return _Finding("handshake_failed", what, remedy)
     return _Finding("bootstrap_unreachable", f"{target.address} did not answer at first, and does now", _RETRY)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
@@ -75,11 +74,11 @@ def models_document(snapshot: Snapshot) -> dict[str, Any]:
     return {"models": views, **left_out(snapshot)}
 
 
-def no_model(bootstrap: Sequence[str]) -> str:
-    """Where nobody offers a model, or has layers of one."""
+def no_model(way_in: str) -> str:
+    """What to advise where nobody offers a model, or has layers of one."""
     return (
         "No coordinator here offers a model, and no worker holds layers of one.\n"
-        f"  to offer one:  azu-coordinator serve --bootstrap {bootstrap[0]} --model PATH_OR_HUB_ID"
+        f"  to offer one:  azu-coordinator serve --bootstrap {way_in} --model PATH_OR_HUB_ID"
     )
 
 

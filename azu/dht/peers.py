@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
 
+from azu.config import DhtSettings
 from azu.dht.coverage import STATES, held_layers, names_of
 from azu.dht.screen import Row, is_roomy, show_rows
 from azu.dht.snapshot import Seen, Snapshot
@@ -26,7 +27,7 @@ from azu.records import CoordinatorRecord, Record, WorkerRecord
 from azu.sizes import format_size
 from azu.tickets import MAX_STAGES
 
-__all__ = ["held_states", "left_out", "nobody", "peer_rows", "peers_document", "show_peers", "summary"]
+__all__ = ["held_states", "left_out", "nobody", "peer_rows", "peers_document", "show_peers", "summary", "way_in"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +101,14 @@ def summary(snapshot: Snapshot) -> str:
     return "; ".join([", ".join(parts[:2]), *parts[2:]])
 
 
-def nobody(snapshot: Snapshot, bootstrap: Sequence[str]) -> str:
-    """Where there is neither a worker nor a coordinator."""
+def way_in(settings: DhtSettings) -> str:
+    """What to type after --bootstrap to join the same swarm."""
+    key = "" if settings.swarm_key is None else f" --swarm-key {settings.swarm_key}"
+    return f"{settings.bootstrap[0]}{key}"
+
+
+def nobody(snapshot: Snapshot, way_in: str) -> str:
+    """What to say, and to advise, where there is neither a worker nor a coordinator."""
     if snapshot.clock_ahead is not None:
         ahead = snapshot.clock_ahead
         return (
@@ -112,8 +119,8 @@ def nobody(snapshot: Snapshot, bootstrap: Sequence[str]) -> str:
         )
     lines = [
         "This swarm has no workers and no coordinators right now.",
-        f"  to add a worker:       azu-node join {bootstrap[0]}",
-        f"  to add a coordinator:  azu-coordinator serve --bootstrap {bootstrap[0]} --model PATH_OR_HUB_ID",
+        f"  to add a worker:       azu-node join {way_in}",
+        f"  to add a coordinator:  azu-coordinator serve --bootstrap {way_in} --model PATH_OR_HUB_ID",
     ]
     if snapshot.expired:
         lines.append(

@@ -22,7 +22,7 @@ import trio
 
 from azu.config import DhtSettings
 from azu.dht.models import models_document
-from azu.dht.peers import peers_document
+from azu.dht.peers import peers_document, way_in
 from azu.dht.screen import open_console
 from azu.dht.snapshot import Snapshot
 from azu.dht.survey import look
@@ -59,7 +59,7 @@ async def watch(settings: DhtSettings, *, interval: float) -> None:
             remedy="Run it in a terminal, or add --json for one JSON document a line",
         )
     async with visit(settings) as overlay:
-        window = Window(console, settings.bootstrap, interval)
+        window = Window(console, way_in(settings), interval)
         with _keyboard() as keyboard, console.screen(hide_cursor=True) as screen:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_refresh, overlay, settings, interval, window.show, window.tell)

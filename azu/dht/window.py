@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import trio
 from rich.console import Console
 from rich.text import Text
@@ -23,10 +21,10 @@ _HEADER_LINES = 3
 class Window:
     """The picture as of now. `changed` is set when there is something new to draw, and replaced each time."""
 
-    def __init__(self, console: Console, bootstrap: Sequence[str], interval: float) -> None:
+    def __init__(self, console: Console, way_in: str, interval: float) -> None:
         self.changed = trio.Event()
         self._console = console
-        self._bootstrap = bootstrap
+        self._way_in = way_in
         self._interval = interval
         self._snapshot: Snapshot | None = None
         self._error: AzuError | None = None
@@ -93,7 +91,7 @@ class Window:
     def _rendered(self, snapshot: Snapshot) -> list[str]:
         with self._console.capture() as captured:
             if snapshot.is_empty:
-                self._console.print(Text(nobody(snapshot, self._bootstrap)))
+                self._console.print(Text(nobody(snapshot, self._way_in)))
             else:
                 show_peers(self._console, snapshot, wide=False)
                 if models_of(snapshot):

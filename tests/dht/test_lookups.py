@@ -72,7 +72,7 @@ async def test_a_clock_that_is_wrong_hides_everybody(ahead: int, said: str) -> N
     document = peers_document(found)
     assert abs(document["clock_ahead_s"] - ahead) < LIMIT
     assert (document["peers"], document["expired"], document["early"]) == ([], *((2, 0) if ahead > 0 else (0, 2)))
-    text = nobody(found, ("/ip4/192.0.2.1/tcp/4001/p2p/12D3KooWX",))
+    text = nobody(found, "/ip4/192.0.2.1/tcp/4001/p2p/12D3KooWX")
     assert f"Peers answer here, but their records {said}" in text
     assert f"min {'ahead of' if ahead > 0 else 'behind'} theirs" in text
     assert "timedatectl set-ntp true" in text

@@ -13,7 +13,7 @@ from azu.errors import NetworkError
 from tests.dht.records import MODEL, NOW, coordinator, held, identity, offer, snapshot, worker
 from tests.dht.swarm import EVIL
 
-BOOTSTRAP = ("/ip4/192.0.2.1/tcp/4001/p2p/12D3KooWX",)
+WAY_IN = "/ip4/192.0.2.1/tcp/4001/p2p/12D3KooWX --swarm-key swarm.key"
 CROWD = snapshot(*(worker(number, held(0, 12), device=EVIL) for number in range(1, 31)), coordinator(99, offer()))
 
 
@@ -32,7 +32,7 @@ def terminal_type(monkeypatch: pytest.MonkeyPatch) -> None:
 def window(columns: int = 120, lines: int = 20, shown: Snapshot | None = CROWD) -> Window:
     console = open_console(Terminal())
     console.size = (columns, lines)  # type: ignore[assignment]
-    made = Window(console, BOOTSTRAP, 5.0)
+    made = Window(console, WAY_IN, 5.0)
     if shown is not None:
         made.show(shown)
     return made
@@ -94,7 +94,7 @@ def test_before_the_first_answer_and_in_an_empty_swarm() -> None:
     assert lines_of(window(shown=None))[1] == "asking the swarm ..."
     text = "\n".join(lines_of(window(shown=snapshot())))
     assert "no workers and no coordinators" in text
-    assert f"azu-node join {BOOTSTRAP[0]}" in text
+    assert f"azu-node join {WAY_IN}" in text
 
 
 def test_another_width_is_laid_out_anew() -> None:
