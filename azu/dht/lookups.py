@@ -199,7 +199,7 @@ async def _connect(overlay: Overlay, peer_id: str) -> float:
             f"{peer_id} is known, but does not answer at {', '.join(addresses)} ({why})",
             code=error.code if error.code == "wrong_peer" else "no_answer",
             remedy="It is off or restarting, or a firewall or NAT is between it and this machine and no relay helps; "
-            "others forget it 60 s after its last sign of life",
+            "its record expires 60 s after its last sign of life",
         ) from error
     return trio.current_time() - started
 

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import time
 from contextlib import AsyncExitStack
+from pathlib import Path
 
 import pytest
+import trio
 
 from azu.config import DhtSettings
+from azu.dht import commands, lookups
 from azu.dht.peers import nobody, peers_document
 from azu.dht.survey import look
 from azu.dht.visit import visit
+from azu.errors import NetworkError
+from azu.overlay import OverlayStream
 from tests.dht.conftest import Program
 from tests.dht.lively import (
     COORDINATOR,
@@ -138,6 +143,26 @@ def test_pings_without_an_answer(program: Program, lively: Lively) -> None:
     assert f"{GONE} is known, but does not answer at {lively.addrs[GONE][0]}" in gone
     assert f"nobody in this swarm knows {STRANGER}" in program.refusal(1, "ping", STRANGER)
     assert "peers that are announced here has an id that ends in zzzzzzzz" in program.refusal(2, "ping", "zzzzzzzz")
+
+
+async def test_a_peer_that_answers_no_ping(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    async def hang(stream: OverlayStream) -> None:
+        await trio.sleep_forever()
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(lookups, "PING_SECONDS", 0.2)
+    monkeypatch.setattr(lookups, "PAUSE_SECONDS", 0.0)
+    async with a_swarm() as swarm:
+        swarm.meeting_point.handle("/ipfs/ping/1.0.0", hang)
+        settings = DhtSettings(bootstrap=(swarm.address,))
+        with pytest.raises(NetworkError) as refused:
+            await commands.ping(settings, swarm.meeting_point.peer_id, count=2)
+    first, second, summary = capsys.readouterr().out.splitlines()
+    assert (first, second) == ("  1  no answer", "  2  no answer")
+    assert summary.startswith("2 pings, 2 lost; connected")
+    assert (refused.value.code, bool(refused.value.remedy)) == ("no_answer", True)
 
 
 def test_traces(program: Program, lively: Lively) -> None:
