@@ -51,8 +51,9 @@ class Swarm:
 
 
 def surroundings() -> dict[str, str]:
-    """This process's environment without any azu setting."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("AZU_")}
+    """This process's environment without azu's settings, nor a size of the terminal, which some test runners set."""
+    ours = (name for name in os.environ if not name.startswith("AZU_") and name not in ("COLUMNS", "LINES"))
+    return {name: os.environ[name] for name in ours}
 
 
 async def azu_dht(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:

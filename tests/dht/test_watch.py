@@ -61,13 +61,17 @@ class Terminal:
         os.write(self._master, keys)
 
     async def wait(self, condition: Callable[[], object]) -> None:
-        with trio.fail_after(LIMIT):
+        """Take what it writes until the condition holds, or until it has ended and written all."""
+        with trio.move_on_after(LIMIT):
             while not condition():
-                await trio.sleep(0.02)
+                is_over = self.process.poll() is not None
                 try:
                     self.shown += os.read(self._master, 1 << 16).decode(errors="replace")
                 except BlockingIOError:
-                    continue
+                    if is_over:
+                        break
+                    await trio.sleep(0.02)
+        assert condition(), self.shown[-2_000:]
 
     async def wait_for(self, text: str, after: int = 0) -> None:
         await self.wait(lambda: text in self.shown[after:])
