@@ -184,4 +184,6 @@ def test_traces(program: Program, lively: Lively) -> None:
     assert {hop["path"] for hop in member["hops"]} == {0, 1, 2}
     digest = program.document("trace", MANIFEST.upper(), "--as-member")
     assert (digest["key"], digest["asked_for"]) == ("1220" + MANIFEST, MANIFEST.upper())
+    record = program.document("trace", f"/azu-worker/{ME[-8:]}")
+    assert (record["asked_for"], bytes.fromhex(record["key"])) == (f"/azu-worker/{ME}", f"/azu-worker/{ME}".encode())
     assert "is not a peer id" in program.refusal(2, "trace", "!")
