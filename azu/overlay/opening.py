@@ -18,7 +18,7 @@ from libp2p.peer.id import ID
 from libp2p.peer.peerstore import PeerStore
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
 from libp2p.security.noise.transport import Transport as NoiseTransport
-from libp2p.tools.anyio_service import background_trio_service
+from libp2p.tools.anyio_service import Service, background_trio_service
 from multiaddr import Multiaddr
 
 from azu.errors import InputError, InternalError, NetworkError
@@ -71,7 +71,7 @@ class OverlayConfig:
 async def open_overlay(config: OverlayConfig) -> AsyncIterator[Overlay]:
     """Start host and DHT, and end them with all their tasks, connections and listeners on the way out.
 
-    Safe to cancel; leaving takes about 2 s at most.
+    Safe to cancel: it works until the body has ended. Leaving then takes about 2 s at most.
 
     Raises:
         InputError: a bad seed or listen address. NetworkError: a listen address is taken.
@@ -88,13 +88,13 @@ async def open_overlay(config: OverlayConfig) -> AsyncIterator[Overlay]:
     addresses.found = lambda: traversal.addresses
     from_body: Exception | None = None
     try:
-        async with background_trio_service(swarm):
+        async with _running(swarm):
             try:
                 with mapped(f"listen on {', '.join(config.listen)}", "Choose another port or address"):
                     _refuse_taken(listen)
                     if listen and not await swarm.listen(*listen):
                         raise OSError("the address is not this machine's, or the port needs privileges")
-                async with background_trio_service(overlay._dht.service), trio.open_nursery() as nursery:
+                async with _running(overlay._dht.service), trio.open_nursery() as nursery:
                     nursery.start_soon(traversal.run)
                     try:
                         yield overlay
@@ -118,6 +118,27 @@ async def open_overlay(config: OverlayConfig) -> AsyncIterator[Overlay]:
             raise
     if from_body is not None:
         raise from_body
+
+
+@asynccontextmanager
+async def _running(service: Service) -> AsyncIterator[None]:
+    """Keep a service of libp2p's running until the body has ended, also while it ends because it is cancelled: a
+    node that leaves still has something to say.
+    """
+    ended = trio.Event()
+
+    async def run(*, task_status: trio.TaskStatus[None]) -> None:
+        with trio.CancelScope(shield=True):
+            async with background_trio_service(service):
+                task_status.started()
+                await ended.wait()
+
+    async with trio.open_nursery() as nursery:
+        await nursery.start(run)
+        try:
+            yield
+        finally:
+            ended.set()
 
 
 def _refuse_taken(listen: Sequence[Multiaddr]) -> None:

@@ -14,7 +14,7 @@ import trio
 import trio.testing
 
 from azu.errors import InputError, NetworkError
-from azu.overlay import open_overlay
+from azu.overlay import Overlay, open_overlay
 from tests.overlay.conftest import LIMIT, config, echo, receive_exactly
 
 ROOT = Path(__file__).parents[2]
@@ -159,6 +159,23 @@ async def test_errors_from_the_body_come_out_as_they_are() -> None:
             nursery.start_soon(trio.sleep_forever)
             await trio.testing.wait_all_tasks_blocked(0.05)
             scope.cancel()
+
+
+async def test_a_body_that_is_cancelled_can_still_say_goodbye(pair: tuple[Overlay, Overlay]) -> None:
+    server, _ = pair
+    answered: list[bytes] = []
+    with trio.CancelScope() as scope:
+        async with open_overlay(config(5)) as node:
+            await node.connect(server.peer_id, server.addrs)
+            try:
+                scope.cancel()
+                await trio.sleep_forever()
+            finally:
+                with trio.CancelScope(shield=True):
+                    async with await node.open_stream(server.peer_id, "/test/echo") as stream:
+                        await stream.send_all(b"goodbye")
+                        answered.append(await stream.receive_some())
+    assert answered == [b"goodbye"]
 
 
 async def test_leaving_by_cancellation_frees_the_port_and_all_tasks() -> None:
