@@ -46,6 +46,7 @@ _PROTOCOLS = (CONTROL_PROTOCOL, LAYERS_PROTOCOL, JOB_PROTOCOL, RING_PROTOCOL)
 # A record outlives three refreshes, so that one lost in the network does not make a worker vanish.
 _REFRESH_S = 15.0
 _RECORD_LIFE_S = 60
+_RETRY_S = 1.0  # where nobody took it, as before the swarm is joined
 # Provider records live for 48 hours; this renews them long before, also at nodes that joined since.
 _PROVIDE_S = 600.0
 _MAX_ADDRS = 16
@@ -148,16 +149,18 @@ class Worker:
     async def _advertise(self) -> None:
         while True:
             self._changed = trio.Event()  # before the record is made: what changes while it travels is news again
-            await self._publish(self.record())
-            with trio.move_on_after(_REFRESH_S):
+            is_published = await self._publish(self.record())
+            with trio.move_on_after(_REFRESH_S if is_published else _RETRY_S):
                 await self._changed.wait()
 
-    async def _publish(self, record: bytes) -> None:
+    async def _publish(self, record: bytes) -> bool:
         try:
             await self._overlay.put_record(worker_key(self._identity.peer_id), record)
         except AzuError as error:
             level = logging.DEBUG if isinstance(error, NetworkError) else logging.WARNING
             log(logger, level, "record not published", reason=str(error))
+            return False
+        return True
 
     async def _provide(self) -> None:
         """Make this worker findable: as a worker, and as a holder of the models that it has layers of."""
