@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 _FIRST_RETRY_S = 1.0
 _LAST_RETRY_S = 60.0
 _CHECK_S = 5.0
+_NOTE_S = 30.0  # how often the peers met are written down, after the first time
 _FEW = 3  # with fewer peers than these, bootstrap nodes are dialled now and then, or a swarm once split stays so
 _REJOIN_S = 60.0
 _SAMPLE = 8  # remembered peers that are dialled at once
@@ -46,10 +47,12 @@ async def stay_joined(
     pause = _FIRST_RETRY_S
     joined = False
     retried_at = trio.current_time()
+    noted_at = -_NOTE_S
     while True:
         # Before the first join a connection is no sign of it: a peer may have dialled us.
         if joined and overlay.connected_peers():
-            if book is not None:
+            if book is not None and trio.current_time() >= noted_at + _NOTE_S:
+                noted_at = trio.current_time()
                 book.note(overlay.servers())
             if len(overlay.connected_peers()) < _FEW and trio.current_time() >= retried_at + _REJOIN_S:
                 retried_at = trio.current_time()

@@ -47,8 +47,8 @@ _PROTOCOLS = (CONTROL_PROTOCOL, LAYERS_PROTOCOL, JOB_PROTOCOL, RING_PROTOCOL)
 _REFRESH_S = 15.0
 _RECORD_LIFE_S = 60
 _RETRY_S = 1.0  # where nobody took it, as before the swarm is joined
-# Provider records live for 48 hours; this renews them long before, also at nodes that joined since.
-_PROVIDE_S = 600.0
+# Provider records live for 48 hours; this renews them at nodes that joined since, in place of those that have left.
+_PROVIDE_S = 120.0
 _MAX_ADDRS = 16
 # Layers that could not be loaded are not tried again for this long: the coordinator gives them to somebody else.
 _AFTER_FAILURE_S = 60.0

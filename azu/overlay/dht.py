@@ -41,6 +41,8 @@ MAX_KEY_BYTES = 128  # go-libp2p's bound
 MAX_RECORDS = 8192  # values a server keeps: 128 MiB at worst
 MAX_PROVIDED_KEYS = 65_536  # keys whose providers a server keeps
 STORE_SECONDS = 15.0  # a put or a provide, all peers together
+PLACES_SECONDS = 60.0  # how long a record that is refreshed goes to the same peers, without a look-up for each refresh
+MAX_PLACES = 64  # keys for which those are remembered; a node puts one or two of its own
 KAD = str(PROTOCOL_ID)
 QUORUM = 5  # peers with a record or providers, after which a look-up ends: they are on several disjoint paths
 MAX_ANSWER_BYTES = 256 * 1024  # 20 peers and as many providers, each with its addresses, and a record
@@ -110,6 +112,7 @@ class Dht:
             max_peers_per_subnet=PEERS_PER_SUBNET,
         )
         self._bound_providers()
+        self._places: dict[bytes, tuple[float, list[ID]]] = {}  # until when, and the peers that took the last value
         self._provided: deque[float] = deque(maxlen=PROVIDES_PER_WINDOW)
         self._provide_turn = trio.Lock()
 
@@ -160,8 +163,15 @@ class Dht:
             if await self.service.value_store._store_at_peer(peer, raw, value):
                 stored.append(peer)
 
+        until, places = self._places.pop(raw, (0.0, []))
         with trio.move_on_after(STORE_SECONDS):
-            await _each(store, await self._closest(raw))
+            if trio.current_time() < until:
+                await _each(store, places)
+            if len(stored) <= len(places) // 2:  # most of them are gone, or there are none yet
+                until = trio.current_time() + PLACES_SECONDS
+                await _each(store, [peer for peer in await self._closest(raw) if peer not in stored])
+        if len(stored) >= K // 2 and len(self._places) < MAX_PLACES:  # in a smaller swarm a look-up costs little
+            self._places[raw] = until, stored
         if not stored:
             raise NetworkError(
                 f"no peer stored the record {key}",

@@ -101,6 +101,29 @@ async def test_put_alone_says_that_nobody_stored_it() -> None:
             await node.provide(bytes(32))
 
 
+async def test_a_renewal_goes_where_the_record_is(swarm: Swarm, monkeypatch: pytest.MonkeyPatch) -> None:
+    lookups: list[bytes] = []
+    closest = dht.Dht._closest
+
+    async def count(self: dht.Dht, raw: bytes) -> Any:
+        lookups.append(raw)
+        return await closest(self, raw)
+
+    monkeypatch.setattr(dht.Dht, "_closest", count)
+    with trio.fail_after(LIMIT):
+        async with swarm(dht.K // 2 + 2) as (first, node, *others):
+            await node.put_record(KEY, b"1:x")
+            lookups.clear()
+            await node.put_record(KEY, b"2:x")
+            assert not lookups
+            assert {_held(each) for each in (first, *others)} == {b"2:x"}
+            for each in others[len(others) // 3 :]:
+                await each._close()
+            await node.put_record(KEY, b"3:x")
+            assert lookups == [KEY.encode()], "it did not look for others when most of them were gone"
+            assert _held(first) == b"3:x"
+
+
 async def test_providers_are_deduplicated(swarm: Swarm) -> None:
     with trio.fail_after(LIMIT):
         async with swarm(5) as nodes:
@@ -149,6 +172,10 @@ async def _send(source: Overlay, target: Overlay, key: str, value: bytes) -> boo
 def _stored(node: Overlay) -> dict[bytes, Any]:
     store: dict[bytes, Any] = node._dht.service.value_store.store
     return store
+
+
+def _held(node: Overlay) -> bytes:
+    return bytes(node._dht.service.value_store.get(KEY.encode()).value)
 
 
 def _forged(node: Overlay, key: str, value: bytes) -> Any:
