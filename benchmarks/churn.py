@@ -177,11 +177,14 @@ class Churn:
         holders = {
             each.peer_id for each in self.living if each.held == target.held and each.joined_at < target.joined_at
         }
+        fault, seconds, named = "", 0.0, ()
         try:
             fault, seconds = await asker.home.ask("record", asker.peer_id, target.peer_id)
             named = await asker.home.ask("providers", asker.peer_id, bytes.fromhex(model(target.held).digest))
-        except (GoneError, NetworkError):
-            return  # the asker is gone
+        except GoneError:
+            return
+        except NetworkError as error:
+            fault = error.message
         now = trio.current_time()
         if target.ended_at is not None or asker.ended_at is not None:
             return
@@ -195,12 +198,16 @@ class Churn:
             self.result.provided.append(len(holders & {*named, asker.peer_id}) / len(holders))
 
     async def settle(self, seconds: float) -> None:
-        """Wait until the coordinator sees all that live and nobody else, or for `seconds`."""
+        """Wait until the coordinator's view is right, or for `seconds`."""
         self.result.is_settled = False
         with trio.move_on_after(seconds):
-            while self._seen() != {each.peer_id for each in self.living}:  # noqa: ASYNC110 - a view has no event for it
+            while not self._is_right(self._seen()):  # noqa: ASYNC110 - a view has no event for it
                 await trio.sleep(_GLANCE_S)
             self.result.is_settled = True
+
+    def _is_right(self, seen: set[str]) -> bool:
+        """Whether it is all that live and no other; who was joining when the time was up may be there or not."""
+        return all((each.peer_id in seen) is (each.ended_at is None) for each in self.result.members)
 
     def _seen(self) -> set[str]:
         return {worker.peer_id for worker in self._view.workers()}

@@ -69,8 +69,9 @@ class Process:
 
     def kill(self, *, freeze: bool = False) -> None:
         """End it without a word by SIGKILL; or freeze it by SIGSTOP: the kernel takes connections, nobody answers."""
-        os.kill(self._process.pid or 0, signal.SIGSTOP if freeze else signal.SIGKILL)
+        assert self._process.pid is not None
         self._end()
+        os.kill(self._process.pid, signal.SIGSTOP if freeze else signal.SIGKILL)
 
     def _end(self) -> None:
         self._gone = True
@@ -83,7 +84,7 @@ class Process:
             try:
                 number, result, fault = self._pipe.recv()
             except (EOFError, OSError):
-                self._end()
+                assert self._gone, "a process ended by itself; its error is above"
                 return
             if number in self._waiting:
                 self._answers[number] = result, fault

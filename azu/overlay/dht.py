@@ -203,7 +203,7 @@ class Dht:
         store = self.service.provider_store
         async with self._provide_turn:
             if len(self._provided) == PROVIDES_PER_WINDOW:
-                await trio.sleep(self._provided[0] + PROVIDE_WINDOW - trio.current_time())
+                await trio.sleep_until(self._provided[0] + PROVIDE_WINDOW)
             self._provided.append(trio.current_time())
         done = False
         with mapped("announce content"), trio.move_on_after(STORE_SECONDS):

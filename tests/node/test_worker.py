@@ -14,7 +14,7 @@ import trio
 
 from azu.channel import Channel, RefusedError
 from azu.distribution import LayerServer, Library
-from azu.errors import AzuError, InputError, ModelError
+from azu.errors import AzuError, InputError, ModelError, NetworkError
 from azu.overlay import Overlay
 from azu.records import WorkerRecord, open_worker_record
 from azu.tickets import Assignment, sign_assignment
@@ -217,3 +217,18 @@ async def test_a_record_that_nobody_takes_ends_nothing(
     scene.worker._changed.set()
     await trio.sleep(0.1)
     assert (await scene.record()).peer_id == scene.overlay.peer_id
+
+
+async def test_a_record_that_nobody_took_is_offered_again_soon(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    offered: list[bytes] = []
+
+    async def refuse(key: str, record: bytes) -> None:
+        offered.append(record)
+        raise NetworkError("no peer stored it", code="not_stored")
+
+    monkeypatch.setattr("node.worker._RETRY_S", 0.01)
+    monkeypatch.setattr(scene.overlay, "put_record", refuse)
+    scene.worker._changed.set()
+    with trio.fail_after(10):
+        while len(offered) < 3:
+            await trio.sleep(0.01)

@@ -149,6 +149,8 @@ async def test_provides_are_paced_below_what_servers_drop(swarm: Swarm, monkeypa
             for number in range(dht.PROVIDES_PER_WINDOW + 1):
                 await node.provide(bytes([number]) * 32)
             assert trio.current_time() - started >= 1.5
+            await trio.sleep(1.6)
+            await node.provide(bytes(32))  # long after the others: nothing to wait for
 
 
 async def test_find_a_peer_by_id_alone(swarm: Swarm) -> None:
