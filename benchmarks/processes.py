@@ -79,7 +79,7 @@ class Process:
             event.set()
 
     async def _read(self) -> None:
-        while not self._gone:
+        while True:
             await trio.lowlevel.wait_readable(self._pipe.fileno())
             try:
                 number, result, fault = self._pipe.recv()
