@@ -170,7 +170,8 @@ class Churn:
                 before = trio.current_time() - SETTLED_S
                 settled = [each for each in self.living if each.joined_at < before]
                 if len(settled) > 1:
-                    nursery.start_soon(self._look_up, *self._chance.sample(settled, 2))
+                    asker, target = self._chance.sample(settled, 2)
+                    nursery.start_soon(self._look_up, asker, target)
                 await trio.sleep(1 / LOOKUPS_PER_S)
 
     async def _look_up(self, asker: Member, target: Member) -> None:

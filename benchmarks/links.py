@@ -146,7 +146,8 @@ async def measure_links(start: Start, rounds: int, count: int, size: int) -> dic
 
 
 async def _homes(lab: Lab, start: Start, relays: list[str], nat: Nat, reach: str) -> _Pair:
-    ends = [start(End, relays, False, host=lab.home(nat).hosts[0]) for _ in range(2)]
-    peer_ids = [(await end.ask("start"))[0] for end in ends]
-    addrs = [await end.ask("reach", reach) for end in ends]
-    return _Pair(*ends, peer_ids[1], addrs[1], reach == "RELAYED")
+    one, other = (start(End, relays, False, host=lab.home(nat).hosts[0]) for _ in range(2))
+    await one.ask("start")
+    peer_id, _ = await other.ask("start")
+    await one.ask("reach", reach)
+    return _Pair(one, other, peer_id, await other.ask("reach", reach), reach == "RELAYED")
