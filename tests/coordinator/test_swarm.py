@@ -45,6 +45,17 @@ async def test_the_newest_strangers_are_asked_first(monkeypatch: pytest.MonkeyPa
     assert [name for name, _ in view._due()] == ["new", "old"]
 
 
+async def test_a_large_swarm_is_asked_in_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(swarm_module, "_ASKS_PER_S", 0.1)  # so that one worker is as many as fifty in ten seconds
+    async with swarm_of(tmp_path, (0, 4, honest)) as swarm:
+        contact = swarm.view._contacts[swarm.workers[0].peer_id]
+        contact.next_try = 0.0
+        while not contact.next_try:
+            await trio.sleep(0.05)
+        assert contact.next_try - trio.current_time() > 5
+        assert not swarm.view._due()
+
+
 async def test_a_worker_that_shows_anothers_record_is_counted_and_no_worker(tmp_path: Path) -> None:
     async with swarm_of(tmp_path, (0, 4, honest)) as swarm, opened(50) as liar:
 

@@ -16,7 +16,7 @@ from azu.channel import Channel, RefusedError
 from azu.distribution import LayerServer, Library
 from azu.errors import AzuError, InputError, ModelError, NetworkError
 from azu.overlay import Overlay
-from azu.records import WorkerRecord, open_worker_record
+from azu.records import WorkerRecord, is_live, open_worker_record, worker_key
 from azu.tickets import Assignment, sign_assignment
 from azu.wire.messages import CONTROL, CONTROL_PROTOCOL, Accepted, Assign, GetStatus, Status
 from node.engine.device import open_device_thread
@@ -123,6 +123,20 @@ async def test_an_order_is_followed_and_repeating_it_changes_nothing(scene: Scen
     await scene.until("loaded")
     assert scene.worker.jobs.loaded is not None
     assert scene.worker.jobs.loaded.start == 2
+
+
+async def test_a_worker_that_leaves_withdraws_its_record(tmp_path: Path) -> None:
+    with trio.fail_after(LIMIT):
+        async with peer(97) as watcher:
+            async with _scene(tmp_path, trust=()) as scene:
+                key = worker_key(scene.overlay.peer_id)
+                await watcher.bootstrap(scene.overlay.addrs)
+                while (found := await watcher.get_record(key)) is None:
+                    await trio.sleep(0.05)
+                assert is_live(open_worker_record(found), time.time())
+            while (found := await watcher.get_record(key)) and is_live(open_worker_record(found), time.time()):
+                await trio.sleep(0.05)
+            assert found is None or open_worker_record(found).expires_at <= time.time()
 
 
 @pytest.mark.parametrize("fault", [ModelError("bad weights"), KeyError("rope_theta"), OSError("disk")])
