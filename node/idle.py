@@ -35,10 +35,11 @@ async def explain_idleness(overlay: Overlay, *, vram: int, dtype: WeightFormat, 
             told = ""
             continue
         level, reason = why_idle(await _coordinators(overlay), vram=vram, dtype=dtype)
+        if reason == told or level >= logging.WARNING:  # all idle workers of a large swarm look up all coordinators
+            pause = _AGAIN_S
         if reason != told:
             log(logger, level, reason)
             told = reason
-        pause = _AGAIN_S if level >= logging.WARNING else _PATIENCE_S
 
 
 def why_idle(coordinators: Sequence[CoordinatorRecord], *, vram: int, dtype: WeightFormat) -> tuple[int, str]:
