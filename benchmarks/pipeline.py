@@ -27,7 +27,7 @@ from transformers import StoppingCriteria
 from azu.distribution import Library
 from azu.models.splice import StageSpec, stage_tensor_names
 from azu.tickets import Sampling
-from node.engine.stage import LoadedStage, find_device, load_stage
+from node.engine.stage import LoadedStage, Output, Step, find_device, load_stage
 from tests.local_swarm import LocalSwarm
 from tests.swarm.reference import Reference
 
@@ -104,9 +104,11 @@ def in_process(stages: list[LoadedStage], prompt: list[int], tokens: int) -> tup
     started = time.perf_counter()
     ids = tuple(prompt)
     while len(times) < tokens:
-        output = stages[0].run_tokens(jobs[0], ids, sample=True)
-        for stage, job in zip(stages[1:], jobs[1:], strict=True):
-            output = stage.run_hidden(job, bytearray(output.body), len(ids), sample=True)
+        inputs: tuple[int, ...] | bytearray = ids
+        output = Output()
+        for stage, job in zip(stages, jobs, strict=True):
+            output = stage.run_steps([Step(job, inputs, len(ids), sample=True)])[0].unwrap()
+            inputs = bytearray(output.body)
         assert output.token is not None
         ids = (output.token,)
         times.append(time.perf_counter())

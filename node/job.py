@@ -43,7 +43,7 @@ from azu.wire.messages import (
     Token,
 )
 from node.engine.device import DeviceThread
-from node.engine.stage import JobState, LoadedStage, Output
+from node.engine.stage import JobState, LoadedStage, Output, Step
 from node.ring import GRANT, WINDOW, RingLink
 from node.session import StageSession
 
@@ -223,22 +223,26 @@ class StageJob:
             for ids, sample in session.prompt_chunks(self._prompt):
                 position = state.position
                 self._note_input(struct.pack(f"<{len(ids)}I", *ids))
-                output = await self._device.run(partial(stage.run_tokens, state, ids, sample=sample))
+                output = await self._run(Step(state, ids, len(ids), sample))
                 await self._pass_on(output, position, sample)
         async for message, body, rows in self._inbox:
             await self._step(state, message, body, rows)
 
     async def _step(self, state: JobState, message: Chunk | Next, body: bytearray, rows: int) -> None:
-        stage, position = self._stage, state.position
+        position = state.position
         if isinstance(message, Next):
             sample = True
-            output = await self._device.run(partial(stage.run_tokens, state, (message.token,), sample=sample))
+            output = await self._run(Step(state, (message.token,), 1, sample))
         else:
             sample = message.sample
             self._note_input(body)
-            output = await self._device.run(partial(stage.run_hidden, state, body, rows, sample=sample))
+            output = await self._run(Step(state, body, rows, sample))
             await self._give_credit()
         await self._pass_on(output, position, sample)
+
+    async def _run(self, step: Step) -> Output:
+        output: Output = await self._device.step(self._stage, step, step.rows)
+        return output
 
     async def _give_credit(self) -> None:
         self._taken += 1

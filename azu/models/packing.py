@@ -45,7 +45,7 @@ class Pack(Cache):
     def __init__(self, caches: Sequence[Cache], rows: Sequence[int]) -> None:
         self.layers = []  # instead of upstream's __init__, which makes layers of its own
         self._caches = caches
-        self._rows = rows
+        self._rows = list(rows)
         self._held: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._window = 0
         self._masks: dict[tuple[int, int, int], torch.Tensor] = {}
@@ -64,7 +64,7 @@ class Pack(Cache):
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append each job's part of [1, heads, tokens, width] to its own cache; attention follows at once."""
-        keys, values = key_states.split(self._rows, 2), value_states.split(self._rows, 2)
+        keys, values = (torch.split(each, self._rows, 2) for each in (key_states, value_states))
         self._held = [
             cache.update(key, value, layer_idx, *args, **kwargs)
             for cache, key, value in zip(self._caches, keys, values, strict=True)
@@ -76,7 +76,7 @@ class Pack(Cache):
         """Attention of each job's queries [1, heads, tokens, width] over its own keys: [1, tokens, heads, width]."""
         expand = getattr(module, "expand_kv", lambda keys, values: (keys, values))  # what is cached may be latent
         outputs = []
-        for part, held in zip(query.split(self._rows, 2), self._held, strict=True):
+        for part, held in zip(torch.split(query, self._rows, 2), self._held, strict=True):
             keys, values = expand(*held)
             outputs.append(_attend(part, keys, values, self._mask(part, keys), scaling, **scores))
         return torch.cat(outputs, 2).transpose(1, 2)

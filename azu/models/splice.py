@@ -198,34 +198,29 @@ class Stage:
         return self._run(inputs, positions, cache, 1)
 
     @torch.inference_mode()
-    def forward_pack(self, parts: Sequence[Part]) -> list[torch.Tensor]:
-        """Runs some tokens of each of several jobs, in one forward pass where the family allows it (`can_pack`).
+    def forward_pack(self, parts: Sequence[Part]) -> torch.Tensor:
+        """Runs some tokens of each of several jobs in one forward pass; only where the family `can_pack`.
 
         Returns:
-            For each part what `forward` would: equal to it but for the order in which a kernel sums.
+            Hidden states [tokens of all parts, hidden] in the parts' order, or in the last stage the logits
+            [parts, vocab] of each part's last token: as `forward` gives them but for the order in which kernels sum.
 
         Raises:
             InputError: code "bad_stage_input", where shape or dtype differ.
         """
-        if len(parts) == 1 or not self.can_pack:
-            return [self.forward(part.inputs, part.cache, part.position) for part in parts]
         for part in parts:
             self._check(part.inputs)
         rows = [len(part.inputs) for part in parts]
-        ends = torch.tensor(rows, device=self._device).cumsum(0)
-        starts = torch.tensor([part.position for part in parts], device=self._device)
-        positions = torch.arange(sum(rows), device=self._device)
-        positions += torch.repeat_interleave(
-            starts - ends + torch.tensor(rows, device=self._device), torch.tensor(rows)
-        )
+        positions = torch.cat([torch.arange(each.position, each.position + len(each.inputs)) for each in parts])
+        lasts = torch.tensor(rows).cumsum(0) - 1
         pack = Pack([part.cache for part in parts], rows)
         self.model.config._attn_implementation = PACKED
         try:
             with pack:
-                result = self._run(torch.cat([part.inputs for part in parts]), positions, pack, ends - 1)
+                inputs = torch.cat([part.inputs for part in parts])
+                return self._run(inputs, positions.to(self._device), pack, lasts.to(self._device))
         finally:
             self.model.config._attn_implementation = self._solo
-        return list(result.split(1 if self.is_last else rows))
 
     def _run(
         self, inputs: torch.Tensor, positions: torch.Tensor, cache: Cache, logits_to_keep: int | torch.Tensor

@@ -1,36 +1,63 @@
-"""The device thread: all torch work of one device runs on one thread, so that the event loop never waits for it."""
+"""The device thread: all torch work of one device runs on one thread, so that the event loop never waits for it.
+
+Steps of jobs that wait at the same time are computed in one pass (`scheduler`). The thread picks them itself, as soon
+as the pass before is done, so that nothing on the event loop stands between two passes.
+"""
 
 from __future__ import annotations
 
 import logging
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
 
 import outcome
 import trio
 
-__all__ = ["DeviceThread", "open_device_thread"]
+from node.engine.instruments import Passes
+from node.engine.scheduler import StepQueue
+
+__all__ = ["DeviceThread", "Runner", "open_device_thread"]
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
+class Runner(Protocol):
+    """What computes steps. Called on the device thread only."""
+
+    @property
+    def can_pack(self) -> bool:
+        """Whether several jobs' steps can share a pass."""
+
+    def run_steps(self, steps: Sequence[Any]) -> list[outcome.Outcome[Any]]:
+        """Compute steps of different jobs in one pass: for each its result, or its error."""
+
+
 @dataclass(slots=True, eq=False)
 class _Work:
-    call: Callable[[], Any]
+    """A call, or (where there is a `runner`) a step of a job."""
+
+    call: Callable[[], Any] | None
     task: trio.lowlevel.Task
+    runner: Runner | None = None
+    step: Any = None
+    rows: int = 0
+    since: float = field(default_factory=time.perf_counter)
     abandoned: bool = False
 
 
 class DeviceThread:
-    """Runs calls in the order in which they were submitted. Made by `open_device_thread`."""
+    """Runs calls in the order in which they were submitted, and steps in passes. Made by `open_device_thread`."""
 
     def __init__(self) -> None:
+        self.passes = Passes()
         self._queue: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
+        self._steps: StepQueue[_Work] = StepQueue(lambda work: not work.abandoned)
         self._trio = trio.lowlevel.current_trio_token()
         # A daemon: a call that hangs in a driver must not keep the process from exiting.
         self._thread = threading.Thread(target=self._work, name="azu-device", daemon=True)
@@ -42,43 +69,80 @@ class DeviceThread:
         Safe to cancel: a call that has not begun is skipped, the result of one that has is dropped.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
-        work = _Work(call, trio.lowlevel.current_task())
+        result: T = await self._wait_for(_Work(call, trio.lowlevel.current_task()))
+        return result
 
+    async def step(self, runner: Runner, step: Any, rows: int) -> Any:
+        """Compute a step of `rows` rows, together with those of other jobs that wait; as `run` otherwise.
+
+        A job has one step at a time. All steps that wait have the same runner.
+        """
+        await trio.lowlevel.checkpoint_if_cancelled()
+        return await self._wait_for(_Work(None, trio.lowlevel.current_task(), runner, step, rows))
+
+    async def _wait_for(self, work: _Work) -> Any:
         def abort(_: object) -> trio.lowlevel.Abort:
             work.abandoned = True
+            work.step = None  # its job's cache is free at once, not when its turn comes
             return trio.lowlevel.Abort.SUCCEEDED
 
         self._queue.put(work)
-        result: T = await trio.lowlevel.wait_task_rescheduled(abort)
-        return result
+        return await trio.lowlevel.wait_task_rescheduled(abort)
 
     @property
     def pending(self) -> int:
-        """Calls that wait for the thread."""
-        return self._queue.qsize()
+        """Calls and steps that wait for the thread."""
+        return self._queue.qsize() + len(self._steps)
 
     def close(self) -> None:
-        """Let the thread end after the call that it is in."""
+        """Let the thread end after what it is in."""
         self._queue.put(None)
 
     def _work(self) -> None:
-        while (work := self._queue.get()) is not None:
-            if not work.abandoned:
+        try:
+            while self._take_calls():
+                self._run_pass()
+        except trio.RunFinishedError:
+            return
+
+    def _take_calls(self) -> bool:
+        """Run the calls that wait, and let steps join the queue. Waits until there are steps; False once closed."""
+        while not self._queue.empty() or not len(self._steps):
+            work = self._queue.get()
+            if work is None:
+                return False
+            if work.runner is not None:
+                self._steps.add(work, work.rows)
+            elif work.call is not None and not work.abandoned:
                 result = outcome.capture(work.call)
-                try:
-                    self._trio.run_sync_soon(_deliver, work, result)
-                except trio.RunFinishedError:
-                    return
+                self._trio.run_sync_soon(_deliver, [(work, result)])
                 del result
             # Held over the next wait, these would keep a freed job's cache alive.
             del work
+        return True
+
+    def _run_pass(self) -> None:
+        runner: Any = self._steps.oldest.runner  # only steps wait here, which have one
+        works = self._steps.next_pass() if runner.can_pack else self._steps.next_alone()
+        steps = [(work, work.step) for work in works]
+        steps = [(work, step) for work, step in steps if step is not None]  # cancelled just now
+        if not steps:
+            return
+        started = time.perf_counter()
+        done = outcome.capture(runner.run_steps, [step for _, step in steps])
+        results = done.value if isinstance(done, outcome.Value) else [done] * len(steps)
+        self.passes.note(
+            started, time.perf_counter(), [work.rows for work, _ in steps], [work.since for work, _ in steps]
+        )
+        self._trio.run_sync_soon(_deliver, [(work, result) for (work, _), result in zip(steps, results, strict=True)])
 
 
-def _deliver(work: _Work, result: outcome.Outcome[Any]) -> None:
-    if not work.abandoned:
-        trio.lowlevel.reschedule(work.task, result)
-    elif isinstance(result, outcome.Error):
-        logger.debug("a call whose caller was cancelled failed: %r", result.error)
+def _deliver(done: list[tuple[_Work, outcome.Outcome[Any]]]) -> None:
+    for work, result in done:
+        if not work.abandoned:
+            trio.lowlevel.reschedule(work.task, result)
+        elif isinstance(result, outcome.Error):
+            logger.debug("a call whose caller was cancelled failed: %r", result.error)
 
 
 @asynccontextmanager

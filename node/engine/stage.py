@@ -5,25 +5,30 @@ Every method that touches a tensor is synchronous and must run on the device thr
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import outcome
 import psutil
 import torch
 
 from azu.errors import AzuError, CapacityError, InputError, InternalError, ModelError
+from azu.logs import log
 from azu.models.quantize import integer_weights, return_freed_memory
-from azu.models.splice import Stage, StageSpec, build_stage
+from azu.models.splice import Part, Stage, StageSpec, build_stage
 from azu.tickets import Sampling
 from azu.wire.frames import Buffer
 from azu.wire.tensors import ACTIVATIONS, DType, TensorHeader, WeightFormat
 from node.engine.allocator import settle_allocator
-from node.engine.sampler import Sampler
+from node.engine.sampler import Sampler, sample_pack
 
-__all__ = ["Device", "JobState", "LoadedStage", "Output", "find_device", "load_stage", "require_packages"]
+__all__ = ["Device", "JobState", "LoadedStage", "Output", "Step", "find_device", "load_stage", "require_packages"]
+
+logger = logging.getLogger(__name__)
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # Of a GPU's free memory, and of the free main memory where the CPU computes: the rest is for activations, the allocator
@@ -59,6 +64,28 @@ class JobState:
         self.sampler = sampler
         self.position = 0  # positions in the cache
 
+    def held(self) -> list[dict[str, Any]]:
+        """The cache as it is, to be put back: layers replace their tensors, or write behind what they hold."""
+        return [dict(vars(layer)) for layer in self.cache.layers]
+
+    def put_back(self, held: list[dict[str, Any]]) -> None:
+        """Undo what a pass that failed has done to the cache."""
+        for layer, before in zip(self.cache.layers, held, strict=True):
+            vars(layer).clear()
+            vars(layer).update(before)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Step:
+    """What one job has to compute next: token ids in the first stage, else hidden states [rows, hidden] as bytes, whose
+    memory is used in place. sample: whether the last stage picks a token after it.
+    """
+
+    job: JobState
+    inputs: tuple[int, ...] | bytearray
+    rows: int
+    sample: bool
+
 
 def _plain_strides(_head: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     """The chunk's last row as a tensor of its own: for a view of the chunk, oneDNN copies the head's whole weight."""
@@ -90,25 +117,46 @@ class LoadedStage:
         """
         return JobState(self._stage.new_cache(tokens), Sampler(sampling, prompt) if self.is_last else None)
 
-    def run_tokens(self, job: JobState, tokens: tuple[int, ...], *, sample: bool) -> Output:
-        """First stage only: run token ids at the job's position."""
-        return self._run(job, torch.tensor(tokens, dtype=torch.int64, device=self._device), sample)
-
-    def run_hidden(self, job: JobState, body: bytearray, rows: int, *, sample: bool) -> Output:
-        """Run hidden states [rows, hidden] that came as `body`, whose memory is used in place."""
-        hidden = torch.frombuffer(body, dtype=self._dtype).view(rows, self.hidden_size)
-        return self._run(job, hidden.to(self._device), sample)
+    @property
+    def can_pack(self) -> bool:
+        """Whether several jobs' steps can share a pass."""
+        return self._stage.can_pack
 
     @torch.inference_mode()
-    def _run(self, job: JobState, inputs: torch.Tensor, sample: bool) -> Output:
+    def run_steps(self, steps: Sequence[Step]) -> list[outcome.Outcome[Output]]:
+        """Compute a step of each of several jobs, in one pass where the family allows it.
+
+        Each has its result or its error: CapacityError where the device's memory does not suffice, InternalError for
+        whatever a family's code raises, ModelError where its logits are damaged.
+        """
+        if len(steps) > 1 and self.can_pack:
+            before = [step.job.held() for step in steps]
+            try:
+                return self._run_together(steps)
+            except Exception as error:  # a border, as in _run_alone: one job shall not end the others
+                log(logger, logging.WARNING, "a pass failed, its steps are run one by one", reason=repr(error))
+                for step, held in zip(steps, before, strict=True):
+                    step.job.put_back(held)
+        return [outcome.capture(self._run_alone, step) for step in steps]
+
+    def _run_together(self, steps: Sequence[Step]) -> list[outcome.Outcome[Output]]:
+        parts = [Part(self._inputs(step), step.job.cache, step.job.position) for step in steps]
+        result = self._stage.forward_pack(parts)
+        for step in steps:
+            step.job.position += step.rows
+        if self.is_last:
+            return self._sample(steps, result)
+        rows = [step.rows for step in steps]
+        return [outcome.Value(self._encode(each)) for each in torch.split(result.to("cpu"), rows)]
+
+    def _run_alone(self, step: Step) -> Output:
         try:
-            result = self._stage.forward(inputs, job.cache, job.position)
-            job.position += len(inputs)
+            result = self._stage.forward(self._inputs(step), step.job.cache, step.job.position)
+            step.job.position += step.rows
             if not self.is_last:
                 return self._encode(result)
-            if not sample or job.sampler is None:
-                return Output()
-            return Output(token=job.sampler.sample(result.reshape(-1)))
+            [output] = self._sample([step], result)
+            return output.unwrap()
         except torch.OutOfMemoryError as error:
             raise CapacityError(
                 "the device is out of memory",
@@ -120,23 +168,39 @@ class LoadedStage:
         except Exception as error:  # a border: anything may come out of a family's code
             raise InternalError(f"the stage failed: {error}", code="stage_failed") from error
 
+    def _inputs(self, step: Step) -> torch.Tensor:
+        if isinstance(step.inputs, tuple):
+            return torch.tensor(step.inputs, dtype=torch.int64, device=self._device)
+        return torch.frombuffer(step.inputs, dtype=self._dtype).view(step.rows, self.hidden_size).to(self._device)
+
+    def _sample(self, steps: Sequence[Step], logits: torch.Tensor) -> list[outcome.Outcome[Output]]:
+        """A token for each step that wants one, from logits [steps, vocab]."""
+        results: list[outcome.Outcome[Output]] = [outcome.Value(Output())] * len(steps)
+        wanted = [(index, step.job.sampler) for index, step in enumerate(steps) if step.sample]
+        samplers = [sampler for _, sampler in wanted if sampler is not None]
+        if samplers:
+            rows = logits if len(wanted) == len(steps) else logits[[index for index, _ in wanted]]
+            for (index, _), picked in zip(wanted, sample_pack(samplers, rows), strict=True):
+                if isinstance(picked, outcome.Value):
+                    results[index] = outcome.Value(Output(token=picked.value))
+                else:
+                    results[index] = picked
+        return results
+
     def _encode(self, hidden: torch.Tensor) -> Output:
-        hidden = hidden.to("cpu").contiguous()
+        hidden = hidden.to("cpu").contiguous()  # rows of a pass are contiguous already
         body = memoryview(hidden.view(torch.uint8).numpy()).cast("B")  # type: ignore[arg-type]  # numpy's stubs
         return Output(TensorHeader(dtype=self._activations, shape=tuple(hidden.shape)), body)
 
     def measure_layer_us(self, steps: int = 4) -> int:
         """Microseconds per decoded token and layer: the fastest of a few steps after a warm-up."""
         job = JobState(self._stage.new_cache(), None)
-        inputs = (
-            torch.ones(1, dtype=torch.int64, device=self._device)
-            if self.is_first
-            else torch.zeros(1, self.hidden_size, dtype=self._dtype, device=self._device)
-        )
+        size = self.hidden_size * self._dtype.itemsize
+        step = Step(job, (1,) if self.is_first else bytearray(size), 1, sample=False)
         best = float("inf")
         for _ in range(steps + 1):
             started = time.perf_counter()
-            self._run(job, inputs, sample=False)
+            self.run_steps([step])[0].unwrap()
             best = min(best, time.perf_counter() - started)
         return max(1, round(best * 1e6 / self.n_layers))
 

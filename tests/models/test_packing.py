@@ -57,7 +57,11 @@ def step(stages: list[Stage], jobs: list[Job], chance: random.Random) -> None:
     hidden = [torch.tensor(chunk) for chunk in chunks]
     for index, stage in enumerate(stages):
         parts = [Part(each, job.caches[index], job.sent) for each, job in zip(hidden, jobs, strict=True)]
-        hidden = stage.forward_pack(parts)
+        if stage.can_pack:
+            rows = [1] * len(parts) if stage.is_last else [len(part.inputs) for part in parts]
+            hidden = list(stage.forward_pack(parts).split(rows))
+        else:
+            hidden = [stage.forward(part.inputs, part.cache, part.position) for part in parts]
     for job, chunk, logits in zip(jobs, chunks, hidden, strict=True):
         assert logits.shape == (1, 64)
         job.take(len(chunk), logits[0])

@@ -7,11 +7,12 @@ from __future__ import annotations
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from typing import Any
 
+import outcome
 import pytest
 import torch
 import trio
@@ -37,6 +38,7 @@ from azu.wire.messages import (
 )
 from azu.wire.tensors import WeightFormat
 from node import job as job_module
+from node.engine.stage import Step
 from node.jobs import Jobs
 from tests.node.real_stages import (
     KV_TOKENS,
@@ -310,13 +312,13 @@ async def test_a_silent_coordinator_loses_its_job(model: TinyModel, monkeypatch:
 
 
 async def test_an_error_of_the_device_is_told_once_and_ends_with_the_job(model: TinyModel) -> None:
-    def out_of_memory(*_: object, **__: object) -> None:
-        raise CapacityError("the device is out of memory", code="device_out_of_memory")
+    def out_of_memory(steps: Sequence[Step]) -> list[outcome.Outcome[Any]]:
+        return [outcome.Error(CapacityError("the device is out of memory", code="device_out_of_memory"))] * len(steps)
 
     async with real_ring(model, 2) as coordinator:
         second = coordinator.stages[1]
         assert second.jobs.loaded is not None
-        second.jobs.loaded.stage.run_hidden = out_of_memory  # type: ignore[method-assign, assignment]
+        second.jobs.loaded.stage.run_steps = out_of_memory  # type: ignore[method-assign, assignment]
         end = await coordinator.answer(coordinator.ticket(600), prompt_of(600))
         assert [(each.peer_id, each.code) for each in end.failures] == [(second.peer_id, "device_out_of_memory")]
         assert end.tokens == []
@@ -326,24 +328,38 @@ async def test_an_error_of_the_device_is_told_once_and_ends_with_the_job(model: 
 
 
 async def test_a_bug_in_the_device_ends_its_job_alone(model: TinyModel) -> None:
-    real: dict[str, Callable[..., Any]] = {}
-
-    def broken(state: Any, tokens: tuple[int, ...], *, sample: bool) -> Any:
-        if len(tokens) == 13:
-            raise ZeroDivisionError("a bug")
-        return real["run_tokens"](state, tokens, sample=sample)
-
+    """Also where another job is in the same pass."""
     async with real_ring(model, 1) as coordinator:
         stage = coordinator.stages[0]
         assert stage.jobs.loaded is not None
-        real["run_tokens"] = stage.jobs.loaded.stage.run_tokens
-        stage.jobs.loaded.stage.run_tokens = broken  # type: ignore[method-assign]
-        async with coordinator.opened(coordinator.ticket(13)) as channel:
-            await channel.send(Prompt(), packed(prompt_of(13)))
-            assert await next_of(channel, Token) is None
+        inner = stage.jobs.loaded.stage._stage
+        forward, forward_pack = inner.forward, inner.forward_pack
+
+        def broken(inputs: Any, *others: Any) -> Any:
+            if len(inputs) == 13:
+                raise ZeroDivisionError("a bug")
+            return forward(inputs, *others)
+
+        def broken_pack(parts: Sequence[Any]) -> Any:
+            result = forward_pack(parts)
+            if any(len(part.inputs) == 13 for part in parts):
+                raise ZeroDivisionError("a bug")
+            return result
+
+        inner.forward, inner.forward_pack = broken, broken_pack  # type: ignore[method-assign]
+        ends: list[Any] = []
+
+        async def good() -> None:
+            ends.append(await coordinator.answer(coordinator.ticket(5, 200), prompt_of(5)))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(good)
+            for _ in range(3):
+                async with coordinator.opened(coordinator.ticket(13)) as channel:
+                    await channel.send(Prompt(), packed(prompt_of(13)))
+                    assert (await next_of(channel, Failed)).code == "stage_failed"
         await stage.until_idle()
-        end = await coordinator.answer(coordinator.ticket(5), prompt_of(5))
-        assert end.tokens == model.greedy(prompt_of(5), 8)
+        assert ends[0].tokens == model.greedy(prompt_of(5), 200)
 
 
 async def test_a_coordinator_that_does_not_read_stalls_its_own_job_alone(model: TinyModel) -> None:

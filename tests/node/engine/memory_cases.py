@@ -29,7 +29,7 @@ from azu.models.store import LayerStore
 from azu.tickets import Sampling
 from azu.wire.tensors import WeightFormat
 from node.engine.footprint import held_bytes
-from node.engine.stage import Device, JobState, LoadedStage, find_device, load_stage
+from node.engine.stage import Device, JobState, LoadedStage, Step, find_device, load_stage
 
 __all__ = ["CASES", "SMOLLM2"]
 
@@ -122,10 +122,11 @@ def run(stage: LoadedStage, manifest: Manifest, prompts: Iterable[int]) -> list[
         counts = [*[rows] * (prompt // rows), prompt % rows, *[1] * ANSWER]
         for count in filter(None, counts):
             if stage.is_first:
-                stage.run_tokens(jobs[-1], tuple(range(count)), sample=True)
+                stage.run_steps([Step(jobs[-1], tuple(range(count)), count, sample=True)])
             else:
                 values = torch.randn(count, manifest.hidden_size).to(stage._dtype)
-                stage.run_hidden(jobs[-1], bytearray(values.view(torch.uint8).numpy().tobytes()), count, sample=True)
+                body = bytearray(values.view(torch.uint8).numpy().tobytes())
+                stage.run_steps([Step(jobs[-1], body, count, sample=True)])
     return jobs
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
+import outcome
 import pytest
 import trio
 import trio.lowlevel
@@ -244,3 +246,61 @@ async def test_an_idle_thread_holds_on_to_nothing(use: Callable[[DeviceThread, C
             return seen() is None
 
         await until(is_gone)
+
+
+# --- steps
+
+
+class Adder:
+    """Adds up each step's numbers; notes who went together."""
+
+    def __init__(self, *, can_pack: bool = True) -> None:
+        self.can_pack = can_pack
+        self.passes: list[list[list[int]]] = []
+
+    def run_steps(self, steps: Sequence[list[int]]) -> list[outcome.Outcome[int]]:
+        self.passes.append(list(steps))
+        if any(None in step for step in steps):
+            raise OddError("a runner with a bug")
+        return [outcome.capture(sum, step) for step in steps]
+
+
+@pytest.mark.parametrize("can_pack", [True, False])
+async def test_steps_that_wait_go_together_where_they_can(can_pack: bool) -> None:
+    adder, gate, sums = Adder(can_pack=can_pack), Gate(), dict[int, int]()
+
+    async def add(number: int) -> None:
+        sums[number] = await device.step(adder, [number] * 3, 1)
+
+    async with open_device_thread() as device, trio.open_nursery() as nursery:
+        nursery.start_soon(device.run, gate)
+        await gate.until_entered()
+        for number in range(5):
+            nursery.start_soon(add, number)
+        scope = trio.CancelScope()
+        nursery.start_soon(_cancelled_step, device, adder, scope)
+        await settle()
+        scope.cancel()
+        await settle()
+        gate.go_on.set()
+    assert sums == {number: 3 * number for number in range(5)}
+    assert [len(steps) for steps in adder.passes] == ([5] if can_pack else [1] * 5)
+    counted = device.passes.statistics()
+    assert (counted.passes, counted.steps, counted.tokens, counted.rows) == (len(adder.passes), 5, 5, 5)
+    assert counted.largest == (5 if can_pack else 1)
+
+
+async def _cancelled_step(device: DeviceThread, adder: Adder, scope: trio.CancelScope) -> None:
+    with scope:
+        await device.step(adder, [1_000_000], 1)
+        raise AssertionError("it was not cancelled")
+
+
+async def test_a_step_that_fails_fails_alone_and_a_runner_that_does_fails_its_pass() -> None:
+    adder: Any = Adder()
+    async with open_device_thread() as device:
+        with pytest.raises(TypeError):
+            await device.step(adder, ["not a number"], 1)
+        with pytest.raises(OddError):
+            await device.step(adder, [None], 1)
+        assert await device.step(adder, [1, 2], 1) == 3

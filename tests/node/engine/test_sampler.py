@@ -19,7 +19,7 @@ from transformers.generation.logits_process import (
 
 from azu.errors import ModelError
 from azu.tickets import Sampling
-from node.engine.sampler import Sampler
+from node.engine.sampler import Sampler, sample_pack
 
 VOCABULARY = 40
 
@@ -203,7 +203,7 @@ def test_the_repetition_penalty_is_transformers(seed: int, penalty: float, promp
         scores = logits[None].clone()
         if seen:
             scores = processor(torch.tensor([seen]), scores)
-        assert torch.allclose(sampler._penalised(logits), scores[0], rtol=1e-6)
+        assert torch.allclose(sampler.penalised(logits), scores[0], rtol=1e-6)
         token = sampler.sample(logits)
         assert token == int(scores[0].argmax())
         seen.append(token)
@@ -228,7 +228,7 @@ def test_presence_and_frequency_penalties_are_openais(seed: int, presence: float
             value - count * frequency - (count > 0) * presence
             for value, count in zip(logits.tolist(), counts, strict=True)
         ]
-        assert torch.allclose(sampler._penalised(logits), torch.tensor(expected), atol=1e-5)
+        assert torch.allclose(sampler.penalised(logits), torch.tensor(expected), atol=1e-5)
         token = sampler.sample(logits)
         assert expected[token] >= max(expected) - 1e-5
         counts[token] += 1
@@ -265,3 +265,59 @@ def test_tokens_at_minus_infinity_are_never_drawn(parameters: dict[str, Any]) ->
     """Families mask parts of their padded vocabulary so."""
     logits = torch.tensor([-math.inf, 1.0, -math.inf, 0.5, -math.inf])
     assert set(draws(logits, 100, temperature=2.0, **parameters)) == {1, 3}
+
+
+# --- several jobs at once
+
+parameters = st.fixed_dictionaries(
+    {
+        "temperature": st.sampled_from([0.0, 0.5, 1.0, 1.8]),
+        "top_k": st.sampled_from([0, 0, 1, 5, VOCABULARY - 1, VOCABULARY + 3]),
+        "top_p": st.sampled_from([1.0, 1.0, 0.3, 0.9, 0.999]),
+        "min_p": st.sampled_from([0.0, 0.0, 0.1]),
+        "repetition_penalty": st.sampled_from([1.0, 1.0, 1.3]),
+        "presence_penalty": st.sampled_from([0.0, 0.0, 0.7]),
+        "frequency_penalty": st.sampled_from([0.0, 0.0, -0.4]),
+        "seed": st.integers(0, 2**40),
+    }
+)
+
+
+@given(st.lists(parameters, min_size=1, max_size=8), seeds)
+def test_a_job_gets_the_token_that_it_gets_alone(jobs: list[dict[str, Any]], seed: int) -> None:
+    together = [Sampler(Sampling(**each), (1, 2, 3)) for each in jobs]
+    alone = [Sampler(Sampling(**each), (1, 2, 3)) for each in jobs]
+    for step in range(4):
+        logits = torch.stack([logits_of(seed + 100 * step + number) for number in range(len(jobs))])
+        before = logits.clone()
+        got = [each.unwrap() for each in sample_pack(together, logits)]
+        assert torch.equal(logits, before)
+        assert got == [sampler.sample(row) for sampler, row in zip(alone, logits, strict=True)]
+
+
+def test_damaged_logits_end_their_own_job_only() -> None:
+    samplers = [Sampler(Sampling(temperature=temperature)) for temperature in (0.0, 1.0, 0.0, 1.0)]
+    logits = torch.stack([logits_of(number) for number in range(4)])
+    logits[1, 3] = math.nan
+    logits[2] = -math.inf
+    first, second, third, fourth = sample_pack(samplers, logits)
+    assert first.unwrap() == int(logits[0].argmax())
+    assert 0 <= fourth.unwrap() < VOCABULARY
+    for each in (second, third):
+        with pytest.raises(ModelError):
+            each.unwrap()
+
+
+@pytest.mark.parametrize("spread", [0.01, 1.0, 6.0])
+@pytest.mark.parametrize("top_p", [0.2, 0.9, 0.9999])
+def test_a_large_vocabulary_is_cut_as_a_whole_sort_would(spread: float, top_p: float) -> None:
+    """Flat distributions keep more than the likeliest tokens that are sorted at first."""
+    size = 5_000
+    for seed in range(6):
+        logits = logits_of(seed, size=size, spread=spread)
+        sampler = Sampler(Sampling(temperature=1.0, top_p=top_p, seed=seed))
+        ordered, tokens = logits.softmax(0).sort(descending=True)
+        kept = ordered * ((ordered.cumsum(0) - ordered) < top_p)
+        cumulated = kept.double().cumsum(0)
+        point = cumulated[-1] * sampler._uniform()
+        assert sampler.sample(logits) == int(tokens[torch.searchsorted(cumulated, point, right=True)])

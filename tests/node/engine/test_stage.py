@@ -18,7 +18,7 @@ from azu.models.splice import StageSpec, stage_tensor_names
 from azu.models.store import LayerStore
 from azu.tickets import Sampling
 from azu.wire.tensors import WeightFormat
-from node.engine.stage import JobState, LoadedStage, find_device, load_stage
+from node.engine.stage import JobState, LoadedStage, Step, find_device, load_stage
 from tests.models.conftest import TINY, Published
 
 Load = Callable[..., LoadedStage]
@@ -50,10 +50,8 @@ def no_collector() -> Iterator[None]:
 
 
 def run(stage: LoadedStage, job: JobState) -> None:
-    if stage.is_first:
-        stage.run_tokens(job, (3, 4, 5), sample=True)
-    else:
-        stage.run_hidden(job, bytearray(3 * 4 * stage.hidden_size), 3, sample=True)
+    inputs = (3, 4, 5) if stage.is_first else bytearray(3 * 4 * stage.hidden_size)
+    stage.run_steps([Step(job, inputs, 3, sample=True)])[0].unwrap()
 
 
 @pytest.mark.usefixtures("no_collector")
@@ -73,7 +71,7 @@ def test_nothing_outlives_its_last_use(load: Load, start: int, end: int) -> None
 def test_a_failure_inside_a_family_is_an_error_of_ours(load: Load) -> None:
     stage = load(0, 2)
     with pytest.raises(InternalError) as caught:  # torch raises an IndexError
-        stage.run_tokens(stage.open_job(Sampling()), (VOCAB,), sample=False)
+        stage.run_steps([Step(stage.open_job(Sampling()), (VOCAB,), 1, sample=False)])[0].unwrap()
     assert caught.value.code == "stage_failed"
     run(stage, stage.open_job(Sampling()))
 
