@@ -17,6 +17,7 @@ LONGEST = 400  # lines of one file
 
 SPLICE = (
     "azu/models/cache.py",
+    "azu/models/packing.py",
     "azu/models/splice.py",
     "azu/models/architecture.py",
     "azu/models/observe.py",

@@ -96,17 +96,17 @@ def test_garbage_on_any_protocol_disturbs_nobody(swarm: LocalSwarm) -> None:
     garbage = [b"\xff" * 64, b"GET / HTTP/1.1\r\n\r\n", not_cbor, os.urandom(4096)]
 
     async def attack() -> None:
-        async with open_overlay(stranger(swarm)) as overlay:
-            for worker in swarm.workers:
-                started = worker.found("worker starting")[0]
-                for protocol in (CONTROL_PROTOCOL, LAYERS_PROTOCOL, JOB_PROTOCOL, RING_PROTOCOL):
+        for protocol in (CONTROL_PROTOCOL, LAYERS_PROTOCOL, JOB_PROTOCOL, RING_PROTOCOL):
+            async with open_overlay(stranger(swarm)) as overlay:  # anew: this one is banned if it goes on
+                for worker in swarm.workers:
+                    started = worker.found("worker starting")[0]
                     for junk in garbage:
                         async with await overlay.open_stream(started["peer"], protocol, addrs=started["addrs"]) as bad:
                             await bad.send_all(junk)
                             with trio.fail_after(60):
                                 while await bad.receive_some():
                                     pass  # whatever it answers, it ends the stream
-                assert (await worker_record(overlay, worker)).jobs == 1
+                    assert (await worker_record(overlay, worker)).jobs == 1
 
     trio.run(attack)
     pieces = [chunk.choices[0].delta.content for _, chunk in zip(range(8), stream, strict=False)]  # type: ignore[attr-defined]

@@ -1,0 +1,66 @@
+"""Streamed questions to a coordinator, with the time of each token."""
+
+from __future__ import annotations
+
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+
+import httpx
+
+from tests.local_swarm import LocalSwarm
+
+__all__ = ["Answer", "ask", "ask_all"]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """When it was asked, and when each token came: seconds of one clock."""
+
+    started: float
+    times: list[float]
+
+    @property
+    def ttft(self) -> float:
+        """Seconds to the first token."""
+        return self.times[0] - self.started
+
+    @property
+    def rate(self) -> float:
+        """Decoded tokens per second."""
+        return (len(self.times) - 1) / (self.times[-1] - self.times[0])
+
+    @property
+    def rate_with_ttft(self) -> float:
+        """Tokens per second, the prompt's time included."""
+        return len(self.times) / (self.times[-1] - self.started)
+
+    @property
+    def pauses(self) -> list[float]:
+        """Seconds from each token to the next."""
+        return [later - earlier for earlier, later in pairwise(self.times)]
+
+
+def ask(swarm: LocalSwarm, prompt: str, tokens: int) -> Answer:
+    """One greedy answer, which may end before `tokens`."""
+    request = {
+        "model": swarm.model_id, "messages": [{"role": "user", "content": prompt}], "temperature": 0,
+        "max_tokens": tokens, "stream": True,
+    }  # fmt: skip
+    times: list[float] = []
+    started = time.perf_counter()
+    url = f"{swarm.url}/v1/chat/completions"
+    with httpx.stream("POST", url, json=request, timeout=600) as response:
+        for line in response.iter_lines():
+            if line.startswith("data: {") and json.loads(line[6:])["choices"][0]["delta"].get("content"):
+                times.append(time.perf_counter())  # noqa: PERF401 - read as each line comes
+    assert times, f"no token came (status {response.status_code})"
+    return Answer(started, times)
+
+
+def ask_all(swarm: LocalSwarm, prompts: list[str], tokens: int) -> list[Answer]:
+    """All at once."""
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        return list(pool.map(lambda prompt: ask(swarm, prompt, tokens), prompts))

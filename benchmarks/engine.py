@@ -1,0 +1,186 @@
+"""What the engine costs and gains: against transformers in one process, and with many jobs at once.
+
+    python -m benchmarks.engine [--rounds 3] [--dtype float32] [--only one,many,busy]
+
+The stages are real azu-node processes on loopback, asked through the coordinator's HTTP endpoint with streaming;
+transformers runs the unsplit model in this process, with the same weights, prompts, dtype and thread count. All runs of
+a round follow one another, so that what else the machine does hits each alike; figures are medians over the rounds, and
+ratios are of one run of this program.
+
+    one    1 job through 1, 3 and 6 stages, and what a hop costs beyond computing: against generate()
+    many   16 jobs on 3 stages: against 1 job, a static batch in generate(), and transformers' continuous batching
+    busy   TTFT of a prompt of 1,024 tokens while 8 jobs decode, and those jobs' p99 time per token meanwhile
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.asking import Answer, ask, ask_all
+from benchmarks.unsplit import Unsplit
+from tests.local_swarm import LocalSwarm
+
+PROMPT = "Tell me a long story about a fox, an owl and a very old oak tree."
+TOPICS = ("a fox", "an owl", "rain", "the sea", "a violin", "bread", "a lighthouse", "snow", "a clock", "two brothers",
+          "a garden", "the moon", "a train", "a market", "a letter", "the desert")  # fmt: skip
+# What each worker has to offer so that the planner needs exactly so many of them.
+VRAM = {
+    "float32": {1: "1500MiB", 3: "440MiB", 6: "262MiB"},
+    "bfloat16": {1: "800MiB", 3: "240MiB", 6: "148MiB"},
+}
+WARM_TOKENS = 8
+
+
+def prompts(count: int) -> list[str]:
+    """Of mixed lengths."""
+    return [f"{'Once upon a time. ' * (3 * number % 16)}Tell me about {TOPICS[number]}." for number in range(count)]
+
+
+class Bench:
+    """Swarms that are started once, the model in one piece, and what was measured."""
+
+    def __init__(self, stack: ExitStack, arguments: argparse.Namespace) -> None:
+        self._stack = stack
+        self.tokens: int = arguments.tokens
+        self.rounds: int = arguments.rounds
+        self.dtype: str = arguments.dtype
+        self.threads: int = arguments.threads
+        self._swarms: dict[int, LocalSwarm] = {}
+        self._unsplit: Unsplit | None = None
+
+    def swarm(self, stages: int) -> LocalSwarm:
+        """A swarm whose model runs in so many stages."""
+        if stages not in self._swarms:
+            folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
+            swarm = self._swarms[stages] = self._stack.enter_context(LocalSwarm(folder))
+            for _ in range(stages):
+                swarm.add_worker(VRAM[self.dtype][stages], "--threads", str(self.threads), "--dtype", self.dtype)
+            swarm.wait_until_covered()
+            ask(swarm, PROMPT, WARM_TOKENS)
+        return self._swarms[stages]
+
+    @property
+    def unsplit(self) -> Unsplit:
+        """transformers' own."""
+        if self._unsplit is None:
+            swarm = self.swarm(1)
+            self._unsplit = Unsplit(swarm.folder / "coordinator", swarm.manifest, getattr(torch, self.dtype))
+        return self._unsplit
+
+    def medians(self, runs: dict[str, Callable[[], Any]]) -> dict[str, list[Any]]:
+        """What each gave in each round, by turns; the first round warms up and is not counted."""
+        found: dict[str, list[Any]] = {name: [] for name in runs}
+        for number in range(self.rounds + 1):
+            for name, run in runs.items():
+                result = run()
+                if number:
+                    found[name].append(result)
+        return found
+
+
+def middle(answers: list[Answer], figure: str) -> float:
+    """The median of one figure."""
+    return float(statistics.median(getattr(answer, figure) for answer in answers))
+
+
+def one(bench: Bench) -> None:
+    """1 job."""
+    runs: dict[str, Callable[[], Answer]] = {"generate": lambda: bench.unsplit.generate(PROMPT, bench.tokens)}
+    for count in (1, 3, 6):
+        swarm = bench.swarm(count)
+        runs[f"{count} stages"] = lambda swarm=swarm: ask(swarm, PROMPT, bench.tokens)  # type: ignore[misc]
+    found = bench.medians(runs)
+    speed = middle(found["generate"], "rate")
+    print(f"\n1 job, {bench.tokens} tokens\n{'':<12} {'TTFT ms':>8} {'tokens/s':>9} {'ratio':>6} {'p99 ms/token':>13}")
+    for name, answers in found.items():
+        rate = middle(answers, "rate")
+        pauses = sorted(pause for answer in answers for pause in answer.pauses)
+        p99 = pauses[int(len(pauses) * 0.99)] * 1000
+        print(f"{name:<12} {middle(answers, 'ttft') * 1000:8.0f} {rate:9.1f} {rate / speed:6.2f} {p99:13.1f}")
+    per_token = {count: 1 / middle(found[f"{count} stages"], "rate") for count in (1, 6)}
+    print(f"a hop costs {(per_token[6] - per_token[1]) / 5 * 1000:.2f} ms per token (6 stages against 1)")
+
+
+def many(bench: Bench) -> None:
+    """16 jobs."""
+    swarm, asked = bench.swarm(3), prompts(16)
+
+    def together() -> float:
+        started = time.perf_counter()
+        answers = ask_all(swarm, asked, bench.tokens)
+        return sum(len(each.times) for each in answers) / (max(each.times[-1] for each in answers) - started)
+
+    found = bench.medians(
+        {
+            "1 job": lambda: ask(swarm, PROMPT, bench.tokens).rate_with_ttft,
+            "16 jobs": together,
+            "static batch": lambda: bench.unsplit.static_batch(asked, bench.tokens),
+            "continuous": lambda: bench.unsplit.continuous(asked, bench.tokens),
+        }
+    )
+    middles = {name: statistics.median(values) for name, values in found.items()}
+    print(f"\n16 jobs on 3 stages, {bench.tokens} tokens each, all tokens per second, prompts included")
+    for name, rate in middles.items():
+        print(f"{name:<13} {rate:8.1f}   16 jobs are {middles['16 jobs'] / rate:5.2f} times that")
+
+
+def busy(bench: Bench) -> None:
+    """A long prompt among jobs that decode."""
+    swarm = bench.swarm(3)
+    long = "The quick brown fox jumps over the lazy dog. " * 102  # 1,024 tokens with the template
+    quiet: list[float] = []
+    disturbed: list[float] = []
+    ttfts: dict[str, list[float]] = {"alone": [], "among 8": []}
+    for number in range(bench.rounds + 1):
+        alone = ask(swarm, long, 2).ttft
+        answers: list[Answer] = []
+        jobs = threading.Thread(target=lambda: answers.extend(ask_all(swarm, prompts(8), 4 * bench.tokens)))  # noqa: B023
+        jobs.start()
+        time.sleep(6)  # all of them decode now
+        started = time.perf_counter()
+        among = ask(swarm, long, 2)
+        ended = started + among.ttft
+        jobs.join()
+        if number:
+            ttfts["alone"].append(alone)
+            ttfts["among 8"].append(among.ttft)
+            for answer in answers:
+                steps = list(zip(answer.times, answer.pauses, strict=False))
+                disturbed += [pause for at, pause in steps if started <= at <= ended]
+                quiet += [pause for at, pause in steps if at < started - 1 or at > ended + 1]
+    first, second = statistics.median(ttfts["alone"]), statistics.median(ttfts["among 8"])
+    before, during = (sorted(each)[int(len(each) * 0.99)] * 1000 for each in (quiet, disturbed))
+    print("\na prompt of 1,024 tokens while 8 jobs decode, 3 stages")
+    print(f"TTFT alone {first * 1000:.0f} ms, among the jobs {second * 1000:.0f} ms: {second / first:.2f} times")
+    print(f"the jobs' p99 per token {before:.0f} ms, during the prompt {during:.0f} ms: {during / before:.2f} times")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--dtype", choices=list(VRAM), default="float32")
+    parser.add_argument("--only", default="one,many,busy")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    print(f"SmolLM2-135M {arguments.dtype}, {arguments.threads} threads, {arguments.rounds} rounds")
+    parts = {"one": one, "many": many, "busy": busy}
+    with ExitStack() as stack:
+        bench = Bench(stack, arguments)
+        for name in arguments.only.split(","):
+            parts[name](bench)
+
+
+if __name__ == "__main__":
+    main()
