@@ -9,6 +9,7 @@ import trio
 from azu.overlay import Overlay, RelayLimits, open_overlay
 from tests.foreign.conftest import OpenJs, node_config
 from tests.overlay.conftest import LIMIT, LOOPBACK, echo
+from tests.overlay.nat.corners import exchange
 
 SIZE = 1 << 20
 
@@ -23,8 +24,8 @@ async def test_js_uses_a_relay_of_ours(open_js: OpenJs, node: Overlay) -> None:
             assert address == f"{relay.addrs[0]}/p2p-circuit/p2p/{listener.peer_id}"
 
             assert await dialler.call("dial", addr=address) == listener.peer_id
-            assert [listener.peer_id, True] in await dialler.call("connections")
-            got = await dialler.call("echo", peer=listener.peer_id, size=SIZE)
+            assert listener.peer_id in [peer for peer, _ in await dialler.call("connections")]
+            got = await dialler.call("echo", peer=listener.peer_id, size=SIZE)  # its DHT may have dialled it directly
             assert got["received"] == got["sent"]
             assert got["count"] == SIZE
 
@@ -32,10 +33,13 @@ async def test_js_uses_a_relay_of_ours(open_js: OpenJs, node: Overlay) -> None:
             await node.connect(listener.peer_id, [address])
             assert await node.ping(listener.peer_id) > 0
             assert trio.current_time() - started < 5, "waited for a hole that this peer cannot punch"
-            assert not node.is_direct(listener.peer_id)
+            async with await node.open_stream(listener.peer_id, "/test/echo") as stream:
+                assert stream.is_relayed
+                assert await exchange(stream, SIZE) == SIZE
             statistics = relay.relay_statistics()
             assert statistics is not None
-            assert (statistics.reservations, statistics.circuits) == (1, 2)
+            assert statistics.reservations == 1
+            assert statistics.circuits >= 1
             assert statistics.carried > 2 * SIZE
 
 
