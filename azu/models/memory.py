@@ -28,6 +28,7 @@ from azu.models.weight_formats import INT4_GROUP
 from azu.wire.tensors import ACTIVATIONS, ITEMSIZE, WEIGHT_FORMATS, WeightFormat
 
 __all__ = [
+    "MAX_CHUNK_ROWS",
     "MAX_JOBS",
     "StageMemory",
     "chunk_rows",
@@ -41,7 +42,7 @@ __all__ = [
 
 MAX_JOBS = 32  # that a worker runs at once
 # A chunk of a prompt: large enough that the device is busy, small enough that stages overlap and buffers stay small.
-_MAX_CHUNK_ROWS = 256
+MAX_CHUNK_ROWS = 256
 _MAX_CHUNK_BYTES = 4_194_304
 
 _OVERHEAD_BYTES = 8 << 20
@@ -161,7 +162,7 @@ def kv_bytes(manifest: Manifest, start: int, end: int, tokens: int, dtype: Weigh
 
 def chunk_rows(hidden_size: int, dtype: WeightFormat) -> int:
     """The most positions that travel in one chunk; a function of the model alone, so that both ends agree."""
-    return max(1, min(_MAX_CHUNK_ROWS, _MAX_CHUNK_BYTES // (hidden_size * _item(dtype))))
+    return max(1, min(MAX_CHUNK_ROWS, _MAX_CHUNK_BYTES // (hidden_size * _item(dtype))))
 
 
 def _activations(manifest: Manifest, start: int, end: int, dtype: WeightFormat, tokens: int) -> int:

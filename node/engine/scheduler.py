@@ -11,12 +11,11 @@ from collections import deque
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
-__all__ = ["MAX_CHUNK_ROWS", "MAX_TOKENS", "StepQueue"]
+from azu.models.memory import MAX_CHUNK_ROWS, MAX_JOBS
+
+__all__ = ["StepQueue"]
 
 W = TypeVar("W")
-
-MAX_TOKENS = 32  # steps of one row in a pass: as many as a worker runs jobs
-MAX_CHUNK_ROWS = 256  # rows of chunks in a pass, more only if a single chunk has more
 
 
 class StepQueue(Generic[W]):
@@ -24,10 +23,12 @@ class StepQueue(Generic[W]):
 
     Args:
         is_wanted: asked when its turn comes; what nobody waits for any more is dropped.
+        max_tokens: steps of one row in a pass.
+        max_chunk_rows: rows of chunks in a pass, more only if a single chunk has more.
     """
 
     def __init__(
-        self, is_wanted: Callable[[W], bool], *, max_tokens: int = MAX_TOKENS, max_chunk_rows: int = MAX_CHUNK_ROWS
+        self, is_wanted: Callable[[W], bool], *, max_tokens: int = MAX_JOBS, max_chunk_rows: int = MAX_CHUNK_ROWS
     ) -> None:
         self._is_wanted = is_wanted
         self._max_tokens = max_tokens
