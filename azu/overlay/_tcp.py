@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,10 @@ __all__ = ["BufferedTCP", "BufferedTCPStream"]
 
 logger = logging.getLogger(__name__)
 
+# The kernel takes no more than about so much beyond what is on its way: on a slow uplink a token's states would have to
+# wait behind whatever it has taken of a prompt or a file.
+_UNSENT_BYTES = 256 * 1024
+
 
 class BufferedTCPStream(TrioTCPStream):
     """Upstream makes two socket reads per Noise message (its length, then its body); this one makes few."""
@@ -27,6 +32,8 @@ class BufferedTCPStream(TrioTCPStream):
     def __init__(self, stream: trio.SocketStream) -> None:
         super().__init__(stream)
         self._buffer = memoryview(b"")
+        if hasattr(socket, "TCP_NOTSENT_LOWAT"):
+            stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES)
 
     async def read(self, n: int | None = None) -> bytes:
         """Up to n bytes; b"" at the end."""

@@ -10,8 +10,8 @@ py-libp2p 0.8.1's loop is correct enough for chat and too slow and too trusting 
 - Credit is returned when half a window has been read, not after each read (upstream sends one more encrypted
   frame per read), and cancelling a read cannot lose bytes (upstream awaits after taking them).
 - A DATA frame with its header fits one Noise message (upstream's 64 KiB frames need two), incoming bytes are parsed
-  straight from decrypted messages and stay in them until they are read, up to MAX_BATCH frames go out with one socket
-  call, and no debug text is formatted per frame.
+  straight from decrypted messages and stay in them until they are read, frames that wait go out with one socket call,
+  and no debug text is formatted per frame.
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ from libp2p.stream_muxer.yamux.yamux import (
 )
 
 from azu.overlay._link import Inbox, NoiseLink
+from azu.overlay._outbox import Outbox
 from azu.overlay._yamux_stream import BATCH_BYTES, HEADER, AzuYamuxStream
-from azu.overlay.faults import acquire, shielded
+from azu.overlay.faults import shielded
 from azu.overlay.held import Held
 
 __all__ = ["BATCH_BYTES", "AzuYamux"]
@@ -80,6 +81,7 @@ class AzuYamux(Yamux):
         self._held.watch(self)
         self._on_violation = on_violation
         self._link = NoiseLink(conn) if link is None else link
+        self._outbox = Outbox(self._send_frames)
         # Upstream's 10 would make the frame loop wait for acceptance; ours refuses with RST beyond the bound.
         self.new_stream_send_channel, self.new_stream_receive_channel = trio.open_memory_channel[YamuxStream](
             MAX_REMOTE_STREAMS
@@ -153,18 +155,17 @@ class AzuYamux(Yamux):
         await self._write_frames([data])
 
     async def _write_frames(self, frames: Sequence[bytes]) -> None:
-        """Write frames whole, or close the connection. Only the wait for the lock can be cancelled."""
-        await acquire(self._write_lock)
-        try:
-            with shielded(FRAME_SECONDS) as scope:
-                await self._link.send(frames)
-            if scope.cancelled_caught:
-                logger.debug("%s takes no bytes: connection closed", self.peer_id)
-                with trio.CancelScope(shield=True):
-                    await self.secured_conn.close()  # the frame loop sees it and cleans up
-                raise ConnectionClosedError(f"the connection took no bytes for {FRAME_SECONDS:g} s")
-        finally:
-            self._write_lock.release()
+        """Write frames whole, or close the connection. Only the wait for one's turn can be cancelled."""
+        await self._outbox.write(frames)
+
+    async def _send_frames(self, frames: Sequence[bytes]) -> None:
+        with shielded(FRAME_SECONDS) as scope:
+            await self._link.send(frames)
+        if scope.cancelled_caught:
+            logger.debug("%s takes no bytes: connection closed", self.peer_id)
+            with trio.CancelScope(shield=True):
+                await self.secured_conn.close()  # the frame loop sees it and cleans up
+            raise ConnectionClosedError(f"the connection took no bytes for {FRAME_SECONDS:g} s")
 
     async def start(self) -> None:
         """Run the connection; its socket is closed when this ends, however it ends (upstream leaks it on cancel)."""

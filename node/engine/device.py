@@ -1,7 +1,8 @@
 """The device thread: all torch work of one device runs on one thread, so that the event loop never waits for it.
 
 Steps of jobs that wait at the same time are computed in one pass (`scheduler`). The thread picks them itself, as soon
-as the pass before is done, so that nothing on the event loop stands between two passes.
+as the pass before is done, so that nothing on the event loop stands between two passes. Steps that come in the same
+turn of the event loop, as those of a pass of the stage before do, are handed to it together.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ class DeviceThread:
 
     def __init__(self) -> None:
         self.passes = Passes()
-        self._queue: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[_Work | list[_Work] | None] = queue.SimpleQueue()
+        self._arriving: list[_Work] = []  # steps of this turn of the event loop
         self._steps: StepQueue[_Work] = StepQueue(lambda work: not work.abandoned)
         self._trio = trio.lowlevel.current_trio_token()
         # A daemon: a call that hangs in a driver must not keep the process from exiting.
@@ -69,7 +71,9 @@ class DeviceThread:
         Safe to cancel: a call that has not begun is skipped, the result of one that has is dropped.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
-        result: T = await self._wait_for(_Work(call, trio.lowlevel.current_task()))
+        work = _Work(call, trio.lowlevel.current_task())
+        self._queue.put(work)
+        result: T = await self._wait_for(work)
         return result
 
     async def step(self, runner: Runner, step: Any, rows: int) -> Any:
@@ -78,7 +82,15 @@ class DeviceThread:
         A job has one step at a time. All steps that wait have the same runner.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
-        return await self._wait_for(_Work(None, trio.lowlevel.current_task(), runner, step, rows))
+        work = _Work(None, trio.lowlevel.current_task(), runner, step, rows)
+        self._arriving.append(work)
+        self._trio.run_sync_soon(self._hand_over, idempotent=True)
+        return await self._wait_for(work)
+
+    def _hand_over(self) -> None:
+        if self._arriving:
+            self._queue.put(self._arriving)
+            self._arriving = []
 
     async def _wait_for(self, work: _Work) -> Any:
         def abort(_: object) -> trio.lowlevel.Abort:
@@ -86,13 +98,12 @@ class DeviceThread:
             work.step = None  # its job's cache is free at once, not when its turn comes
             return trio.lowlevel.Abort.SUCCEEDED
 
-        self._queue.put(work)
         return await trio.lowlevel.wait_task_rescheduled(abort)
 
     @property
     def pending(self) -> int:
         """Calls and steps that wait for the thread."""
-        return self._queue.qsize() + len(self._steps)
+        return self._queue.qsize() + len(self._arriving) + len(self._steps)
 
     def close(self) -> None:
         """Let the thread end after what it is in."""
@@ -111,15 +122,18 @@ class DeviceThread:
             work = self._queue.get()
             if work is None:
                 return False
-            if work.runner is not None:
-                self._steps.add(work, work.rows)
+            if isinstance(work, list):
+                self._add(work)
             elif work.call is not None and not work.abandoned:
                 result = outcome.capture(work.call)
                 self._trio.run_sync_soon(_deliver, [(work, result)])
                 del result
-            # Held over the next wait, these would keep a freed job's cache alive.
-            del work
+            del work  # held over the next wait, it would keep a freed job's cache alive
         return True
+
+    def _add(self, works: list[_Work]) -> None:
+        for work in works:
+            self._steps.add(work, work.rows)
 
     def _run_pass(self) -> None:
         runner: Any = self._steps.oldest.runner  # only steps wait here, which have one

@@ -132,8 +132,10 @@ async def test_too_many_streams_are_refused(monkeypatch: pytest.MonkeyPatch) -> 
             await wire.write(frame(WINDOW, SYN, 2 * number + 1, 0))
         answers = [frame(WINDOW, ACK, 1, 0), frame(WINDOW, ACK, 3, 0)]
         answers += [frame(WINDOW, RST, 2 * number + 1, 0) for number in range(2, 6)]
-        got = [await wire.read_msg() for _ in answers]
-        assert sorted(got) == sorted(answers)
+        got = b""
+        while len(got) < 12 * len(answers):  # those that wait at the same time come as one message
+            got += await wire.read_msg()
+        assert sorted(got[at : at + 12] for at in range(0, len(got), 12)) == sorted(answers)
         assert sorted(muxer.streams) == [1, 3]
 
 

@@ -1,0 +1,111 @@
+"""Where the streams of one connection leave their frames: what waits at the same time leaves with one socket call.
+
+A stage passes a whole batch on at once, each job's states on a stream of its own. Sent one by one they would cost a
+call and a wake-up of the other end each, and the other end would begin to compute with the first of them.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+
+import trio
+from libp2p.io.exceptions import ConnectionClosedError
+
+__all__ = ["Outbox"]
+
+SMALL_BYTES = 32 * 1024  # a decoded token's states and every control frame: these overtake prompts and files
+LARGE_BYTES = 256 * 1024  # of the others that leave with one call; one at least
+
+
+class _Entry:
+    """Frames that belong together. `turn` is set once they have left, or are the next to leave."""
+
+    __slots__ = ("error", "frames", "has_left", "size", "stream", "turn")
+
+    def __init__(self, frames: Sequence[bytes]) -> None:
+        self.frames = frames
+        self.stream = frames[0][4:8]  # its id, in a Yamux header
+        self.size = sum(map(len, frames))
+        self.turn = trio.Event()
+        self.has_left = False
+        self.error: BaseException | None = None
+
+
+class Outbox:
+    """Orders writers: small frames overtake large ones, those of their own stream excepted.
+
+    Args:
+        send: writes Yamux frames whole or closes the connection; it is never cancelled inside.
+    """
+
+    def __init__(self, send: Callable[[Sequence[bytes]], Awaitable[None]]) -> None:
+        self._send = send
+        self._waiting: deque[_Entry] = deque()
+        self._is_sending = False
+
+    async def write(self, frames: Sequence[bytes]) -> None:
+        """Write frames whole. Cancelling is safe: they leave whole, or not at all.
+
+        Raises:
+            ConnectionClosedError: the connection ended; and whatever `send` raises.
+        """
+        await trio.lowlevel.checkpoint_if_cancelled()
+        entry = _Entry(frames)
+        self._waiting.append(entry)
+        if self._is_sending:
+            await self._wait(entry)
+            if entry.has_left:
+                if entry.error is not None:
+                    raise ConnectionClosedError(f"the connection ended: {entry.error}") from entry.error
+                return
+        else:
+            self._is_sending = True
+            # Whoever else writes in this turn of the event loop comes along.
+            await trio.lowlevel.cancel_shielded_checkpoint()
+        await self._flush()
+
+    async def _wait(self, entry: _Entry) -> None:
+        try:
+            await entry.turn.wait()
+        except trio.Cancelled:
+            if entry in self._waiting:
+                self._waiting.remove(entry)
+            raise
+
+    async def _flush(self) -> None:
+        taken = self._take()
+        try:
+            await self._send([frame for entry in taken for frame in entry.frames])
+        except BaseException as error:
+            for entry in taken:
+                entry.error = error
+            raise
+        finally:
+            for entry in taken:
+                entry.has_left = True
+                entry.turn.set()
+            if self._waiting:
+                self._waiting[0].turn.set()  # it sends the next ones, its own among them
+            else:
+                self._is_sending = False
+
+    def _take(self) -> list[_Entry]:
+        """All small entries, then of the others the oldest, and as many more as fit."""
+        small: list[_Entry] = []
+        large: list[_Entry] = []
+        left: deque[_Entry] = deque()
+        size = 0
+        held: set[bytes] = set()  # streams that have something large waiting
+        for entry in self._waiting:
+            if entry.size <= SMALL_BYTES and entry.stream not in held:
+                small.append(entry)
+                continue
+            held.add(entry.stream)
+            if not large or (not left and size + entry.size <= LARGE_BYTES):
+                size += entry.size
+                large.append(entry)
+            else:
+                left.append(entry)
+        self._waiting = left
+        return small + large
