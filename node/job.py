@@ -115,6 +115,7 @@ class StageJob:
                 nursery.cancel_scope.cancel()
         finally:
             self._receiving.cancel()
+            self._device.ended(id(self._state))
             self._state = None
         if lost is not None:
             raise lost
@@ -241,7 +242,8 @@ class StageJob:
         await self._pass_on(output, position, sample)
 
     async def _run(self, step: Step) -> Output:
-        output: Output = await self._device.step(self._stage, step, step.rows)
+        returns_to = id(step.job) if step.sample else 0
+        output: Output = await self._device.step(self._stage, step, step.rows, returns_to)
         return output
 
     async def _give_credit(self) -> None:

@@ -2,7 +2,8 @@
 
 Steps of jobs that wait at the same time are computed in one pass (`scheduler`). The thread picks them itself, as soon
 as the pass before is done, so that nothing on the event loop stands between two passes. Steps that come in the same
-turn of the event loop, as those of a pass of the stage before do, are handed to it together.
+turn of the event loop, as those of a pass of the stage before do, are handed to it together. The first stage waits
+for more of them, as `gathering` says.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any, Protocol, TypeVar
 import outcome
 import trio
 
+from node.engine.gathering import Gathering
 from node.engine.instruments import Passes
 from node.engine.scheduler import StepQueue
 
@@ -35,6 +37,10 @@ class Runner(Protocol):
     def can_pack(self) -> bool:
         """Whether several jobs' steps can share a pass."""
 
+    @property
+    def is_first(self) -> bool:
+        """Whether it is the ring's first stage, where tokens come back to."""
+
     def run_steps(self, steps: Sequence[Any]) -> list[outcome.Outcome[Any]]:
         """Compute steps of different jobs in one pass: for each its result, or its error."""
 
@@ -48,6 +54,7 @@ class _Work:
     runner: Runner | None = None
     step: Any = None
     rows: int = 0
+    returns_to: int = 0  # its job, where a token of it will come
     since: float = field(default_factory=time.perf_counter)
     abandoned: bool = False
 
@@ -60,6 +67,7 @@ class DeviceThread:
         self._queue: queue.SimpleQueue[_Work | list[_Work] | None] = queue.SimpleQueue()
         self._arriving: list[_Work] = []  # steps of this turn of the event loop
         self._steps: StepQueue[_Work] = StepQueue(lambda work: not work.abandoned)
+        self._gathering = Gathering()
         self._trio = trio.lowlevel.current_trio_token()
         # A daemon: a call that hangs in a driver must not keep the process from exiting.
         self._thread = threading.Thread(target=self._work, name="azu-device", daemon=True)
@@ -76,16 +84,24 @@ class DeviceThread:
         result: T = await self._wait_for(work)
         return result
 
-    async def step(self, runner: Runner, step: Any, rows: int) -> Any:
+    async def step(self, runner: Runner, step: Any, rows: int, returns_to: int = 0) -> Any:
         """Compute a step of `rows` rows, together with those of other jobs that wait; as `run` otherwise.
 
         A job has one step at a time. All steps that wait have the same runner.
+
+        Args:
+            returns_to: a number of the job's own where a token of it will come after this step; `ended` takes it back.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
-        work = _Work(None, trio.lowlevel.current_task(), runner, step, rows)
+        work = _Work(None, trio.lowlevel.current_task(), runner, step, rows, returns_to)
         self._arriving.append(work)
         self._trio.run_sync_soon(self._hand_over, idempotent=True)
         return await self._wait_for(work)
+
+    def ended(self, job: int) -> None:
+        """No token of this job will come any more."""
+        self._gathering.forget(job)
+        self._queue.put([])  # whoever waits for it looks again
 
     def _hand_over(self) -> None:
         if self._arriving:
@@ -118,8 +134,14 @@ class DeviceThread:
 
     def _take_calls(self) -> bool:
         """Run the calls that wait, and let steps join the queue. Waits until there are steps; False once closed."""
-        while not self._queue.empty() or not len(self._steps):
-            work = self._queue.get()
+        while True:
+            wait = self._patience() if len(self._steps) else None
+            try:
+                work = self._queue.get(timeout=wait)
+            except queue.Empty:
+                if not wait:
+                    return True
+                continue
             if work is None:
                 return False
             if isinstance(work, list):
@@ -129,15 +151,25 @@ class DeviceThread:
                 self._trio.run_sync_soon(_deliver, [(work, result)])
                 del result
             del work  # held over the next wait, it would keep a freed job's cache alive
-        return True
 
     def _add(self, works: list[_Work]) -> None:
         for work in works:
             self._steps.add(work, work.rows)
+            if work.rows == 1 and work.returns_to:
+                self._gathering.came(work.returns_to, work.since)
+
+    def _patience(self) -> float:
+        """Seconds for which the pass may wait for more steps."""
+        oldest = self._steps.oldest
+        runner: Any = oldest.runner  # only steps wait here, which have one
+        if not (runner.can_pack and runner.is_first) or self._steps.has_chunks:
+            return 0.0
+        return self._gathering.patience(oldest.since, time.perf_counter())
 
     def _run_pass(self) -> None:
         runner: Any = self._steps.oldest.runner  # only steps wait here, which have one
-        works = self._steps.next_pass() if runner.can_pack else self._steps.next_alone()
+        most = self._gathering.size if runner.is_first else None
+        works = self._steps.next_pass(most) if runner.can_pack else self._steps.next_alone()
         steps = [(work, work.step) for work in works]
         steps = [(work, step) for work, step in steps if step is not None]  # cancelled just now
         if not steps:
@@ -145,9 +177,11 @@ class DeviceThread:
         started = time.perf_counter()
         done = outcome.capture(runner.run_steps, [step for _, step in steps])
         results = done.value if isinstance(done, outcome.Value) else [done] * len(steps)
-        self.passes.note(
-            started, time.perf_counter(), [work.rows for work, _ in steps], [work.since for work, _ in steps]
-        )
+        rows, ended = [work.rows for work, _ in steps], time.perf_counter()
+        self.passes.note(started, ended, rows, [work.since for work, _ in steps])
+        if runner.is_first:
+            jobs = [work.returns_to for work, _ in steps if work.returns_to and not work.abandoned]
+            self._gathering.left(jobs, sum(each for each in rows if each > 1), ended)
         self._trio.run_sync_soon(_deliver, [(work, result) for (work, _), result in zip(steps, results, strict=True)])
 
 

@@ -1,8 +1,9 @@
 """Which of the waiting steps are computed together next. Pure: no torch, no trio.
 
-Each job has at most one step waiting: a token to decode, or a chunk of its prompt. A pass takes every token that waits,
-up to a bound, and with them as many chunks as fit a budget of rows; so no chunk holds tokens up for longer than one
-pass, and tokens never hold up chunks. Both kinds go in the order in which they came, so that jobs take turns.
+Each job has at most one step waiting: a token to decode, or a chunk of its prompt. A pass takes the tokens that wait,
+up to a bound, and with them as many chunks as fit a budget of rows; beside chunks it takes every token. So no chunk
+holds tokens up for longer than one pass, and tokens never hold up chunks. Both kinds go in the order in which they
+came, so that jobs take turns.
 """
 
 from __future__ import annotations
@@ -43,6 +44,11 @@ class StepQueue(Generic[W]):
         """The step that has waited for longest; there must be one."""
         return self._waiting[0][0]
 
+    @property
+    def has_chunks(self) -> bool:
+        """Whether a step of several rows waits."""
+        return any(rows > 1 for _, rows in self._waiting)
+
     def add(self, step: W, rows: int) -> None:
         """Let a step of so many rows wait."""
         self._waiting.append((step, rows))
@@ -55,16 +61,23 @@ class StepQueue(Generic[W]):
                 return [step]
         return []
 
-    def next_pass(self) -> list[W]:
-        """The steps of the next pass; none if nobody waits."""
+    def next_pass(self, tokens_alone: int | None = None) -> list[W]:
+        """The steps of the next pass; none if nobody waits.
+
+        Args:
+            tokens_alone: the most tokens of a pass without chunks.
+        """
         chosen: list[W] = []
         left: deque[tuple[W, int]] = deque()
         tokens = chunk_rows = 0
+        most = self._max_tokens
+        if tokens_alone is not None and not self.has_chunks:
+            most = min(most, tokens_alone)
         has_room = True
         for step, rows in self._waiting:
             if not self._is_wanted(step):
                 continue
-            if rows == 1 and tokens < self._max_tokens:
+            if rows == 1 and tokens < most:
                 tokens += 1
             elif rows > 1 and has_room and (not chunk_rows or chunk_rows + rows <= self._max_chunk_rows):
                 chunk_rows += rows

@@ -254,8 +254,9 @@ async def test_an_idle_thread_holds_on_to_nothing(use: Callable[[DeviceThread, C
 class Adder:
     """Adds up each step's numbers; notes who went together."""
 
-    def __init__(self, *, can_pack: bool = True) -> None:
+    def __init__(self, *, can_pack: bool = True, is_first: bool = False) -> None:
         self.can_pack = can_pack
+        self.is_first = is_first
         self.passes: list[list[list[int]]] = []
 
     def run_steps(self, steps: Sequence[list[int]]) -> list[outcome.Outcome[int]]:
@@ -288,6 +289,27 @@ async def test_steps_that_wait_go_together_where_they_can(can_pack: bool) -> Non
     counted = device.passes.statistics()
     assert (counted.passes, counted.steps, counted.tokens, counted.rows) == (len(adder.passes), 5, 5, 5)
     assert counted.largest == (5 if can_pack else 1)
+
+
+async def test_the_first_stage_waits_for_tokens_that_are_away_and_not_for_jobs_that_ended() -> None:
+    adder = Adder(is_first=True)
+    async with open_device_thread() as device:
+
+        async def step(job: int) -> None:
+            await device.step(adder, [job], 1, job)
+
+        async with trio.open_nursery() as nursery:
+            for job in (1, 2, 3):
+                nursery.start_soon(step, job)
+        device._gathering.groups, device._gathering._trip = 1, 1e9  # they may be away for long
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(step, 1)
+            await settle()
+            nursery.start_soon(step, 2)
+            await settle()
+            assert len(adder.passes) == 1
+            device.ended(3)
+    assert [sorted(steps) for steps in adder.passes] == [[[1], [2], [3]], [[1], [2]]]
 
 
 async def _cancelled_step(device: DeviceThread, adder: Adder, scope: trio.CancelScope) -> None:

@@ -28,6 +28,15 @@ def test_tokens_go_together_and_with_as_many_chunks_as_fit() -> None:
     assert queue.next_pass() == []
 
 
+def test_fewer_tokens_go_alone_than_with_a_chunk() -> None:
+    queue = queue_of(1, 1, 1, 1, 1)
+    assert numbers(queue.next_pass(2)) == [0, 1]
+    queue.add((5, 9), 9)
+    assert queue.has_chunks
+    assert numbers(queue.next_pass(2)) == [2, 3, 4, 5]
+    assert not queue.has_chunks
+
+
 def test_a_chunk_beyond_the_budget_goes_by_itself() -> None:
     queue = queue_of(300, 300, 1, max_chunk_rows=256)
     assert numbers(queue.next_pass()) == [0, 2]

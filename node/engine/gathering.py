@@ -1,0 +1,133 @@
+"""In how many groups the tokens of a ring's jobs go round. Pure: no torch, no trio, no clock.
+
+The first stage decides it: a pass waits for its share of the tokens that are away, and takes no more than that. Few
+large groups save work, since a pass over 16 tokens takes far less than 16 passes; more groups keep all stages busy.
+What is best depends on what nobody here knows: whether stages share a machine, how long a trip takes, how a pass grows
+with its tokens. So it is tried: the number of groups is kept that gave the most tokens per second, and the next smaller
+and the next larger one are tried now and then. (vLLM and others set as many as the pipeline has stages.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+__all__ = ["Gathering"]
+
+_GROUPS = (1, 2, 3, 4, 6, 8, 12, 16)  # that are tried
+_FIRST = 2
+_ROUNDS = 8  # tokens of each job in one trial
+_SETTLE = 2  # rounds after a change that do not count
+_GAIN = 1.02  # how much better another number has to be
+_PAUSE, _LONGEST_PAUSE = 8, 64  # trials between two with another number
+_SMOOTH = 0.3  # weight of a new measurement
+_LOST = 4.0  # trips after which a token does not count as away any more
+
+
+@dataclass(slots=True)
+class _Record:
+    """What was found out with about so many jobs."""
+
+    rates: dict[int, float] = field(default_factory=dict)  # groups -> tokens per second
+    best: int = _FIRST
+    pause: int = _PAUSE
+    trials: int = 0  # with the best one since another was tried
+    detours: int = 0
+
+
+class Gathering:
+    """Decides for one stage. All times are seconds of one clock that the caller reads."""
+
+    def __init__(self) -> None:
+        self.groups = 1  # in force now
+        self._here: set[int] = set()  # jobs whose token waits
+        self._away: dict[int, float] = {}  # job -> when its token left
+        self._trip = 0.0  # how long a token is away, smoothed
+        self._passes = 0
+        self._records: dict[int, _Record] = {}
+        self._jobs = 0  # in the trial that runs
+        self._began: float | None = None  # when it did, once it has settled
+        self._tokens = 0  # since then; negative before
+        self._disturbed = 0  # rows of prompts since then
+
+    def came(self, job: int, now: float) -> None:
+        """A job's token is here."""
+        since = self._away.pop(job, None)
+        if since is not None:
+            self._trip += (now - since - self._trip) * (_SMOOTH if self._trip else 1.0)
+        self._here.add(job)
+
+    def left(self, jobs: Sequence[int], chunk_rows: int, now: float) -> None:
+        """A pass is over: these jobs' next tokens are on their way. It also held so many rows of prompts."""
+        for job in jobs:
+            self._here.discard(job)
+            self._away[job] = now
+        self._passes += 1
+        self._tokens += len(jobs)
+        self._disturbed += chunk_rows
+        self._measure(now)
+
+    def forget(self, job: int) -> None:
+        """A job has ended."""
+        self._away.pop(job, None)
+        self._here.discard(job)
+
+    @property
+    def size(self) -> int:
+        """The tokens of the next group, as even as can be: a pass waits for so many, and takes no more."""
+        return max(1, (self._count + self._passes % self.groups) // self.groups)
+
+    @property
+    def _count(self) -> int:
+        return len(self._here) + len(self._away)
+
+    def patience(self, since: float, now: float) -> float:
+        """How long to wait for another token, in seconds, where the oldest that waits came at `since`."""
+        for job, when in list(self._away.items()):  # a job may end on another thread meanwhile
+            if now - when > _LOST * self._trip > 0:
+                self._away.pop(job, None)
+        if len(self._here) >= self.size:
+            return 0.0
+        return max(0.0, since + self._trip - now)
+
+    # --- trials
+
+    def _measure(self, now: float) -> None:
+        jobs = self._count
+        if jobs < 2 or abs(jobs - self._jobs) * 4 > self._jobs:
+            self._begin(jobs)
+        elif self._began is None:
+            if self._tokens >= 0:
+                self._began, self._tokens, self._disturbed = now, 0, 0
+        elif self._tokens >= _ROUNDS * jobs:
+            if self._disturbed <= self._tokens:
+                self._conclude(self._tokens / (now - self._began))
+            self._begin(jobs)
+
+    def _begin(self, jobs: int) -> None:
+        """Choose the number of groups of the next trial."""
+        self._jobs, self._began = jobs, None
+        self._tokens, self._disturbed = -_SETTLE * jobs, 0
+        record = self._records.setdefault(jobs.bit_length(), _Record())
+        at = _GROUPS.index(record.best)
+        beside = [groups for groups in _GROUPS[max(0, at - 1) : at + 2] if groups <= jobs]
+        untried = [groups for groups in beside if groups not in record.rates]
+        if untried:
+            self.groups = record.best if record.best in untried else untried[0]
+        elif record.trials < record.pause:
+            self.groups = record.best
+        else:
+            others = [groups for groups in beside if groups != record.best] or [record.best]
+            self.groups = others[record.detours % len(others)]
+            record.detours += 1
+            record.trials = 0
+            record.pause = min(2 * record.pause, _LONGEST_PAUSE)
+
+    def _conclude(self, rate: float) -> None:
+        record = self._records[self._jobs.bit_length()]
+        known = record.rates.get(self.groups, rate)
+        record.rates[self.groups] = known + (rate - known) * _SMOOTH
+        record.trials += 1
+        leader = max(record.rates, key=record.rates.__getitem__)
+        if record.rates[leader] > _GAIN * record.rates.get(record.best, 0.0):
+            record.best, record.pause = leader, _PAUSE
