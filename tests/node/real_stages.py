@@ -41,7 +41,7 @@ from azu.wire.messages import (
     Token,
 )
 from azu.wire.tensors import WeightFormat
-from node.engine.device import open_device_thread
+from node.engine.device import DeviceThread, open_device_thread
 from node.engine.stage import LoadedStage, find_device, load_stage
 from node.jobs import Jobs, Loaded
 
@@ -103,6 +103,7 @@ class Stage:
     identity: Identity
     overlay: Overlay
     jobs: Jobs
+    device: DeviceThread
     start: int
     end: int
 
@@ -240,7 +241,7 @@ async def real_stage(model: TinyModel, number: int, start: int, end: int) -> Asy
         jobs.loaded = Loaded(model.manifest.digest, start, end, model.stage(start, end), KV_TOKENS, 1, 1, 2 * KV_TOKENS)
         overlay.handle(JOB_PROTOCOL, jobs.handle_job)
         overlay.handle(RING_PROTOCOL, jobs.handle_ring)
-        yield Stage(identity(number), overlay, jobs, start, end)
+        yield Stage(identity(number), overlay, jobs, thread, start, end)
 
 
 @asynccontextmanager

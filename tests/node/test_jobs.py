@@ -105,21 +105,37 @@ async def test_a_prompt_of_more_chunks_than_the_window(model: TinyModel) -> None
         assert (end.tokens, end.failures) == (model.greedy(prompt, 3), [])
 
 
-async def test_eight_jobs_at_once(model: TinyModel) -> None:
-    prompts = [prompt_of(3 + 40 * number, number) for number in range(8)]
+@pytest.mark.parametrize("seed", range(3))
+async def test_jobs_that_join_and_leave_at_random_answer_as_alone(model: TinyModel, seed: int) -> None:
+    """Sixteen of mixed lengths that share passes, beside eight that are given up at any point of theirs."""
+    rng = random.Random(seed)
+    prompts = [prompt_of(rng.choice([1, 3, 40, 300]), number) for number in range(16)]
+    counts = [rng.randint(1, 24) for _ in prompts]
     answers: dict[int, list[int]] = {}
     async with real_ring(model, 3) as coordinator:
 
         async def ask(number: int) -> None:
-            ticket = coordinator.ticket(len(prompts[number]), 10)
-            answers[number] = (await coordinator.answer(ticket, prompts[number])).tokens
+            await trio.sleep(rng.uniform(0.0, 0.5))
+            ticket = coordinator.ticket(len(prompts[number]), counts[number])
+            end = await coordinator.answer(ticket, prompts[number])
+            assert end.failures == []
+            answers[number] = end.tokens
+
+        async def give_up() -> None:
+            await trio.sleep(rng.uniform(0.0, 0.5))
+            with trio.move_on_after(rng.uniform(0.0, 0.4)):
+                await coordinator.answer(coordinator.ticket(260, 100), prompt_of(260))
 
         async with trio.open_nursery() as nursery:
-            for number in range(8):
+            for number in range(16):
                 nursery.start_soon(ask, number)
+            for _ in range(8):
+                nursery.start_soon(give_up)
         for stage in coordinator.stages:
-            stage.assert_idle()
-    assert answers == {number: model.greedy(prompt, 10) for number, prompt in enumerate(prompts)}
+            await stage.until_idle()
+            assert stage.device.passes.statistics().largest > 1
+    expected = [model.greedy(prompt, count) for prompt, count in zip(prompts, counts, strict=True)]
+    assert [answers[number] for number in range(16)] == expected
 
 
 @pytest.mark.parametrize("seed", range(6))

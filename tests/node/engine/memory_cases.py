@@ -16,12 +16,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import outcome
 import torch
 import transformers
 from transformers.utils import logging as transformers_logging
 
 from azu.models.manifest import Manifest
-from azu.models.memory import chunk_rows, stage_memory
+from azu.models.memory import MAX_CHUNK_ROWS, MAX_JOBS, chunk_rows, stage_memory
 from azu.models.publish import publish
 from azu.models.quantize import return_freed_memory
 from azu.models.splice import StageSpec, stage_tensor_names
@@ -66,6 +67,7 @@ CASES = {
     "deepseek-v2": Case("DeepseekV2Config", 0, 3, WIDE | EXPERTS | LATENT | {"num_key_value_heads": 16}),
     "qwen3-next": Case("Qwen3NextConfig", 1, 4, WIDE | EXPERTS | LINEAR),
 }
+JOBS_OF = "gpt2"  # the case whose stage many jobs run through
 SMOLLM2 = {
     "smollm2-first": Case("", 0, 10, {}),
     "smollm2-last-bfloat16": Case("", 20, 30, {}, "bfloat16"),
@@ -101,6 +103,44 @@ def measure(folder: Path, case: Case, device_name: str) -> dict[str, Any]:
     assert [job.position for job in jobs] == [prompt + ANSWER for prompt in PROMPTS]
     estimate = stage_memory(manifest, case.start, case.end, case.dtype, ROOM, len(jobs))
     return {**held, **asdict(estimate), "total": estimate.total}
+
+
+def measure_jobs(folder: Path, case: Case, device_name: str) -> dict[str, Any]:
+    """What jobs that share passes add, and what is left of them and of a thousand more, in bytes."""
+    device = find_device(device_name, None, 2)
+    manifest = Manifest.from_bytes((folder / "manifest").read_bytes())
+    stage = load(folder, manifest, case, device, case.end)
+    tokens, count = 256, 8
+
+    def held() -> int:
+        gc.collect()
+        return_freed_memory()
+        return held_bytes(device)
+
+    run_together(stage, tokens, count)
+    run_together(stage, 2, MAX_JOBS)
+    before = held()
+    jobs = run_together(stage, tokens, count)
+    figures = {"grown": held() - before}
+    kv = stage_memory(manifest, case.start, case.end, case.dtype, count * (tokens + ANSWER), count).kv
+    del jobs
+    figures["left"] = held() - before
+    for _ in range(0, 1_000, MAX_JOBS):
+        run_together(stage, 2, MAX_JOBS)
+    return {**figures, "kv": kv, "left_of_many": held() - before}
+
+
+def run_together(stage: LoadedStage, prompt: int, count: int) -> list[JobState]:
+    """So many jobs of a first stage: a prompt each, and a few more tokens in passes that they share."""
+    jobs = [stage.open_job(Sampling(temperature=1.0), (), prompt + ANSWER) for _ in range(count)]
+    steps = [Step(job, tuple(range(prompt)), prompt, sample=True) for job in jobs]
+    together = max(1, MAX_CHUNK_ROWS // prompt)
+    passes = [steps[at : at + together] for at in range(0, count, together)]
+    passes += [[Step(job, (1,), 1, sample=True) for job in jobs]] * ANSWER
+    for each in passes:
+        assert all(isinstance(result, outcome.Value) for result in stage.run_steps(each))
+    assert all(job.position == prompt + ANSWER for job in jobs)
+    return jobs
 
 
 def load(folder: Path, manifest: Manifest, case: Case, device: Device, end: int) -> LoadedStage:
@@ -171,6 +211,8 @@ def main(folder: str, device: str, gguf: str, *names: str) -> None:
             places[model].mkdir()
             forked(partial(build, places[model], case, gguf))
         forked(partial(measured, name, places[model], case, device))
+        if name == JOBS_OF:
+            forked(lambda: {"case": "jobs", **measure_jobs(places[model], case, device)})  # noqa: B023 - runs at once
 
 
 def measured(name: str, folder: Path, case: Case, device: str) -> dict[str, Any]:

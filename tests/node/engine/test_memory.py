@@ -43,6 +43,16 @@ def on_cpu(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]
     return measured(tmp_path_factory.mktemp("memory"), "cpu")
 
 
+def test_jobs_take_what_their_caches_should_and_leave_nothing(on_cpu: dict[str, dict[str, Any]]) -> None:
+    check_jobs(on_cpu["jobs"])
+
+
+def check_jobs(figures: dict[str, Any]) -> None:
+    assert figures["grown"] == pytest.approx(figures["kv"], rel=TOLERANCE), figures
+    assert figures["left"] < figures["kv"] * TOLERANCE, figures
+    assert figures["left_of_many"] < figures["kv"] * TOLERANCE, figures
+
+
 @pytest.mark.parametrize("name", [*CASES, *SMOLLM2])
 def test_resident_memory_is_as_estimated(on_cpu: dict[str, dict[str, Any]], name: str) -> None:
     if name not in on_cpu:
@@ -52,7 +62,9 @@ def test_resident_memory_is_as_estimated(on_cpu: dict[str, dict[str, Any]], name
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="NO CUDA DEVICE: its memory estimates are not checked here")
 def test_cuda_memory_is_as_estimated(tmp_path: Path) -> None:
-    for figures in measured(tmp_path, "cuda:0").values():
+    found = measured(tmp_path, "cuda:0")
+    check_jobs(found.pop("jobs"))
+    for figures in found.values():
         check(figures)
 
 
