@@ -1,9 +1,9 @@
 """One job in one stage: from an accepted ticket to a signed receipt.
 
     coordinator ──job stream──► listen     prompt, pings, the end
-    previous ─────ring stream─► receive    chunks (in the first stage: sampled tokens), checked, into a bounded inbox
+    previous ────ring streams─► receive    chunks (in the first stage: sampled tokens), checked, into a bounded inbox
     inbox ────────────────────► compute    one step at a time on the device thread, results passed on
-    next ◄────────ring stream── link       what was computed; credit comes back
+    next ◄───────ring streams── link       what was computed; credit comes back
 
 The coordinator decides when a job ends. What breaks first is reported to it as `Failed`, naming the peer whose fault it
 seems, and the stage then waits for its verdict. Leaving `run()` frees the KV cache.
@@ -36,6 +36,7 @@ from azu.wire.messages import (
     Failed,
     Hello,
     Message,
+    Moved,
     Next,
     Ping,
     Prompt,
@@ -44,6 +45,7 @@ from azu.wire.messages import (
 )
 from node.engine.device import DeviceThread
 from node.engine.stage import JobState, LoadedStage, Output, Step
+from node.intake import Intake, Part
 from node.ring import GRANT, WINDOW, RingLink
 from node.session import StageSession
 
@@ -81,8 +83,6 @@ class StageJob:
         self._prompt: tuple[int, ...] = ()
         self._prompt_came = trio.Event()
         self._inbox_in, self._inbox = trio.open_memory_channel[Work](WINDOW)
-        self._previous: Channel | None = None
-        self._receiving = trio.CancelScope()
         self._has_failed = False
         self._taken = 0
         self._tokens = 0
@@ -91,7 +91,8 @@ class StageJob:
         hello = Hello(job_id=ticket.job_id, epoch=ticket.epoch, stage=index)
         count = len(ticket.stages)
         self._link = RingLink(overlay, ticket.stages[(index + 1) % count].peer_id, hello) if count > 1 else None
-        self._previous_peer = ticket.stages[index - 1].peer_id
+        theirs = hello.model_copy(update={"stage": (index - 1) % count})
+        self._intake = Intake(theirs, ticket.stages[index - 1].peer_id, self._session.max_body)
 
     async def run(self) -> None:
         """Serve the job until the coordinator ends it.
@@ -114,7 +115,7 @@ class StageJob:
                     lost = error
                 nursery.cancel_scope.cancel()
         finally:
-            self._receiving.cancel()
+            self._intake.close()
             self._device.ended(id(self._state))
             self._state = None
         if lost is not None:
@@ -124,28 +125,30 @@ class StageJob:
         await self._coordinator.send(Ready())
 
     async def receive_from(self, channel: Channel, hello: Hello) -> None:
-        """Take what the previous stage sends on its ring stream, until the job ends.
+        """Take what the previous stage sends on a ring stream, until the job ends or the ring moves to another one.
 
         Raises:
+            NetworkError: the stream broke.
             ProtocolError: the stream is not from this job's previous stage, or breaks the protocol.
         """
-        expected = (self.ticket.epoch, (self.index - 1) % len(self.ticket.stages), self._previous_peer)
-        if (hello.epoch, hello.stage, channel.peer_id) != expected or self._previous is not None:
-            raise ProtocolError(f"{channel.peer_id} is not the previous stage of this job", code="not_a_neighbour")
-        self._previous = channel
-        channel.limit_body(self._session.max_body)
-        with self._receiving:
+        part = self._intake.admit(channel, hello)
+        with part.scope:
+            await part.its_turn()
             try:
-                await self._receive(channel)
+                await self._receive(part)
             except AzuError as error:
                 await self._fail(error, channel.peer_id)
                 raise
 
-    async def _receive(self, channel: Channel) -> None:
+    async def _receive(self, part: Part) -> None:
+        channel = part.channel
         while (received := await channel.receive()) is not None:
-            work = self._accept(*received)
+            message, body = received
+            if isinstance(message, Moved):
+                await self._intake.follow(message)
+                return
             try:
-                self._inbox_in.send_nowait(work)
+                self._inbox_in.send_nowait(self._accept(message, body))
             except trio.WouldBlock:
                 raise ProtocolError(f"{channel.peer_id} sent more than it has credit for", code="no_credit") from None
         raise NetworkError(f"{channel.peer_id} closed the ring", code="stage_lost")
@@ -248,9 +251,9 @@ class StageJob:
 
     async def _give_credit(self) -> None:
         self._taken += 1
-        if self._taken % GRANT == 0 and self._previous is not None:
+        if self._taken % GRANT == 0 and (channel := self._intake.channel) is not None:
             try:
-                await self._previous.send(Credit(frames=GRANT))
+                await channel.send(Credit(frames=GRANT))
             except NetworkError:
                 return  # receive_from() sees the same end and tells whose it is
 

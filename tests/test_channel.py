@@ -36,6 +36,8 @@ MemoryStream = trio.StapledStream[MemorySendStream, MemoryReceiveStream]
 class StreamTwin:
     """A memory stream as azu.overlay.OverlayStream is one: the end is b"", and lost peers are NetworkErrors."""
 
+    is_relayed = False
+
     def __init__(self, stream: MemoryStream, peer_id: str) -> None:
         self._stream = stream
         self._peer_id = peer_id

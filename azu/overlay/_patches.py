@@ -74,6 +74,7 @@ class AzuSwarm(Swarm):
         self.dial_circuit: Callable[[Multiaddr, ID], Awaitable[INetConn]] | None = None  # by a relay; set by the owner
         self.circuit_left: Callable[[INetConn], float] = lambda connection: 1.0  # of its relay's limits; the same
         self.gate = Gate(trio.current_time)
+        self.connection_added = trio.Event()  # another one from then on
         self.punching: dict[tuple[str, int], ID] = {}  # endpoint -> whom we punch a hole to there, as client
 
     async def _do_handle_inbound_connection(self, read_write_closer: Any, maddr: Multiaddr, failure_event: Any) -> None:
@@ -181,6 +182,12 @@ class AzuSwarm(Swarm):
                 raise
             return await super().add_conn(muxed_conn, direction)
         raise SwarmException(f"the connection to {muxed_conn.peer_id} did not start")
+
+    async def notify_connected(self, conn: INetConn) -> None:
+        """As upstream, and wakes those who wait for a connection."""
+        self.connection_added.set()
+        self.connection_added = trio.Event()
+        await super().notify_connected(conn)
 
     def _refuse_banned(self, peer_id: ID) -> None:
         if (left := self.gate.ban_left(str(peer_id))) > 0:

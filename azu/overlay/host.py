@@ -198,6 +198,10 @@ class Overlay:
         """Whether there is a connection to a peer that goes through no relay."""
         return self._traversal.is_direct(peer_id)
 
+    async def until_direct(self, peer_id: str) -> None:
+        """Wait until there is a connection to a peer that goes through no relay."""
+        await self._traversal.until_direct(peer_id)
+
     def peers_with(self, protocol: str) -> list[str]:
         """Peers with a direct connection that have told that they speak a protocol."""
         speaks = (peer for peer in self.connected_peers() if protocol in self._swarm.protocols_of(parse_peer_id(peer)))

@@ -25,6 +25,7 @@ __all__ = [
     "LAYERS",
     "LAYERS_PROTOCOL",
     "MAX_ASKED",
+    "MAX_PART",
     "MAX_RANGE_BYTES",
     "MAX_TOKENS",
     "PING_S",
@@ -46,6 +47,7 @@ __all__ = [
     "Hello",
     "ManifestReply",
     "Message",
+    "Moved",
     "Next",
     "Open",
     "Ping",
@@ -55,6 +57,7 @@ __all__ = [
     "Refused",
     "Status",
     "Token",
+    "Welcome",
     "WhichBlobs",
     "encode_message",
 ]
@@ -70,6 +73,9 @@ MAX_TOKENS = 1_048_576
 MAX_RANGE_BYTES = 4_194_304
 # Files that are asked for in one question: more than a stage of any model has.
 MAX_ASKED = 8_192
+# Streams beyond the first that a stage may offer the next one in a job. One is enough to leave a relay, but a direct
+# connection that breaks at once may take some tries.
+MAX_PART = 8
 # Both ends of a job stream say something at least this often, and take silence for death after SILENCE_S: a peer that
 # was stopped or cut off ends no stream by itself.
 PING_S = 2.0
@@ -79,6 +85,7 @@ _MAX_FILE_BYTES = 2**44
 
 Count = Annotated[int, Field(ge=0, le=MAX_TOKENS)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+Part = Annotated[int, Field(ge=0, le=MAX_PART)]
 JobId = Annotated[bytes, Field(min_length=16, max_length=16)]
 Text = Annotated[str, Field(max_length=2_000)]
 Code = Annotated[str, Field(pattern=r"^[a-z0-9_]{1,64}$")]
@@ -228,12 +235,29 @@ class ReceiptReply(Message):
 
 
 class Hello(Message):
-    """First on a ring stream: which job, and which of its stages is speaking."""
+    """First on a ring stream: which job, and which of its stages is speaking.
+
+    `part` is 0 on the first stream, and grows with each that is to take over from the one in use.
+    """
 
     t: Literal["hello"] = "hello"
     job_id: JobId
     epoch: Annotated[int, Field(ge=0, le=2**31)]
     stage: Annotated[int, Field(ge=0, le=1_000)]
+    part: Part = 0
+
+
+class Welcome(Message):
+    """Answer to a hello whose part is not 0: the ring may move to this stream."""
+
+    t: Literal["welcome"] = "welcome"
+
+
+class Moved(Message):
+    """Last on a ring stream, first from the sender, then back from the receiver: the ring goes on in stream `part`."""
+
+    t: Literal["moved"] = "moved"
+    part: Part
 
 
 class Chunk(Message):
@@ -300,4 +324,4 @@ def encode_message(message: Message, body: Buffer = b"") -> tuple[Buffer, ...]:
 CONTROL = Codec("control", GetStatus, Status, Assign, Accepted, Refused)
 LAYERS = Codec("layers", GetManifest, ManifestReply, WhichBlobs, HaveBlobs, GetBlob, BlobRange, Refused)
 JOB = Codec("job", Open, Prompt, Ping, End, Ready, Token, Failed, ReceiptReply, Refused)
-RING = Codec("ring", Hello, Chunk, Next, Credit, Refused)
+RING = Codec("ring", Hello, Welcome, Chunk, Next, Credit, Moved, Refused)

@@ -55,6 +55,8 @@ class Middle:
     coordinator: Channel
     previous: Channel  # towards the stage
     following: Channel  # from the stage; its Hello has been read
+    first: Overlay  # whose ring stream `previous` is
+    last: Overlay
 
     async def send(self, position: int, rows: int = ROWS) -> None:
         await self.previous.send(chunk(position, rows), bytes(rows * 32 * 4))
@@ -118,7 +120,7 @@ async def middle(model: TinyModel) -> AsyncIterator[Middle]:
                 while not neighbours.arrived:
                     await trio.sleep(0.005)
                 await neighbours.arrived[0].expect(Hello)
-                yield Middle(stage, ticket.job_id, job, previous, neighbours.arrived[0])
+                yield Middle(stage, ticket.job_id, job, previous, neighbours.arrived[0], first, last)
             await stage.until_idle()
 
 

@@ -13,7 +13,7 @@ import trio.testing
 
 from azu.channel import Channel, RefusedError
 from azu.errors import AzuError, NetworkError, ProtocolError
-from azu.wire.messages import RING, Chunk, Credit, Hello, Message, Next, Ping, Refused
+from azu.wire.messages import RING, Chunk, Credit, Hello, Message, Moved, Next, Ping, Refused, Welcome
 from azu.wire.tensors import TensorHeader
 from node import ring
 from node.ring import GRANT, WINDOW, RingLink
@@ -131,6 +131,8 @@ async def test_what_is_sent_before_the_link_is_open_waits_for_it(monkeypatch: py
         (Credit(frames=1), ProtocolError, "bad_credit"),  # nothing was sent yet
         (Credit(frames=1_024), ProtocolError, "bad_credit"),
         (Next(index=0, token=1), ProtocolError, "bad_credit"),
+        (Moved(part=1), ProtocolError, "bad_credit"),  # nobody asked it to
+        (Welcome(), ProtocolError, "bad_credit"),
         (Ping(), ProtocolError, "bad_message"),
         (Refused(code="unknown_job", message="no ticket"), RefusedError, "unknown_job"),
         (None, NetworkError, "stage_lost"),

@@ -67,6 +67,11 @@ class DirectDials:
         connections = self._swarm.get_connections(parse_peer_id(peer_id))
         return any(not each.is_closed and each.get_connection_type() == ConnectionType.DIRECT for each in connections)
 
+    async def until_direct(self, peer_id: str) -> None:
+        """Wait until there is one."""
+        while not self.is_direct(peer_id):
+            await self._swarm.connection_added.wait()
+
     def leaves_from_listener(self, peer_id: str) -> bool:
         """Whether a connection to a peer leaves from the port that we listen on."""
         ports = {self._local_port(each) for each in self._swarm.get_connections(parse_peer_id(peer_id))}

@@ -95,6 +95,10 @@ class Traversal:
         """Whether there is a connection to a peer that goes through no relay."""
         return self._dials.is_direct(peer_id)
 
+    async def until_direct(self, peer_id: str) -> None:
+        """Wait until there is one."""
+        await self._dials.until_direct(peer_id)
+
     async def upgrade(self, peer_id: str) -> None:
         """Where the connection to a peer goes through a relay, give it time to become a direct one."""
         if not self.is_direct(peer_id):

@@ -279,7 +279,13 @@ async def test_streams_move_to_a_direct_connection_and_the_idle_circuit_ends(mon
         addresses = await reserve(target, hub)
         async with await source.open_stream(target.peer_id, ECHO, addrs=addresses) as old:
             assert old.is_relayed
-            await source._traversal._dials.connect(target.peer_id, target.own_addresses[0])
+            with trio.move_on_after(0.05) as waiting:
+                await source.until_direct(target.peer_id)
+            assert waiting.cancelled_caught
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(source.until_direct, target.peer_id)
+                nursery.start_soon(target.until_direct, source.peer_id)
+                await source._traversal._dials.connect(target.peer_id, target.own_addresses[0])
             async with await source.open_stream(target.peer_id, ECHO) as new:
                 assert not new.is_relayed
                 await trio.sleep(0.3)  # several times what an idle circuit is given
