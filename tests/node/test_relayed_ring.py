@@ -179,8 +179,9 @@ async def test_where_a_direct_stream_fails_the_ring_stays_and_tries_again(monkey
         nursery.start_soon(pair.send, 0, 100)
         await pair.taken(10)
         await connect_directly(pair.source, pair.target)
-        while pair.odd:
-            await pair.taken(1)
+        for left in reversed(range(len(deeds))):
+            await until(lambda left=left: len(pair.odd) <= left)
+            await pair.taken(5)
         await until(lambda: pair.link._next is not None)  # the fifth is welcome
         await pair.taken(100 - len(pair.positions))
         assert pair.positions == list(range(100))
@@ -200,6 +201,9 @@ async def test_a_relay_that_is_lost_while_the_ring_leaves_it_ends_the_ring(monke
     async with relayed() as pair:
         await connect_directly(pair.source, pair.target)
         await gone_over.wait()
+        with trio.move_on_after(0.1) as waiting:
+            await pair.send(0, 1)
+        assert waiting.cancelled_caught, "it was sent before the receiver had followed"
         await pair.source.disconnect(pair.hub.peer_id)
         await until(lambda: pair.error is not None)
         assert isinstance(pair.error, NetworkError)

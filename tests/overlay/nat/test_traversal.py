@@ -13,6 +13,7 @@ import trio
 
 from azu.identity import Identity
 from azu.overlay import Overlay, OverlayConfig, OverlayStream, Reach, RelayLimits, open_overlay
+from azu.overlay.nat import traversal
 from tests.netlab import Home, Host, Lab, Nat, laboratory
 from tests.overlay.nat.routers import Table, natpmp
 
@@ -167,16 +168,32 @@ def send_a_mib(source: Node, target: Node) -> bool:
     return bool(source.run(send))
 
 
-def test_behind_port_restricted_routers_a_hole_is_punched(lab: Lab) -> None:
+def streams_before_and_after(source: Node, target: Node) -> tuple[bool, bool]:
+    """Open a stream at once, and one when there is a direct connection; whether each of them is relayed."""
+    peer_id, addresses = target.ready().overlay.peer_id, target.addresses
+
+    async def open_both(overlay: Overlay) -> tuple[bool, bool]:
+        async with await overlay.open_stream(peer_id, ECHO, addrs=addresses) as before:
+            await overlay.until_direct(peer_id)
+            async with await overlay.open_stream(peer_id, ECHO) as after:
+                return before.is_relayed, after.is_relayed
+
+    relayed: tuple[bool, bool] = source.run(open_both)
+    return relayed
+
+
+def test_behind_port_restricted_routers_a_hole_is_punched(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     with internet(lab) as net:
-        (one, one_address), (other, other_address) = net.at_home("port-restricted"), net.at_home("port-restricted")
-        for node in (one, other):
+        (one, one_address), (other, other_address), (hasty, _) = [net.at_home("port-restricted") for _ in range(3)]
+        for node in (one, other, hasty):
             assert len(node.reach(Reach.PUNCHABLE).relays) >= 1
         assert send_a_mib(one, other), "it went through the relay"
         before = net.relayed()
         assert send_a_mib(other, one)
         assert net.relayed() - before < 10_000, "the relay carried it"
         assert lab.bytes_between(one_address, other_address) > 4 * MIB
+        monkeypatch.setattr(traversal, "_PUNCH_SECONDS", 0.0)
+        assert streams_before_and_after(hasty, other) == (True, False)
 
 
 def test_behind_symmetric_routers_the_relay_carries_it(lab: Lab) -> None:
