@@ -108,6 +108,10 @@ class ListeningSettings(SwarmSettings):
         "forwarded port or a name leads here, such as /ip4/203.0.113.7/tcp/4001. May be given several times.",
         json_schema_extra=cli(metavar="MULTIADDR"),
     )
+    port_mapping: bool = Field(
+        default=True,
+        description="Where nobody can connect, ask the router to lead a port of its own here (NAT-PMP, UPnP).",
+    )
 
 
 class MemberSettings(ListeningSettings):

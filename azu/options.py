@@ -112,6 +112,7 @@ def _help(cls: type[BaseAzuSettings], name: str, field: FieldInfo) -> str:
     notes = [f"env: {_variable(cls, name)}"]
     if not field.is_required() and field.default not in (None, (), False):
         default = " ".join(field.default) if isinstance(field.default, tuple) else str(field.default)
+        default = "on" if field.default is True else default
         notes.insert(0, f"default: {default}")
     return f"{field.description} [{'; '.join(notes)}]"
 

@@ -37,6 +37,7 @@ async def serve(settings: BootstrapSettings) -> None:
             swarm_key=read_swarm_key(settings.swarm_key),
             relay=RelayLimits(),
             announce=settings.announce,
+            port_mapping=settings.port_mapping,
         )
         async with open_overlay(config) as overlay, trio.open_nursery() as nursery:
             log(logger, logging.INFO, "bootstrap node ready", peer=identity.peer_id, addrs=overlay.addrs)

@@ -126,6 +126,7 @@ async def _serve(
         validators=VALIDATORS,
         swarm_key=read_swarm_key(settings.swarm_key),
         announce=settings.announce,
+        port_mapping=settings.port_mapping,
     )
     async with open_overlay(config) as overlay, trio.open_nursery() as nursery:
         log(logger, logging.INFO, "coordinator starting", peer=identity.peer_id, addrs=overlay.addrs)

@@ -60,6 +60,7 @@ async def serve(settings: NodeSettings) -> None:
             swarm_key=read_swarm_key(settings.swarm_key),
             relay=RelayLimits() if settings.relay else None,
             announce=settings.announce,
+            port_mapping=settings.port_mapping,
         )
         async with open_overlay(config) as overlay, open_device_thread() as thread, trio.open_nursery() as nursery:
             log(

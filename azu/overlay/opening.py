@@ -51,7 +51,8 @@ class OverlayConfig:
     seed: 32-byte Ed25519 seed = the identity. listen: multiaddrs; port 0 takes a free one, () listens nowhere.
     server: whether this node answers DHT queries. agent: what identify tells other peers.
     validators: DHT namespace -> validator; all other namespaces are refused. relay: what this node relays for others.
-    swarm_key: 32 bytes that all members of a private swarm have; only they can connect.
+    swarm_key: 32 bytes that all members of a private swarm have; only they can connect. port_mapping: whether the
+    router may be asked to lead a port of its own here.
     """
 
     seed: bytes
@@ -62,6 +63,7 @@ class OverlayConfig:
     relay: RelayLimits | None = None
     announce: tuple[str, ...] = ()
     swarm_key: bytes | None = None
+    port_mapping: bool = True
 
     def __repr__(self) -> str:
         return f"OverlayConfig(listen={self.listen}, server={self.server}, agent={self.agent!r})"  # never the seed
@@ -83,7 +85,7 @@ async def open_overlay(config: OverlayConfig) -> AsyncIterator[Overlay]:
     muxers = AzuMuxers()
     swarm, host = _build(config, tcp, addresses, muxers)
     overlay = Overlay(host, swarm, Dht(host, server=config.server, validators=config.validators))
-    overlay._traversal = traversal = Traversal(overlay, swarm, tcp, config.relay)
+    overlay._traversal = traversal = Traversal(overlay, swarm, tcp, config.relay, port_mapping=config.port_mapping)
     muxers.on_violation = overlay.count_violation
     addresses.found = lambda: traversal.addresses
     from_body: Exception | None = None

@@ -63,8 +63,9 @@ def start_again(swarm: LocalSwarm) -> Program:
 
 def start_second(swarm: LocalSwarm) -> Program:
     """Start another bootstrap node, which knows the first."""
-    program = swarm.start("bootstrap2", "azu-bootstrap", "run", "--bootstrap", swarm.multiaddr)
+    program = swarm.start("bootstrap2", "azu-bootstrap", "run", "--bootstrap", swarm.multiaddr, "--no-port-mapping")
     program.wait_for("bootstrap node ready")
+    program.wait_for("port mapping is switched off: the router is not asked for a port")
     return program
 
 

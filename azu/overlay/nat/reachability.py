@@ -83,7 +83,7 @@ class Reachability:
     """Keeps `finding` right while `run` runs.
 
     Args:
-        map_port: asks the router for a mapping of a port of ours; returns the external multiaddr.
+        map_port: asks the router for a mapping of a port of ours; returns the external multiaddr. None asks no router.
     """
 
     def __init__(self, overlay: Overlay, dials: DirectDials, circuits: Circuits, map_port: MapPort | None) -> None:

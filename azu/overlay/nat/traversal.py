@@ -35,15 +35,19 @@ class Traversal:
 
     Args:
         relay: what this node relays for others; None relays nothing, and answers no AutoNAT questions either.
+        port_mapping: whether the router may be asked to lead a port of its own here.
     """
 
-    def __init__(self, overlay: Overlay, swarm: AzuSwarm, tcp: BufferedTCP, relay: RelayLimits | None) -> None:
+    def __init__(
+        self, overlay: Overlay, swarm: AzuSwarm, tcp: BufferedTCP, relay: RelayLimits | None, *, port_mapping: bool
+    ) -> None:
         self._overlay = overlay
         self._dials = DirectDials(swarm, tcp)
         self._puncher = Puncher(self._dials, lambda: self._reachability.finding.observed)
         self._circuits = Circuits(overlay, swarm, self._puncher)
-        self._mapper = PortMapper()
-        self._reachability = Reachability(overlay, self._dials, self._circuits, self._mapper.map_port)
+        self._mapper = PortMapper() if port_mapping else None
+        map_port = None if self._mapper is None else self._mapper.map_port
+        self._reachability = Reachability(overlay, self._dials, self._circuits, map_port)
         self._relay = None if relay is None else Relay(overlay, relay)
         swarm.dial_circuit, swarm.circuit_left = self._circuits.dial, self._circuits.left
         overlay.handle(STOP, self._circuits.handle_stop)
@@ -71,7 +75,10 @@ class Traversal:
         if self._dials.listening() is not None:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._reachability.run)
-                nursery.start_soon(self._mapper.run)
+                if self._mapper is not None:
+                    nursery.start_soon(self._mapper.run)
+                else:
+                    log(logger, logging.INFO, "port mapping is switched off: the router is not asked for a port")
                 if self._relay is not None:
                     nursery.start_soon(self._volunteer)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -218,16 +219,24 @@ def test_what_each_kind_of_router_lets_through(lab: Lab) -> None:
         assert send_a_mib(public, hidden), "who is reachable is dialled back"
 
 
-def test_a_router_that_maps_ports_makes_its_home_reachable(lab: Lab) -> None:
+def test_a_router_that_maps_ports_makes_its_home_reachable(lab: Lab, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "azu.overlay")
     with internet(lab) as net:
-        home = lab.home("symmetric")
-        with serving(home, partial(natpmp, home, Table(home))):
+        home = lab.home("symmetric", hosts=2)
+        table = Table(home)
+        with serving(home, partial(natpmp, home, table)):
+            silent = net.start(home.hosts[1], server=False, port_mapping=False)
             one, (other, _) = net.start(home.hosts[0], server=False), net.at_home("symmetric")
+            silent.reach(Reach.RELAYED)
             assert one.reach(Reach.MAPPED).external == (f"/ip4/{home.address}/tcp/4001",)
             other.reach(Reach.RELAYED)
             before = net.relayed()
             assert send_a_mib(other, one)
             assert net.relayed() - before < 10_000, "the relay carried it"
+            # Who has switched mapping off was the first to know that it needs one.
+            assert "port mapping is switched off: the router is not asked for a port" in caplog.messages
+            assert silent.reach(Reach.RELAYED, Reach.MAPPED).reach == Reach.RELAYED
+            assert not table.inside(home.hosts[1].address, 4001)
 
 
 @contextmanager
