@@ -74,6 +74,7 @@ def overlay_metrics(overlay: Overlay, started_at: float, agent: str) -> list[Met
         Metric("dht_records", "Records stored for others.", "gauge", now.records),
         Metric("dht_provided_keys", "Keys whose providers are stored.", "gauge", now.provided_keys),
         Metric("refused_connections_total", "Connections turned away by their address.", "counter", now.refused),
+        Metric("evicted_connections_total", "Idle connections closed for newcomers.", "counter", now.evicted),
         Metric("banned_peers", "Peers that are banned for breaking protocols.", "gauge", len(now.banned)),
         Metric("violations_total", "Broken protocols, of all peers.", "counter", sum(now.violations.values())),
         Metric("reach", "How others connect to this node.", "gauge", {overlay.finding.reach.name.lower(): 1}, "by"),

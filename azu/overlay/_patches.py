@@ -28,8 +28,9 @@ from multiaddr import Multiaddr
 
 from azu.overlay._yamux import CLOSE_SECONDS, AzuYamux
 from azu.overlay.faults import reason, shielded
-from azu.overlay.gate import Gate
+from azu.overlay.gate import Gate, subnet_of
 from azu.overlay.held import Held
+from azu.overlay.room import Room, origin_of
 
 __all__ = ["AzuHost", "AzuKadDHT", "AzuMuxers", "AzuSwarm", "is_circuit", "quieten_libp2p", "set_agent"]
 
@@ -75,13 +76,14 @@ class AzuSwarm(Swarm):
         self.circuit_left: Callable[[INetConn], float] = lambda connection: 1.0  # of its relay's limits; the same
         self.gate = Gate(trio.current_time)
         self.connection_added = trio.Event()  # another one from then on
+        self.room = Room(trio.current_time, self.get_connections)
         self.punching: dict[tuple[str, int], ID] = {}  # endpoint -> whom we punch a hole to there, as client
 
     async def _do_handle_inbound_connection(self, read_write_closer: Any, maddr: Multiaddr, failure_event: Any) -> None:
         try:
             remote = read_write_closer.get_remote_address()
             ticket = self.gate.admit(remote[0]) if remote is not None else None
-            if ticket is not None:
+            if ticket is not None and self.room.is_left(subnet_of(remote[0])):
                 with ticket:
                     muxed = await self._upgrade_accepted(read_write_closer, remote, maddr)
                     ticket.established()
@@ -177,10 +179,12 @@ class AzuSwarm(Swarm):
         with shielded(ADD_SECONDS):
             try:
                 self._refuse_banned(muxed_conn.peer_id)
+                self._make_room(muxed_conn, direction)
             except SwarmException:
                 await muxed_conn.close()
                 raise
-            return await super().add_conn(muxed_conn, direction)
+            with self.room.taken(muxed_conn):
+                return await super().add_conn(muxed_conn, direction)
         raise SwarmException(f"the connection to {muxed_conn.peer_id} did not start")
 
     async def notify_connected(self, conn: INetConn) -> None:
@@ -188,6 +192,16 @@ class AzuSwarm(Swarm):
         self.connection_added.set()
         self.connection_added = trio.Event()
         await super().notify_connected(conn)
+
+    def _make_room(self, newcomer: Any, direction: str) -> None:
+        """Raise SwarmException if all places are taken, and nobody's is to be had."""
+        origin = origin_of(newcomer) if direction == "inbound" else None
+        if not self.room.is_left(origin):
+            raise SwarmException("as many connections as may be")
+        victim = self.room.make(origin)
+        if victim is not None:
+            logger.debug("idle connection to %s closed for one to %s", victim.peer_id, newcomer.peer_id)
+            self.manager.run_task(victim.secured_conn.close)  # the frame loop sees it and cleans up
 
     def _refuse_banned(self, peer_id: ID) -> None:
         if (left := self.gate.ban_left(str(peer_id))) > 0:

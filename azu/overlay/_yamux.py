@@ -86,6 +86,7 @@ class AzuYamux(Yamux):
         self.new_stream_send_channel, self.new_stream_receive_channel = trio.open_memory_channel[YamuxStream](
             MAX_REMOTE_STREAMS
         )
+        self.used_at = trio.current_time()  # when a stream began or ended last
         self._granted = 0
         self._control = 0
         self._payload_left = 0  # bytes of the current DATA frame still to come
@@ -119,6 +120,7 @@ class AzuYamux(Yamux):
     def _finalize_stream_locked(self, stream: YamuxStream, *, fully_closed: bool) -> None:
         super()._finalize_stream_locked(stream, fully_closed=fully_closed)
         if fully_closed:
+            self.used_at = trio.current_time()
             self._granted -= stream.target_recv_window - DEFAULT_WINDOW_SIZE
             stream.target_recv_window = DEFAULT_WINDOW_SIZE
 
@@ -140,6 +142,7 @@ class AzuYamux(Yamux):
         return stream
 
     def _add(self, stream_id: int, *, is_initiator: bool) -> AzuYamuxStream:
+        self.used_at = trio.current_time()
         stream = AzuYamuxStream(stream_id, self, is_initiator)
         self.streams[stream_id] = stream
         self.stream_buffers[stream_id] = Inbox()

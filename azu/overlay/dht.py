@@ -121,6 +121,11 @@ class Dht:
         size: int = self.service.get_routing_table_size()
         return size
 
+    def is_neighbour(self, peer_id: ID) -> bool:
+        """Whether a peer is in the routing table."""
+        found: bool = self.service.routing_table.peer_in_table(peer_id)
+        return found
+
     @property
     def record_count(self) -> int:
         """Values stored here."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
-__all__ = ["Gate", "GateLimits", "Ticket"]
+__all__ = ["Gate", "GateLimits", "Ticket", "subnet_of"]
 
 _MAX_REMEMBERED = 4_096  # addresses with a recent connection, and peers with a violation; then the oldest is forgotten
 
@@ -142,6 +142,11 @@ class Gate:
             self._live[group] += change
             if not self._live[group]:
                 del self._live[group]
+
+
+def subnet_of(host: str) -> str:
+    """The network that an IP address belongs to, as the limits count: its /24, or /48 for IPv6."""
+    return _groups(host)[1]
 
 
 def _groups(host: str) -> tuple[str, str, bool]:

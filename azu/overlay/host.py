@@ -46,7 +46,8 @@ Handler = Callable[[OverlayStream], Awaitable[None]]
 @dataclass(frozen=True)
 class OverlayStatistics:
     """A snapshot. connections: live ones; streams: open ones in both directions; violations: per peer id; banned: peer
-    ids; refused: connections turned away by their address; records and provided_keys: stored here for others.
+    ids; refused: connections turned away by their address; evicted: idle ones closed for newcomers; records and
+    provided_keys: stored here for others.
     """
 
     connections: int
@@ -55,6 +56,7 @@ class OverlayStatistics:
     violations: Mapping[str, int]
     banned: tuple[str, ...]
     refused: int
+    evicted: int
     records: int
     provided_keys: int
 
@@ -71,6 +73,7 @@ class Overlay:
         self._dht = dht
         self._violations: Counter[str] = Counter()
         self._inbound = Inbound(host, self.count_violation)
+        self._joined_through: set[ID] = set()
 
     @property
     def addrs(self) -> tuple[str, ...]:
@@ -116,6 +119,7 @@ class Overlay:
                 target = parse_peer_id(peer_id)
                 self._host.get_peerstore().add_addrs(target, [parse_dial_address(address, peer_id)], BOOTSTRAP_SECONDS)
                 await self._dht.add_peer(target)
+                self._joined_through.add(target)
             except NetworkError as error:
                 failed.append(f"{address} ({error.message})")
             else:
@@ -312,8 +316,17 @@ class Overlay:
             violations=MappingProxyType(dict(self._violations)),
             banned=self._swarm.gate.banned,
             refused=self._swarm.gate.refused,
+            evicted=self._swarm.room.evicted,
             records=self._dht.record_count,
             provided_keys=self._dht.provided_count,
+        )
+
+    def _keeps(self, peer_id: ID) -> bool:
+        """Whether a connection that lies idle is of use all the same: who the peer is makes it so."""
+        return (
+            peer_id in self._joined_through
+            or self._dht.is_neighbour(peer_id)
+            or self._traversal.is_relaying(str(peer_id))
         )
 
     def count_violation(self, peer_id: str) -> None:

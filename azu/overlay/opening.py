@@ -31,6 +31,7 @@ from azu.overlay.addresses import (
 )
 from azu.overlay.dht import Dht, RecordValidator
 from azu.overlay.faults import mapped, reason, settle
+from azu.overlay.gate import GateLimits
 from azu.overlay.host import Overlay
 from azu.overlay.nat.relay import RelayLimits
 from azu.overlay.nat.traversal import Traversal
@@ -39,6 +40,8 @@ from azu.overlay.swarm_key import KeyedUpgrader
 __all__ = ["OverlayConfig", "open_overlay"]
 
 MAX_CONNECTIONS = 1024
+# Beyond those, of accepted ones: the gate lets twice its 256 begin a handshake, and a place may be made for each.
+UNFINISHED = 2 * GateLimits().unfinished
 # Not one: where both sides dial at once, each may see the other's connection first, and trimming to one could end both.
 # And a third through a relay.
 MAX_CONNECTIONS_PER_PEER = 3
@@ -87,6 +90,7 @@ async def open_overlay(config: OverlayConfig) -> AsyncIterator[Overlay]:
     overlay = Overlay(host, swarm, Dht(host, server=config.server, validators=config.validators))
     overlay._traversal = traversal = Traversal(overlay, swarm, tcp, config.relay, port_mapping=config.port_mapping)
     muxers.on_violation = overlay.count_violation
+    swarm.room.is_kept = overlay._keeps
     addresses.found = lambda: traversal.addresses
     from_body: Exception | None = None
     try:
@@ -173,11 +177,12 @@ def _build(
     limits = ConnectionConfig(
         min_connections=0,
         low_watermark=0,
-        high_watermark=MAX_CONNECTIONS,
-        max_connections=MAX_CONNECTIONS,
+        high_watermark=MAX_CONNECTIONS + UNFINISHED,
+        max_connections=MAX_CONNECTIONS + UNFINISHED,
         max_connections_per_peer=MAX_CONNECTIONS_PER_PEER,
     )
     swarm = AzuSwarm(peer_id, peerstore, upgrader, [tcp], RetryConfig(max_retries=0), limits)
+    swarm.room.bound = MAX_CONNECTIONS
     host = AzuHost(
         swarm,
         addrs_factory=addresses,

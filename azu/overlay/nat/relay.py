@@ -95,6 +95,11 @@ class Relay:
         self._expire()
         return RelayStatistics(len(self._reservations), self._open, self._carried, self._refused)
 
+    def is_reserved(self, peer_id: str) -> bool:
+        """Whether a peer has a reservation."""
+        held = self._reservations.get(peer_id)
+        return held is not None and held.expires >= trio.current_time()
+
     async def handle(self, stream: OverlayStream) -> None:
         """Answer one request; a circuit lasts as long as this does."""
         with mapped(f"read what {stream.peer_id} asks of the relay"), trio.fail_after(_MESSAGE_SECONDS):

@@ -70,6 +70,10 @@ class Traversal:
         """What is being relayed; None where nothing may be."""
         return self._relay.statistics() if self._relay is not None else None
 
+    def is_relaying(self, peer_id: str) -> bool:
+        """Whether a peer has a place at our relay, or keeps one for us."""
+        return peer_id in self._circuits.relays or (self._relay is not None and self._relay.is_reserved(peer_id))
+
     async def run(self) -> None:
         """Find out how others reach this node, and see to it that they can, until cancelled."""
         if self._dials.listening() is not None:
