@@ -39,7 +39,7 @@ class _Style:
     now: float
     device: int | None = 28
     model: int | None = 32
-    address: int | None = 52
+    address: int | None = 54  # a whole IPv6 address and a port
     agent: int | None = 24
     models: int | None = 4  # lines in one cell
     addresses: int | None = 1

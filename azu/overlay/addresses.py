@@ -95,10 +95,12 @@ def parse_announced(text: str) -> Multiaddr:
     """An address to tell others: where a router or a name leads to this node; without /p2p.
 
     Raises:
-        InputError: malformed, or not TCP.
+        InputError: malformed, not TCP, or an IPv6 link-local address, which nobody could dial.
     """
     parts = _parse(text)
     _require_tcp(text, parts)
+    if parts[0][0] == "ip6" and ipaddress.ip_address(parts[0][1]).is_link_local:
+        raise _bad(text, "nobody else can dial a link-local address")
     return Multiaddr(_join(parts))
 
 
@@ -136,13 +138,18 @@ class OwnAddresses:
 
 
 def expand_addresses(listening: Sequence[Multiaddr]) -> list[Multiaddr]:
-    """Replace wildcard hosts by this machine's interface addresses; public ones first, loopback last."""
+    """Replace wildcard hosts by this machine's interface addresses; public ones first, loopback last.
+
+    IPv6 link-local ones are left out: whoever is told them would have to know which of its interfaces they belong to.
+    """
     found: dict[str, tuple[bool, bool]] = {}
     for address in listening:
         (family, host), (_, port), *_ = _parts_of(address)
         hosts = interface_hosts(family) if ipaddress.ip_address(host).is_unspecified else [host]
         for each in hosts:
             parsed = ipaddress.ip_address(each)
+            if parsed.version == 6 and parsed.is_link_local:
+                continue
             found.setdefault(f"/{family}/{each}/tcp/{port}", (parsed.is_loopback, not parsed.is_global))
     return [Multiaddr(text) for text, _ in sorted(found.items(), key=lambda item: item[1])]
 

@@ -155,6 +155,8 @@ def _refuse_taken(listen: Sequence[Multiaddr]) -> None:
         (family, host), (_, port) = [(protocol.name, str(value)) for protocol, value in address.items()]
         with socket.socket(socket.AF_INET if family == "ip4" else socket.AF_INET6) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if probe.family == socket.AF_INET6:
+                probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             probe.bind((host, int(port)))
 
 

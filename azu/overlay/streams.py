@@ -46,7 +46,7 @@ class OverlayStream:
     def remote_ip(self) -> str:
         """The address that the peer's packets come from; empty where a relay sends them."""
         endpoint = self._muxed.conn.get_remote_address()
-        return endpoint[0].removeprefix("::ffff:") if endpoint else ""  # IPv4 that came to an IPv6 socket
+        return endpoint[0] if endpoint else ""
 
     async def __aenter__(self) -> Self:
         return self

@@ -9,11 +9,13 @@ from azu.errors import InputError
 from azu.overlay import open_overlay, parse_peer_multiaddr
 from azu.overlay.addresses import (
     expand_addresses,
+    parse_announced,
     parse_circuit,
     parse_dial_address,
     parse_listen_address,
     parse_peer_id,
 )
+from azu.overlay.nat.dialing import is_public
 from tests.overlay.conftest import config
 
 PEER = "12D3KooWK99VoVxNE7XzyBwXEzW7xhK7Gpv85r9F3V3fyKSUKPH5"
@@ -94,6 +96,21 @@ def test_wildcard_expands_with_loopback_last() -> None:
     assert "/ip4/127.0.0.1/tcp/7" in texts
     assert texts[-1].startswith("/ip4/127.")
     assert not any("0.0.0.0" in text for text in texts)
+
+
+def test_link_local_addresses_are_told_nobody() -> None:
+    listening = [Multiaddr("/ip6/fe80::7/tcp/7"), Multiaddr("/ip6/fd00::7/tcp/7"), Multiaddr("/ip6/2a00::7/tcp/7")]
+    assert [str(each) for each in expand_addresses(listening)] == ["/ip6/2a00::7/tcp/7", "/ip6/fd00::7/tcp/7"]
+    with pytest.raises(InputError, match="link-local"):
+        parse_announced("/ip6/fe80::7/tcp/7")
+
+
+@pytest.mark.parametrize(
+    ("host", "is_outside"),
+    [("2a00:1450::1", True), ("fd00::1", False), ("fe80::1", False), ("::1", False), ("2001:db8::1", False)],
+)
+def test_only_global_ipv6_addresses_are_public(host: str, is_outside: bool) -> None:
+    assert is_public(f"/ip6/{host}/tcp/4001") is is_outside
 
 
 async def test_open_overlay_tells_dialable_addresses() -> None:

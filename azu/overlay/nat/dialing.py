@@ -40,8 +40,13 @@ class DirectDials:
         self._tcp = tcp
         tcp.source_of = self.source_of
 
-    def listening(self, family: str = "ip4") -> Endpoint | None:
-        """Where this node listens, which may be a wildcard."""
+    @property
+    def is_listening(self) -> bool:
+        """Whether others can connect at all."""
+        return any(listener.get_addrs() for listener in self._swarm.listeners.values())
+
+    def listening(self, family: str) -> Endpoint | None:
+        """Where this node listens on ip4 or ip6, which may be a wildcard; None where it does not."""
         for listener in self._swarm.listeners.values():
             for address in listener.get_addrs():
                 parts = str(address).split("/")
@@ -74,17 +79,16 @@ class DirectDials:
 
     def leaves_from_listener(self, peer_id: str) -> bool:
         """Whether a connection to a peer leaves from the port that we listen on."""
-        ports = {self._local_port(each) for each in self._swarm.get_connections(parse_peer_id(peer_id))}
-        source = self.listening()
-        return source is not None and source[1] in ports
+        return any(map(self._is_from_listener, self._swarm.get_connections(parse_peer_id(peer_id))))
 
-    def _local_port(self, connection: Any) -> int | None:
+    def _is_from_listener(self, connection: Any) -> bool:
         try:
             raw = connection.muxed_conn.secured_conn.conn.read_writer.read_write_closer
-            port: int = raw.stream.stream.socket.getsockname()[1]
+            host, port, *_ = raw.stream.stream.socket.getsockname()
         except (AttributeError, OSError):  # a circuit has no socket, and a closed one no name
-            return None
-        return port
+            return False
+        source = self.listening("ip6" if ":" in host else "ip4")
+        return source is not None and source[1] == port
 
     async def open_stream(self, peer_id: str, protocol: str) -> OverlayStream:
         """A stream over whatever connection there is, relayed ones included, at once.

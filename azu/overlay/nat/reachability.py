@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, TypeVar
@@ -28,7 +28,7 @@ from azu.overlay.nat.relay import HOP
 if TYPE_CHECKING:
     from azu.overlay.host import Overlay
 
-__all__ = ["RELAYS_KEY", "Finding", "Reach", "Reachability"]
+__all__ = ["RELAYS_KEY", "Finding", "Reach", "Reachability", "beyond"]
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +117,7 @@ class Reachability:
         servers = self._overlay.peers_with(AUTONAT)
         if not servers:
             return
-        outside = [peer for peer in servers if is_public(self._overlay.remote_address(peer))][:_ASKED]
+        outside = beyond({peer: self._overlay.remote_address(peer) for peer in servers})[:_ASKED]
         if not outside:
             self._note(Finding(Reach.LOCAL))
             return
@@ -140,7 +140,7 @@ class Reachability:
 
     async def _map(self, servers: list[str]) -> bool:
         """Whether the router maps a port of ours so that strangers can connect."""
-        source = self._dials.listening()
+        source = self._dials.listening("ip4")  # the protocols that are spoken to routers are of IPv4
         mapped = await self._map_port(source[1]) if self._map_port is not None and source is not None else None
         if mapped is None or not (await self._try(servers, [mapped]))[0]:
             return False
@@ -232,6 +232,15 @@ class Reachability:
             log(logger, logging.INFO, "how others reach this node", reach=str(finding))
             self.changed.set()
             self.changed = trio.Event()
+
+
+def beyond(locations: Mapping[str, str]) -> list[str]:
+    """The peers that are in no private network, given the multiaddrs at which they are connected.
+
+    Over IPv4 if there are such: who cannot be reached by that needs relays, also where an IPv6 address does for some.
+    """
+    public = [peer for peer, where in locations.items() if is_public(where)]
+    return [peer for peer in public if locations[peer].startswith("/ip4/")] or public
 
 
 async def _of_each(ask: Callable[[str], Awaitable[T]], peers: Sequence[str]) -> list[T]:

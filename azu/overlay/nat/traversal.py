@@ -76,7 +76,7 @@ class Traversal:
 
     async def run(self) -> None:
         """Find out how others reach this node, and see to it that they can, until cancelled."""
-        if self._dials.listening() is not None:
+        if self._dials.is_listening:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._reachability.run)
                 if self._mapper is not None:
