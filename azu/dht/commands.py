@@ -19,7 +19,7 @@ from azu.dht.record import record_fields, record_title, records_document
 from azu.dht.screen import is_roomy, open_console, show_card, show_rows
 from azu.dht.snapshot import Pong
 from azu.dht.survey import survey
-from azu.dht.visit import visit
+from azu.dht.visit import entrances, visit
 from azu.errors import NetworkError
 
 __all__ = ["find", "get", "models", "peers", "ping", "providers", "trace"]
@@ -113,13 +113,12 @@ async def ping(settings: DhtSettings, peer: str, *, count: int) -> None:
 
 async def trace(settings: DhtSettings, key: str, *, as_member: bool, wide: bool) -> None:
     """`azu-dht trace`."""
-    whole = key
-    if not names.is_whole(key):
-        async with visit(settings) as overlay:
-            whole = await lookups.whole_key(overlay, key)
-    async with visit(settings, as_newcomer=not as_member) as overlay:
+    is_whole = names.is_whole(key)  # which refuses what can be none, before anybody is connected to
+    async with visit(settings) as overlay:
+        whole = key if is_whole else await lookups.whole_key(overlay, key)
+        seeds = None if as_member else entrances(overlay, settings)
         started = trio.current_time()
-        found = await overlay.trace(names.raw_key(whole))
+        found = await overlay.trace(names.raw_key(whole), seeds=seeds)
         seconds = trio.current_time() - started
     if settings.as_json:
         _print_json(tracing.trace_document(found, whole, seconds))

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from functools import partial
 
 import trio
 
@@ -14,24 +12,20 @@ from azu.config import DhtSettings
 from azu.dht.diagnosis import explain
 from azu.errors import AzuError, InputError, NetworkError
 from azu.overlay import Overlay, OverlayConfig, open_overlay, parse_peer_multiaddr
-from azu.overlay.dht import KAD
 from azu.records import VALIDATORS
 from azu.swarm_key import read_swarm_key
 
-__all__ = ["AGENT", "rejoin", "visit"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["AGENT", "entrances", "rejoin", "visit"]
 
 AGENT = "azu-dht/0.1.0"
 SETTLE_SECONDS = 2.0  # for meeting the neighbours, from the first connection on
 SECOND_TRY_SECONDS = 5.0
 _POLL_SECONDS = 0.02
-_EMPTY_REFRESH_STEPS = 50  # in which py-libp2p's first refresh of the routing table finds nobody to ask
 
 
 @asynccontextmanager
-async def visit(settings: DhtSettings, *, as_newcomer: bool = False) -> AsyncIterator[Overlay]:
-    """Join the settings' swarm, and leave at the end; `as_newcomer` knows nobody but the nodes of --bootstrap yet.
+async def visit(settings: DhtSettings) -> AsyncIterator[Overlay]:
+    """Join the settings' swarm, and leave at the end.
 
     Raises:
         InputError: no address, or a malformed one. NetworkError: nobody answers, or nobody of an azu swarm; its code
@@ -52,7 +46,7 @@ async def visit(settings: DhtSettings, *, as_newcomer: bool = False) -> AsyncIte
         swarm_key=read_swarm_key(settings.swarm_key),
     )
     async with open_overlay(config) as overlay:
-        await (_arrive if as_newcomer else rejoin)(overlay, settings)
+        await rejoin(overlay, settings)
         yield overlay
 
 
@@ -62,7 +56,7 @@ async def rejoin(overlay: Overlay, settings: DhtSettings) -> None:
     Raises:
         NetworkError: as `visit` does.
     """
-    await _enter(overlay, settings, partial(overlay.bootstrap, settings.bootstrap))
+    await _enter(overlay, settings)
     if not overlay.statistics().routing_table:
         with trio.move_on_after(SECOND_TRY_SECONDS):
             await overlay.bootstrap(settings.bootstrap)  # it may only be slow to say that it serves the DHT
@@ -70,34 +64,13 @@ async def rejoin(overlay: Overlay, settings: DhtSettings) -> None:
             raise _no_dht(overlay)
 
 
-async def _arrive(overlay: Overlay, settings: DhtSettings) -> None:
-    """Connect, and no more: look-ups then begin at the nodes that were given."""
-
-    async def connect(text: str) -> None:
-        peer_id, address = parse_peer_multiaddr(text)
-        try:
-            await overlay.connect(peer_id, [address])
-        except NetworkError as error:
-            logger.debug("%s: %s", text, error)
-
-    async def connect_all() -> None:
-        async with trio.open_nursery() as nursery:
-            for text in settings.bootstrap:
-                nursery.start_soon(connect, text)
-        if not overlay.connected_peers():
-            raise NetworkError("no bootstrap node answered")
-
-    for _ in range(_EMPTY_REFRESH_STEPS):
-        await trio.lowlevel.checkpoint()
-    await _enter(overlay, settings, connect_all)
-    with trio.move_on_after(SECOND_TRY_SECONDS):
-        while not overlay.peers_with(KAD):  # noqa: ASYNC110 - the overlay has no event for it
-            await trio.sleep(_POLL_SECONDS)
-    if not overlay.peers_with(KAD):
-        raise _no_dht(overlay)
+def entrances(overlay: Overlay, settings: DhtSettings) -> list[str]:
+    """The peer ids of --bootstrap that let us in."""
+    given = dict.fromkeys(parse_peer_multiaddr(each).peer_id for each in settings.bootstrap)
+    return [peer_id for peer_id in given if overlay.is_connected(peer_id)]
 
 
-async def _enter(overlay: Overlay, settings: DhtSettings, enter: Callable[[], Awaitable[object]]) -> None:
+async def _enter(overlay: Overlay, settings: DhtSettings) -> None:
     """Wait no longer for slow peers once somebody has let us in: we stay for seconds only."""
     failed: list[AzuError] = []
 
@@ -110,7 +83,7 @@ async def _enter(overlay: Overlay, settings: DhtSettings, enter: Callable[[], Aw
         scope = nursery.cancel_scope
         nursery.start_soon(hurry)
         try:
-            await enter()
+            await overlay.bootstrap(settings.bootstrap)
         except AzuError as error:  # carried out of the nursery, which would wrap it in a group
             failed.append(error)
         scope.cancel()

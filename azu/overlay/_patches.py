@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 QUERY_DIAL_SECONDS = 4.0  # all addresses of one peer together, when the DHT dials it; a look-up may meet many dead ones
 MAX_AWAITING_IDENTIFY = 256  # queriers that are not in the routing table yet
 UNANSWERED_SECONDS = 30.0  # how long the DHT leaves a peer alone that could not be dialled
+MAX_REASON = 200  # characters that are remembered of why
 MAX_UNANSWERED = 4096  # such peers that are remembered; then all are forgotten
 CIRCUIT_SECONDS = 0.5  # how much earlier direct addresses are tried than relayed ones
 ADD_SECONDS = 5.0  # until a connection's tasks run; it waits for nobody else
@@ -71,7 +72,7 @@ class AzuSwarm(Swarm):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._unanswered: dict[ID, float] = {}  # until when the DHT does not dial them again
+        self._unanswered: dict[ID, tuple[float, str]] = {}  # until when the DHT does not dial them again, and why
         self.dial_circuit: Callable[[Multiaddr, ID], Awaitable[INetConn]] | None = None  # by a relay; set by the owner
         self.circuit_left: Callable[[INetConn], float] = lambda connection: 1.0  # of its relay's limits; the same
         self.gate = Gate(trio.current_time)
@@ -117,16 +118,17 @@ class AzuSwarm(Swarm):
             if under_way is None:
                 break
             await under_way.wait()
-        if seconds is None and trio.current_time() < self._unanswered.get(peer_id, 0.0):
-            raise SwarmException(f"{peer_id} did not answer a moment ago")
+        until, why = self._unanswered.get(peer_id, (0.0, ""))
+        if seconds is None and trio.current_time() < until:
+            raise SwarmException(f"{why} (a moment ago)")
         return [await self._dial_known(peer_id, QUERY_DIAL_SECONDS if seconds is None else seconds)]
 
     async def _dial_known(self, peer_id: ID, seconds: float) -> INetConn:
         done = self._ongoing_dials[peer_id] = trio.Event()
         try:
             connection = await self._dial_any(peer_id, self.known_addresses(peer_id), seconds)
-        except SwarmException:
-            self._note_unanswered(peer_id)
+        except SwarmException as error:
+            self._note_unanswered(peer_id, reason(error))
             raise
         else:
             self._unanswered.pop(peer_id, None)
@@ -145,16 +147,16 @@ class AzuSwarm(Swarm):
             return
         if (under_way := self._ongoing_dials.get(peer_id)) is not None:
             await under_way.wait()
-        elif trio.current_time() >= self._unanswered.get(peer_id, 0.0):
+        elif trio.current_time() >= self._unanswered.get(peer_id, (0.0, ""))[0]:
             try:
                 await self._dial_known(peer_id, seconds)
             except SwarmException as error:  # what there is still works
                 logger.debug("no fresh connection to %s: %s", peer_id, error)
 
-    def _note_unanswered(self, peer_id: ID) -> None:
+    def _note_unanswered(self, peer_id: ID, why: str) -> None:
         if len(self._unanswered) >= MAX_UNANSWERED:
             self._unanswered.clear()
-        self._unanswered[peer_id] = trio.current_time() + UNANSWERED_SECONDS
+        self._unanswered[peer_id] = trio.current_time() + UNANSWERED_SECONDS, why[:MAX_REASON]
 
     def known_addresses(self, peer_id: ID) -> list[Multiaddr]:
         """Addresses in the peerstore that we could dial."""

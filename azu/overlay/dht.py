@@ -247,9 +247,10 @@ class Dht:
             if info.addrs and info.peer_id != self._host.get_id():
                 self._host.get_peerstore().add_addrs(info.peer_id, info.addrs[:16], 3600)
 
-    async def trace(self, key: bytes, timeout: float) -> Trace:
+    async def trace(self, key: bytes, timeout: float, seeds: Sequence[ID] | None = None) -> Trace:
         """Look for the peers closest to a key; see Overlay.trace."""
-        lookup = self._lookup(key, partial(self._find_node, key))
+        ask = partial(self._find_node, key)
+        lookup = self._lookup(key, ask) if seeds is None else Lookup(key, self._host.get_id(), seeds, ask)
         with mapped("query the DHT"), trio.move_on_after(timeout):
             await lookup.run()
         return lookup.trace

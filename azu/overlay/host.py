@@ -271,9 +271,15 @@ class Overlay:
         """Peer ids other than ours that announced this 32-byte digest; they may be gone (48 h memory)."""
         return await self._dht.providers(key, timeout)
 
-    async def trace(self, key: bytes, *, timeout: float = 15.0) -> Trace:
-        """Look for the peers closest to a key (of a record, or a peer id's bytes), and tell who was asked for them."""
-        return await self._dht.trace(key, timeout)
+    async def trace(self, key: bytes, *, seeds: Sequence[str] | None = None, timeout: float = 15.0) -> Trace:
+        """Look for the peers closest to a key (of a record, or a peer id's bytes), and tell who was asked for them.
+
+        seeds: the peer ids to begin with; those closest that we know where omitted.
+
+        Raises:
+            InputError: a malformed peer id.
+        """
+        return await self._dht.trace(key, timeout, None if seeds is None else [parse_peer_id(each) for each in seeds])
 
     async def find_peer(self, peer_id: str) -> tuple[str, ...]:
         """The multiaddrs, with /p2p, at which the network knows a peer; none where it does not.

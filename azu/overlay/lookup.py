@@ -31,7 +31,7 @@ Ask = Callable[[ID], Awaitable[Sequence[ID]]]
 class Hop:
     """One peer that was asked.
 
-    path: which of the disjoint paths asked it. named_by: the peer that named it first; None for our routing table.
+    path: which of the disjoint paths asked it. named_by: the peer that named it first; None where the look-up began.
     shared_bits: the leading bits that its place in the key space shares with the key's. seconds: until its answer;
     None where none came. named: how many peers it named. error: why it did not answer.
     """

@@ -15,7 +15,7 @@ import trio
 from azu.config import DhtSettings
 from azu.dht import diagnosis
 from azu.dht import visit as visit_module
-from azu.dht.visit import rejoin, visit
+from azu.dht.visit import entrances, rejoin, visit
 from azu.errors import NetworkError
 from azu.overlay import host, open_overlay
 from azu.swarm_key import read_swarm_key, write_new_swarm_key
@@ -159,18 +159,19 @@ async def test_one_good_address_is_enough_and_is_found_again() -> None:
             assert us.connected_peers() == (swarm.meeting_point.peer_id,)
 
 
-async def test_a_newcomer_knows_only_who_let_it_in() -> None:
+async def test_a_trace_begins_with_who_let_us_in() -> None:
     now = int(time.time())
     async with a_swarm(worker(1, now=now, addrs=()), worker(2, now=now, addrs=())) as swarm:
         closed = f"/ip4/127.0.0.1/tcp/{free_port()}/p2p/{WANTED}"
-        async with visit(DhtSettings(bootstrap=(closed, swarm.address)), as_newcomer=True) as us:
-            assert us.connected_peers() == (swarm.meeting_point.peer_id,)
-            trace = await us.trace(b"any key")
-            assert len(trace.hops) == 3
-        with pytest.raises(NetworkError) as refused:
-            async with visit(DhtSettings(bootstrap=(closed,)), as_newcomer=True):
-                pytest.fail("it let us in")
-    assert refused.value.code == "nothing_listens"
+        settings = DhtSettings(bootstrap=(closed, swarm.address))
+        async with visit(settings) as us:
+            assert entrances(us, settings) == [swarm.meeting_point.peer_id]
+            trace = await us.trace(b"any key", seeds=entrances(us, settings))
+            assert [hop.named_by for hop in trace.hops] == [None, *[swarm.meeting_point.peer_id] * 2]
+            assert trace.hops[0].peer_id == swarm.meeting_point.peer_id
+            as_member = await us.trace(b"any key")
+            assert {hop.named_by for hop in as_member.hops} == {None}, "it knows them all by now"
+            assert {hop.peer_id for hop in as_member.hops} >= {hop.peer_id for hop in trace.hops}
 
 
 async def test_a_listener_that_floods_is_not_read_for_ever() -> None:

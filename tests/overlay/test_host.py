@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 import trio
 import trio.testing
+from libp2p.network.exceptions import SwarmException
 
 from azu.errors import InputError, NetworkError
 from azu.overlay import Overlay, open_overlay
+from azu.overlay.addresses import parse_peer_id
 from tests.overlay.conftest import LIMIT, config, echo, receive_exactly
 
 ROOT = Path(__file__).parents[2]
@@ -226,3 +228,14 @@ async def test_libp2p_is_quiet_unless_asked(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("AZU_LIBP2P_LOG", "nonsense")
     async with open_overlay(config(1)):
         assert not logging.getLogger("libp2p.network.swarm").isEnabledFor(logging.ERROR)
+
+
+async def test_look_ups_are_told_why_a_peer_did_not_answer_a_moment_ago(pair: tuple[Overlay, Overlay]) -> None:
+    _, client = pair
+    with trio.fail_after(LIMIT):
+        async with open_overlay(config(3)) as gone:
+            peer_id, addresses = gone.peer_id, gone.addrs
+        with pytest.raises(NetworkError, match="refused"):
+            await client.connect(peer_id, addresses)
+        with pytest.raises(SwarmException, match=r"refused \(a moment ago\)"):
+            await client._swarm.dial_peer(parse_peer_id(peer_id))
