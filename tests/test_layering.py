@@ -25,6 +25,7 @@ SPLICE = (
     "azu/models/checkpoint.py",
     "azu/models/quantize.py",
     "azu/models/integer_weights.py",
+    "azu/models/prepacked.py",
 )
 
 # Library -> the files and folders that may import it.

@@ -7,7 +7,7 @@ CUDA's own context (300 to 600 MiB of the card).
     weights      each tensor at its dtype in memory; integer formats take the matrices of the layers only
     kv           keys and values of all positions that jobs may reserve, and the states of linear attention
     activations  the peak of one layer: jobs run one after the other, a prompt in chunks
-    loading      experts are put together out of single tensors; over before the first job
+    loading      experts are put together out of single tensors, and oneDNN prepacks the head; over before the first job
     overhead     free pieces that the allocator keeps, kernels' buffers, modules
 
 **Several jobs.** A worker runs at most MAX_JOBS at once, and they reserve `tokens` positions together. A layer that
@@ -47,6 +47,7 @@ _MAX_CHUNK_BYTES = 4_194_304
 
 _OVERHEAD_BYTES = 8 << 20
 _KERNEL_BYTES = 8 << 20  # on a CPU, kernels for 16-bit numbers are compiled as they are needed
+_HEAD_KERNEL_BYTES = 800 << 10  # and in float32 one for a prepacked head at each number of jobs that share a pass
 _OVERHEAD_SHARE = 100  # one part of so many of the weights
 _STREAM_COPIES = 4  # of a chunk's hidden states: as they came, the residual, normalised, the output
 _SAMPLER_BYTES = 24  # for each entry of the vocabulary: logits and their sorted copies in float32, indices in int64
@@ -81,13 +82,16 @@ def stage_memory(
     """
     weights = weights_bytes(manifest, start, end, dtype)
     largest = max(_held(blob, dtype) for blob in manifest.layers[start:end])
+    fusing = largest * _FUSED_SHARE[0] // _FUSED_SHARE[1] if manifest.workspace.fused else 0
+    head = _head(manifest, start, end, dtype)
+    kernels = _KERNEL_BYTES if _item(dtype) == 2 else _HEAD_KERNEL_BYTES * min(jobs, MAX_JOBS) * bool(head)
     return StageMemory(
         weights=weights,
         kv=kv_bytes(manifest, start, end, tokens, dtype, jobs),
         kv_per_token=sum(cache.per_token for cache in manifest.caches[start:end]) * _item(dtype),
         activations=_activations(manifest, start, end, dtype, tokens),
-        loading=largest * _FUSED_SHARE[0] // _FUSED_SHARE[1] if manifest.workspace.fused else 0,
-        overhead=_OVERHEAD_BYTES + (_KERNEL_BYTES if _item(dtype) == 2 else 0) + weights // _OVERHEAD_SHARE,
+        loading=max(fusing, 2 * head - weights),  # the head is read first, before there are layers
+        overhead=_OVERHEAD_BYTES + kernels + weights // _OVERHEAD_SHARE,
     )
 
 
@@ -184,6 +188,13 @@ def _shared(manifest: Manifest, *, first: bool, last: bool) -> Iterable[Blob]:
     if last and manifest.tied and before:
         needed.add(max(before, key=sizes.__getitem__))  # the token embedding is the largest of them
     return [manifest.shared[name] for name in sorted(needed)]
+
+
+def _head(manifest: Manifest, start: int, end: int, dtype: WeightFormat) -> int:
+    """Bytes of a head that is no embedding of the same stage, which oneDNN prepacks on a CPU; 0 where there is none."""
+    if end < manifest.n_layers or (manifest.tied and start == 0):
+        return 0
+    return max((_held(blob, dtype) for blob in _shared(manifest, first=False, last=True)), default=0)
 
 
 def _held(blob: Blob, dtype: WeightFormat, hidden_size: int = 0) -> int:

@@ -1,7 +1,9 @@
-"""Integer weights at load: each linear layer is turned into integers as soon as it is read.
+"""Linear layers' weights as they are held: each is turned into integers, or prepacked, as soon as it is read.
 
-transformers' loader takes a quantiser, and asks it at each parameter. Ours works through torchao and knows what the
-loader's own torchao quantiser leaves out: GPT-2's transposed layers and experts that are fused to one tensor.
+transformers' loader takes a quantiser, and asks it at each parameter. For integers ours works through torchao and knows
+what the loader's own torchao quantiser leaves out: GPT-2's transposed layers and experts that are fused to one tensor.
+On a CPU it also has oneDNN prepack what stays a float (`azu.models.prepacked`). The loader reads one parameter after
+another, so no stage is ever held twice.
 """
 
 from __future__ import annotations
@@ -19,47 +21,50 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from azu.errors import InputError
+from azu.models.prepacked import LINEAR, PrepackedLinear, can_prepack, pays, prepack
 from azu.models.weight_formats import is_router
+from azu.wire.tensors import ACTIVATIONS
 
 if TYPE_CHECKING:
     from azu.wire.tensors import WeightFormat
 
-__all__ = ["IntegerWeights", "integer_weights", "return_freed_memory"]
+__all__ = ["HeldWeights", "held_weights", "return_freed_memory"]
 
 _METHOD = "azu"
-# Subclasses of nn.Linear do more than multiply (Llama 4's router), but for this one.
-_LINEAR = frozenset({"Linear", "FalconLinear", "Conv1D"})
+_INTEGERS = frozenset({"int8", "int4"})
 _FUSED_EXPERTS = frozenset({"gate_up_proj", "up_proj", "down_proj"})
 _TRIM_BYTES = 32 << 20  # of weights in bfloat16; quantising leaves holes of several times their size in the heap
 
 
 @register_quantization_config(_METHOD)
-class IntegerWeights(QuantizationConfigMixin):
+class HeldWeights(QuantizationConfigMixin):
     """What `from_pretrained` takes as its quantization_config: the weights' format and the device that will compute."""
 
     def __init__(self, wanted: WeightFormat, device: torch.device) -> None:
         self.quant_method = _METHOD  # type: ignore[assignment]  # registered above, as upstream's documentation has it
         self.wanted = wanted
         self.device = device
+        self.prepack = device.type == "cpu" and can_prepack(getattr(torch, ACTIVATIONS[wanted]))
         self.out_of_memory: torch.OutOfMemoryError | None = None
         self._freed = 0
 
     def note_freed(self, size: int) -> None:
-        """Called once a weight of `size` bytes is an integer: from time to time, gives its memory back."""
+        """Called once a weight of `size` bytes is held otherwise: from time to time, gives its memory back."""
         self._freed += size
         if self._freed >= _TRIM_BYTES:
             self._freed = 0
             return_freed_memory()
 
 
-def integer_weights(wanted: WeightFormat, device: torch.device) -> IntegerWeights | None:
-    """The quantisation of a format; None for a float format.
+def held_weights(wanted: WeightFormat, device: torch.device) -> HeldWeights | None:
+    """How a format's weights are held on a device; None where all are left as they are read.
 
     Raises:
         InputError: code "missing_package", where torchao is not installed, or of a release that lacks what is needed.
     """
-    if wanted not in ("int8", "int4"):
-        return None
+    if wanted not in _INTEGERS:
+        held = HeldWeights(wanted, device)
+        return held if held.prepack else None
     try:
         importlib.import_module("azu.models.integer_weights")  # takes seconds
     except ImportError as error:
@@ -68,7 +73,7 @@ def integer_weights(wanted: WeightFormat, device: torch.device) -> IntegerWeight
             code="missing_package",
             remedy="Install it: pip install 'azu[integers]'",
         ) from error
-    return IntegerWeights(wanted, device)
+    return HeldWeights(wanted, device)
 
 
 def return_freed_memory() -> None:
@@ -80,34 +85,56 @@ def return_freed_memory() -> None:
 
 @register_quantizer(_METHOD)
 class _Quantizer(HfQuantizer):
-    quantization_config: IntegerWeights
+    quantization_config: HeldWeights
     is_trainable = False
 
     def is_serializable(self) -> bool:
         return False
 
     def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
-        module_name, _dot, parameter = param_name.rpartition(".")
         full_precision = model._keep_in_fp32_modules | model._keep_in_fp32_modules_strict
-        if not param_name.startswith(model.azu_container) or not full_precision.isdisjoint(param_name.split(".")):
+        if not full_precision.isdisjoint(param_name.split(".")):
             return False
+        return self._to_integers(model, param_name) or self._to_prepack(model, param_name)
+
+    def _to_integers(self, model: Any, param_name: str) -> bool:
+        if self.quantization_config.wanted not in _INTEGERS or not param_name.startswith(model.azu_container):
+            return False
+        module_name, _dot, parameter = param_name.rpartition(".")
         module = model.get_submodule(module_name)
         if parameter == "weight":
-            return type(module).__name__ in _LINEAR and not is_router(module_name)
+            return type(module).__name__ in LINEAR | {"Conv1D"} and not is_router(module_name)
         return parameter in _FUSED_EXPERTS and getattr(module, "is_transposed", True) is False
 
+    def _to_prepack(self, model: Any, param_name: str) -> bool:
+        tied = model.all_tied_weights_keys  # with an embedding, which looks rows up
+        if not self.quantization_config.prepack or param_name in {*tied, *tied.values()}:
+            return False
+        module_name, _dot, parameter = param_name.rpartition(".")
+        module = model.get_submodule(module_name)
+        is_linear = parameter == "weight" and type(module).__name__ in LINEAR
+        return is_linear and pays(module.weight.dtype, head=module is model.get_output_embeddings())
+
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
-        model.config._experts_implementation = "eager"  # the one that takes experts one by one
+        if self.quantization_config.wanted in _INTEGERS:
+            model.config._experts_implementation = "eager"  # the one that takes experts one by one
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
+        for module in model.modules():  # not earlier: families' initialisers look at each weight
+            weight = module._parameters.get("weight")
+            if weight is not None and weight.is_mkldnn:
+                PrepackedLinear.adopt(module)
 
     def get_quantize_ops(self) -> ConversionOps:
-        return _ToIntegers(self.quantization_config)
+        return _Convert(self)
 
 
-class _ToIntegers(ConversionOps):
-    """Takes the parameter's value out of the loader's hands and puts integers into the model."""
+class _Convert(ConversionOps):
+    """Takes the parameter's value out of the loader's hands and puts what is to be held into the model."""
 
-    def __init__(self, config: IntegerWeights) -> None:
-        self._config = config
+    def __init__(self, quantizer: _Quantizer) -> None:
+        self._to_integers = quantizer._to_integers
+        self._config = quantizer.quantization_config
 
     def convert(  # type: ignore[override]  # the loader passes keywords, and takes any tensors
         self, input_dict: dict[str, Any], *, model: Any, full_layer_name: str, missing_keys: set[str], **_: Any
@@ -118,9 +145,11 @@ class _ToIntegers(ConversionOps):
         module = model.get_submodule(path)
         if value.shape != getattr(module, parameter).shape:
             raise ValueError(f"{full_layer_name} is {list(value.shape)}")
-        if value.ndim == 3:  # [experts, out, in]; the family's forward picks one by its index
+        if not self._to_integers(model, full_layer_name):
+            module.weight = self._parameter(value, prepack(value))
+        elif value.ndim == 3:  # [experts, out, in]; the family's forward picks one by its index
             delattr(module, parameter)
-            module.add_module(parameter, nn.ParameterList(self._parameter(expert) for expert in value))
+            module.add_module(parameter, nn.ParameterList(self._integers(expert) for expert in value))
         else:
             model.set_submodule(path, self._linear(module, value))
         missing_keys.discard(full_layer_name)
@@ -131,17 +160,20 @@ class _ToIntegers(ConversionOps):
         weight = value.t().contiguous() if isinstance(module, Conv1D) else value
         bias = module.bias
         linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-        linear.weight, linear.bias = self._parameter(weight), bias
+        linear.weight, linear.bias = self._integers(weight), bias
         return linear
 
-    def _parameter(self, weight: torch.Tensor) -> nn.Parameter:
-        from azu.models.integer_weights import integer_weight  # `integer_weights` saw to it that torchao is there
+    def _integers(self, weight: torch.Tensor) -> nn.Parameter:
+        from azu.models.integer_weights import integer_weight  # `held_weights` saw to it that torchao is there
 
         try:
             held = integer_weight(weight.to(self._config.device), self._config.wanted)
         except torch.OutOfMemoryError as error:
             self._config.out_of_memory = error
             raise
+        return self._parameter(weight, held)
+
+    def _parameter(self, weight: torch.Tensor, held: torch.Tensor) -> nn.Parameter:
         parameter = nn.Parameter(held, requires_grad=False)
         parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # else families' initialisers overwrite it
         self._config.note_freed(weight.nbytes)

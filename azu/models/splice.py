@@ -25,7 +25,7 @@ from azu.models.architecture import on_meta, resolve
 from azu.models.cache import new_cache
 from azu.models.checkpoint import LayerNames, StoredTensor, open_stored
 from azu.models.packing import PACKED, Pack, can_pack
-from azu.models.quantize import IntegerWeights
+from azu.models.quantize import HeldWeights
 from azu.models.surgery import LastLayerDone, spliced, state_names
 
 __all__ = ["Part", "Stage", "StageSpec", "build_stage", "stage_tensor_names"]
@@ -75,7 +75,7 @@ def build_stage(
     dtype: torch.dtype,
     device: torch.device | str,
     tensors_from: Mapping[str, Path] | Iterable[Path],
-    integers: IntegerWeights | None = None,
+    held: HeldWeights | None = None,
 ) -> Stage:
     """Loads a stage.
 
@@ -83,7 +83,7 @@ def build_stage(
         dtype: what weights are cast to and what the stage computes in.
         tensors_from: the safetensors files that hold the stage's tensors, or a mapping whose values they are. Tensors
             that the stage does not need are skipped.
-        integers: how linear layers are turned into integers (`azu.models.quantize`); they stay floats where omitted.
+        held: how linear layers' weights are held (`azu.models.quantize`); as they are read where omitted.
 
     Raises:
         ModelError: code "missing_tensor" where the files do not hold all, "bad_weights" where shapes differ, and as
@@ -102,12 +102,12 @@ def build_stage(
                 config=config,
                 state_dict=state,
                 dtype=dtype,
-                quantization_config=integers,
+                quantization_config=held,
                 output_loading_info=True,
             )
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
-        if integers is not None and integers.out_of_memory is not None:  # which the loader hides in its report
-            raise integers.out_of_memory from error
+        if held is not None and held.out_of_memory is not None:  # which the loader hides in its report
+            raise held.out_of_memory from error
         raise ModelError(f"the weights do not fit the model ({error})", code="bad_weights") from error
     if report["missing_keys"]:
         missing = ", ".join(sorted(report["missing_keys"])[:5])

@@ -18,7 +18,7 @@ import torch
 
 from azu.errors import AzuError, CapacityError, InputError, InternalError, ModelError
 from azu.logs import log
-from azu.models.quantize import integer_weights, return_freed_memory
+from azu.models.quantize import held_weights, return_freed_memory
 from azu.models.splice import Part, Stage, StageSpec, build_stage
 from azu.tickets import Sampling
 from azu.wire.frames import Buffer
@@ -88,7 +88,7 @@ class Step:
 
 
 def _plain_strides(_head: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """The chunk's last row as a tensor of its own: for a view of the chunk, oneDNN copies the head's whole weight."""
+    """The chunk's last row as a tensor of its own: for a view of the chunk, oneDNN copies a plain head's weight."""
     return (inputs[0].flatten().view(inputs[0].shape), *inputs[1:])
 
 
@@ -240,7 +240,7 @@ def find_device(name: str, vram: int | None, threads: int) -> Device:
 
 def require_packages(dtype: WeightFormat, device: Device) -> None:
     """Raises InputError, code "missing_package", where a format needs a package that is not installed."""
-    integer_weights(dtype, torch.device(device.torch_name))
+    held_weights(dtype, torch.device(device.torch_name))
 
 
 def load_stage(
@@ -255,7 +255,7 @@ def load_stage(
     """
     computing = torch.device(device.torch_name)
     try:
-        stage = build_stage(spec, _DTYPES[ACTIVATIONS[dtype]], computing, files, integer_weights(dtype, computing))
+        stage = build_stage(spec, _DTYPES[ACTIVATIONS[dtype]], computing, files, held_weights(dtype, computing))
         return_freed_memory()
         _check_vocabulary(stage, vocab_size)
         return LoadedStage(stage, spec, dtype, device, vocab_size)
@@ -266,6 +266,10 @@ def load_stage(
 def _check_vocabulary(stage: Stage, vocab_size: int) -> None:
     """Token ids are checked against `vocab_size` alone; one past the embedding's end would put a GPU out of use."""
     model: Any = stage.model
-    too_few = stage.is_first and len(model.get_input_embeddings().weight) < vocab_size
-    if too_few or (stage.is_last and len(model.get_output_embeddings().weight) > vocab_size):
+    too_few = stage.is_first and _rows(model.get_input_embeddings()) < vocab_size
+    if too_few or (stage.is_last and _rows(model.get_output_embeddings()) > vocab_size):
         raise ModelError(f"the model's vocabulary is not of {vocab_size} tokens", code="bad_manifest")
+
+
+def _rows(matrix: torch.nn.Module) -> int:
+    return len(next(matrix.parameters()))  # a prepacked layer's `weight` would be plain from then on

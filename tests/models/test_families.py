@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from azu.models.prepacked import PrepackedLinear, can_prepack
 from azu.models.publish import publish
+from azu.models.quantize import held_weights
 from azu.models.splice import Stage, StageSpec, build_stage, stage_tensor_names
 from azu.models.store import LayerStore
 from tests.models.conftest import Published
@@ -118,6 +120,27 @@ def test_a_cache_counts_all_that_it_holds(models: Models, name: str) -> None:
         assert logits.dtype == torch.bfloat16
         assert logits.isfinite().all()
     assert stage.cache_bytes(cache) == KINDS[name]
+
+
+@pytest.mark.skipif(not can_prepack(torch.bfloat16), reason="oneDNN has no bfloat16 on this CPU")
+@pytest.mark.parametrize("family", FAMILIES + OTHERS, ids=lambda family: family.name)
+def test_prepacked_weights_give_the_same(models: Models, family: Family) -> None:
+    published = models.published(family.name)
+    last = published.manifest.n_layers
+    spec = StageSpec(published.config, 1, last, last)
+    paths = published.paths(1, last, stage_tensor_names(spec)[1])
+    stage = build_stage(spec, torch.bfloat16, "cpu", paths, held_weights("bfloat16", torch.device("cpu")))
+    layers = [module for module in stage.model.modules() if isinstance(module, PrepackedLinear)]
+    assert layers
+    hidden = torch.randn((11, stage.hidden_size), generator=torch.Generator().manual_seed(1)).bfloat16()
+    parts = one_by_one(hidden[:9], hidden[9:])
+    got = in_stages([stage], parts)
+    for layer in layers:
+        assert isinstance(layer, PrepackedLinear), "the family's forward read its weight"
+        assert layer.weight.layout == torch.strided  # read, and so plain from here on
+    assert not any(isinstance(layer, PrepackedLinear) for layer in layers)
+    for one, other in zip(got, in_stages([stage], parts), strict=True):
+        assert (one - other).norm() <= 0.02 * other.norm()
 
 
 @pytest.mark.parametrize("name", ["Mistral", "Gemma 2", "GPT-Neo", "Llama 4 text"])

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from azu.errors import InputError
 from azu.models.publish import publish
-from azu.models.quantize import integer_weights
+from azu.models.quantize import held_weights
 from azu.models.splice import Stage, StageSpec, build_stage, stage_tensor_names
 from azu.models.store import LayerStore
 from azu.models.weight_formats import held_format, integer_bytes
@@ -42,7 +42,7 @@ def build(published: Published, start: int, end: int, wanted: WeightFormat) -> S
     spec = StageSpec(published.config, start, end, published.manifest.n_layers)
     paths = published.paths(start, end, stage_tensor_names(spec)[1])
     dtype = torch.float32 if wanted == "float32" else torch.bfloat16
-    return build_stage(spec, dtype, CPU, paths, integer_weights(wanted, CPU))
+    return build_stage(spec, dtype, CPU, paths, held_weights(wanted, CPU))
 
 
 def run(stages: list[Stage], ids: torch.Tensor, steps: int) -> torch.Tensor:
@@ -99,11 +99,6 @@ def test_any_shape(shape: tuple[int, int], wanted: WeightFormat, count: int) -> 
     assert sum(part.nbytes for part in parts if part is not None) == integer_bytes(*shape, wanted)
 
 
-def test_float_formats_are_left_alone() -> None:
-    assert integer_weights("float32", CPU) is None
-    assert integer_weights("bfloat16", CPU) is None
-
-
 @pytest.mark.parametrize("another_release", [False, True])
 def test_without_torchao(monkeypatch: pytest.MonkeyPatch, another_release: bool) -> None:
     monkeypatch.delitem(sys.modules, "azu.models.integer_weights", raising=False)
@@ -112,7 +107,7 @@ def test_without_torchao(monkeypatch: pytest.MonkeyPatch, another_release: bool)
     else:
         monkeypatch.setitem(sys.modules, "torchao.quantization", None)
     with pytest.raises(InputError, match="torchao") as caught:
-        integer_weights("int4", CPU)
+        held_weights("int4", CPU)
     assert caught.value.code == "missing_package"
     assert "pip install 'azu[integers]'" in caught.value.remedy
 
