@@ -139,3 +139,18 @@ def test_refusals(manifest: Manifest) -> None:
     with pytest.raises(ModelError) as caught:
         kv_bytes(manifest, 0, 1, 1, "float8")  # type: ignore[arg-type]
     assert caught.value.code == "unsupported_dtype"
+
+
+def test_a_head_that_is_packed_is_held_twice_for_a_moment(manifest: Manifest) -> None:
+    """But not one that is the embedding of the same stage: it stays plain."""
+    weights = (Weights("F16", 90_000, 90_000),)
+    head = dataclasses.replace(manifest.shared["lm_head.weight"], size=90_000, weights=weights)
+    large = dataclasses.replace(manifest, shared={**manifest.shared, "lm_head.weight": head})
+    held = stage_memory(large, 3, 4, "bfloat16", 1)
+    assert held.weights + held.loading == 2 * 90_000
+    assert stage_memory(large, 0, 3, "bfloat16", 1).loading == 0
+    tied = dataclasses.replace(large, tied=True)
+    first, last = (stage_memory(tied, start, 4, "float32", 1) for start in (0, 3))
+    assert first.loading == 0
+    assert last.loading > 0
+    assert last.overhead - last.weights // 100 > first.overhead - first.weights // 100  # its kernels
