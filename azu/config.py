@@ -10,6 +10,7 @@
     │   └── DhtSettings          azu-dht
     ├── WorkerSettings           what a worker has and offers
     │   └── PlanSettings         azu-node plan
+    ├── StatusSettings           azu-node status
     ├── CatalogueSettings        azu-coordinator models
     │   ├── ShardSettings        azu-coordinator shard
     │   └── RemoveSettings       azu-coordinator remove
@@ -57,12 +58,14 @@ __all__ = [
     "PlanSettings",
     "RemoveSettings",
     "ShardSettings",
+    "StatusSettings",
     "format_size",
     "parse_size",
 ]
 
 ENV_PREFIX = "AZU_"
 _COORDINATOR_DIR = Path("~/.azu/coordinator")
+_NODE_DIR = Path("~/.azu/node")
 _KV_TOKENS = 8192  # what every worker keeps room for, unless the coordinator's operator says otherwise
 MAX_TOKENS = 1_000_000  # tokens; far above any context length, below what could overflow an estimate
 
@@ -162,7 +165,7 @@ class WorkerSettings(BaseAzuSettings):
         "take a quarter and a sixth of float32's memory, compute in bfloat16, and need torchao.",
     )
     data_dir: Folder = Field(
-        default=Path("~/.azu/node"),
+        default=_NODE_DIR,
         description="Holds the identity key (keep it: it is your peer id and earns your money) and the layers fetched. "
         "Every program that runs at once needs its own.",
         json_schema_extra=cli(metavar="FOLDER"),
@@ -194,6 +197,12 @@ class NodeSettings(WorkerSettings, MemberSettings):
         description="The wallet that earnings are paid to. Earnings are only counted where omitted.",
         json_schema_extra=cli(metavar="ADDRESS"),
     )
+    metrics: HostPort = Field(
+        default="127.0.0.1:0",
+        description="Where to serve /healthz, /status and Prometheus' /metrics; port 0 lets the system choose one, "
+        "which `azu-node status` finds. Keep it on loopback: it has no accounts.",
+        json_schema_extra=cli(metavar="HOST:PORT"),
+    )
     relay: bool = Field(
         default=False,
         description="Relay for workers that cannot be connected to, within limits, where this one can be.",
@@ -224,6 +233,21 @@ class PlanSettings(WorkerSettings):
     as_json: bool = Field(
         default=False,
         description="Print one JSON document instead of tables, with all sizes in bytes.",
+        json_schema_extra=cli(option="--json"),
+    )
+
+
+class StatusSettings(BaseAzuSettings):
+    """A look at the worker that runs on a data folder."""
+
+    data_dir: Folder = Field(
+        default=_NODE_DIR,
+        description="The worker's data folder, as given to `azu-node join`.",
+        json_schema_extra=cli(metavar="FOLDER"),
+    )
+    as_json: bool = Field(
+        default=False,
+        description="Print one JSON document: sizes in bytes, times in seconds, sums instead of means.",
         json_schema_extra=cli(option="--json"),
     )
 

@@ -1,4 +1,4 @@
-"""Health and metrics of a program over HTTP, for its operator: GET /healthz and GET /metrics.
+"""Health and metrics of a program over HTTP, for its operator: GET /healthz, /metrics, and /status where it has one.
 
 The metrics are in Prometheus' text format 0.0.4
 (https://prometheus.io/docs/instrumenting/exposition_formats/). It is meant for a loopback port: there are no accounts,
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import h11
 import trio
@@ -23,7 +23,7 @@ from azu.errors import InputError
 from azu.logs import log
 from azu.overlay import Overlay
 
-__all__ = ["Metric", "overlay_metrics", "render", "serve_metrics"]
+__all__ = ["Metric", "Reporter", "overlay_metrics", "render", "resident_bytes", "serve_metrics"]
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +44,16 @@ class Metric:
     kind: Literal["gauge", "counter"]
     value: float | Mapping[str, float]
     label: str = ""
+
+
+class Reporter(Protocol):
+    """What a program can tell besides what every node can."""
+
+    def metrics(self) -> Iterable[Metric]:
+        """Its own."""
+
+    def status(self) -> Mapping[str, Any]:
+        """The answer to GET /status, to be sent as JSON."""
 
 
 def render(metrics: Iterable[Metric]) -> bytes:
@@ -67,7 +77,7 @@ def overlay_metrics(overlay: Overlay, started_at: float, agent: str) -> list[Met
     metrics = [
         Metric("build_info", "The program and its version.", "gauge", {agent: 1}, "agent"),
         Metric("uptime_seconds", "Since the start.", "gauge", time.time() - started_at),
-        Metric("memory_bytes", "Resident memory.", "gauge", _resident_bytes()),
+        Metric("memory_bytes", "Resident memory.", "gauge", resident_bytes()),
         Metric("connections", "Live connections.", "gauge", now.connections),
         Metric("streams", "Open streams, both directions.", "gauge", now.streams),
         Metric("routing_table_peers", "Peers in the DHT's routing table.", "gauge", now.routing_table),
@@ -94,6 +104,7 @@ async def serve_metrics(
     overlay: Overlay,
     address: tuple[str, int],
     agent: str,
+    reporter: Reporter | None = None,
     *,
     task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED,
 ) -> None:
@@ -103,7 +114,7 @@ async def serve_metrics(
         InputError: the port is taken, or the address is none of this machine's.
     """
     host, port = address
-    respond = partial(_respond, overlay, time.time(), agent)
+    respond = partial(_respond, overlay, time.time(), agent, reporter)
     try:
         listeners = await trio.open_tcp_listeners(port, host=host)
     except OSError as error:
@@ -117,15 +128,18 @@ async def serve_metrics(
     log(logger, logging.INFO, "metrics", url=f"http://{shown}:{port}/metrics")
     limit = trio.CapacityLimiter(_MAX_CONNECTIONS)
     async with trio.open_nursery() as nursery:
-        handler = partial(_handle, respond=respond, hosts={f"{host}:{port}", f"localhost:{port}"}, limit=limit)
+        handler = partial(_handle, respond=respond, hosts={f"{shown}:{port}", f"localhost:{port}"}, limit=limit)
         nursery.start_soon(partial(trio.serve_listeners, handler, listeners))
         task_status.started(f"http://{shown}:{port}")
 
 
-def _respond(overlay: Overlay, started_at: float, agent: str, path: str) -> tuple[int, str, bytes]:
+def _respond(
+    overlay: Overlay, started_at: float, agent: str, reporter: Reporter | None, path: str
+) -> tuple[int, str, bytes]:
     """Status, content type and body."""
     if path == "/metrics":
-        return 200, "text/plain; version=0.0.4", render(overlay_metrics(overlay, started_at, agent))
+        own = reporter.metrics() if reporter is not None else ()
+        return 200, "text/plain; version=0.0.4", render([*overlay_metrics(overlay, started_at, agent), *own])
     if path == "/healthz":
         health: dict[str, Any] = {
             "status": "ok",
@@ -136,6 +150,8 @@ def _respond(overlay: Overlay, started_at: float, agent: str, path: str) -> tupl
             "reach": str(overlay.finding),
         }
         return 200, "application/json", json.dumps(health).encode()
+    if path == "/status" and reporter is not None:
+        return 200, "application/json", json.dumps(reporter.status()).encode()
     return 404, "text/plain", b"GET /healthz or /metrics\n"
 
 
@@ -190,8 +206,9 @@ def _escape(text: str) -> str:
     return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
 
 
-def _resident_bytes() -> int:
+def resident_bytes() -> int:
+    """Of this process's memory; 0 where the system has no /proc."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * _PAGE_BYTES
-    except (OSError, ValueError, IndexError):  # not Linux
+    except (OSError, ValueError, IndexError):
         return 0

@@ -6,7 +6,7 @@ import os
 from functools import partial
 
 from azu.cli import begin_logging, program, run_program, settings_options
-from azu.config import NodeSettings, PlanSettings
+from azu.config import NodeSettings, PlanSettings, StatusSettings
 
 __all__ = ["main"]
 
@@ -15,6 +15,7 @@ __all__ = ["main"]
     "azu-node",
     examples=[
         "azu-node join /ip4/203.0.113.7/tcp/4001/p2p/12D3KooW... --vram 8GiB",
+        "azu-node status",
         "azu-node plan Qwen/Qwen3-8B --vram 8GiB --dtype int4",
         "azu-node join /dns4/boot.example.org/tcp/4001/p2p/12D3KooW... --device cuda:1 --payout-address 0x...",
     ],
@@ -44,3 +45,16 @@ def plan(settings: PlanSettings) -> None:
 
     begin_logging(settings)
     print_plan(settings)
+
+
+@main.command()
+@settings_options(StatusSettings)
+def status(settings: StatusSettings) -> None:
+    """Say what the worker on this machine does: its layers and jobs, and what its time goes into.
+
+    Times are means over the last minute and since the worker started, beside the longest of their kind.
+    """
+    from node.status import print_status
+
+    begin_logging(settings)
+    print_status(settings)

@@ -45,6 +45,7 @@ from azu.wire.messages import (
 )
 from node.engine.device import DeviceThread
 from node.engine.stage import JobState, LoadedStage, Output, Step
+from node.instruments import RingMeter
 from node.intake import Intake, Part
 from node.ring import GRANT, WINDOW, RingLink
 from node.session import StageSession
@@ -70,6 +71,7 @@ class StageJob:
         device: DeviceThread,
         stage: LoadedStage,
         coordinator: Channel,
+        meter: RingMeter,
     ) -> None:
         self.ticket = ticket
         self.index = index
@@ -78,6 +80,7 @@ class StageJob:
         self._device = device
         self._stage = stage
         self._coordinator = coordinator
+        self._meter = meter
         self._session = StageSession(ticket, index, hidden_size=stage.hidden_size, vocab_size=stage.vocab_size)
         self._state: JobState | None = None
         self._prompt: tuple[int, ...] = ()
@@ -90,9 +93,15 @@ class StageJob:
         self._last_output: Buffer = b""
         hello = Hello(job_id=ticket.job_id, epoch=ticket.epoch, stage=index)
         count = len(ticket.stages)
-        self._link = RingLink(overlay, ticket.stages[(index + 1) % count].peer_id, hello) if count > 1 else None
+        next_peer = ticket.stages[(index + 1) % count].peer_id
+        self._link = RingLink(overlay, next_peer, hello, meter) if count > 1 else None
         theirs = hello.model_copy(update={"stage": (index - 1) % count})
         self._intake = Intake(theirs, ticket.stages[index - 1].peer_id, self._session.max_body)
+
+    @property
+    def position(self) -> int:
+        """Positions in its KV cache."""
+        return self._state.position if self._state is not None else 0
 
     async def run(self) -> None:
         """Serve the job until the coordinator ends it.
@@ -229,8 +238,11 @@ class StageJob:
                 self._note_input(struct.pack(f"<{len(ids)}I", *ids))
                 output = await self._run(Step(state, ids, len(ids), sample))
                 await self._pass_on(output, position, sample)
+        since = time.perf_counter()
         async for message, body, rows in self._inbox:
+            self._meter.note_input(len(body), time.perf_counter() - since)
             await self._step(state, message, body, rows)
+            since = time.perf_counter()
 
     async def _step(self, state: JobState, message: Chunk | Next, body: bytearray, rows: int) -> None:
         position = state.position

@@ -21,6 +21,7 @@ from azu.tickets import JobTicket, Refusal, check_ticket, open_ticket
 from azu.wire.messages import JOB, RING, Failed, Hello, Open, ReceiptReply, Refused
 from node.engine.device import DeviceThread
 from node.engine.stage import LoadedStage
+from node.instruments import RingMeter
 from node.job import StageJob
 
 __all__ = ["Jobs", "Loaded"]
@@ -48,6 +49,7 @@ class Loaded:
     kv_bytes_per_token: int
     layer_us: int
     context_length: int
+    model_id: str = ""
 
 
 class Jobs:
@@ -60,8 +62,11 @@ class Jobs:
         device: DeviceThread,
         *,
         is_trusted: Callable[[str], bool],
+        meter: RingMeter | None = None,
     ) -> None:
         self.loaded: Loaded | None = None
+        self.admitted = 0  # jobs since the start
+        self.meter = meter or RingMeter()
         self._identity = identity
         self._overlay = overlay
         self._device = device
@@ -80,6 +85,11 @@ class Jobs:
     def kv_tokens_free(self) -> int:
         """Positions of KV cache that new jobs may still reserve."""
         return self.loaded.kv_tokens - self._reserved if self.loaded else 0
+
+    @property
+    def kv_tokens_filled(self) -> int:
+        """Positions of KV cache that running jobs have computed, of those that they have reserved."""
+        return sum(job.position for job in self._jobs.values())
 
     async def handle_job(self, stream: OverlayStream) -> None:
         """Serve a /azu/job/1 stream: one job, until the coordinator ends it."""
@@ -108,6 +118,7 @@ class Jobs:
             device=self._device,
             stage=loaded.stage,
             coordinator=channel,
+            meter=self.meter,
         )
         with self._admitted(job):
             async with self._arrived:
@@ -177,6 +188,7 @@ class Jobs:
         tokens = job.ticket.total_tokens
         self._jobs[job.ticket.job_id] = job
         self._reserved += tokens
+        self.admitted += 1
         try:
             yield
         finally:

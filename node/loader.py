@@ -65,7 +65,7 @@ class Loader:
             measured=format_size(held_bytes(self._device) - before))  # fmt: skip
         return Loaded(
             manifest.digest, spec.start, spec.end, stage, kv_tokens, memory.kv_per_token, layer_us,
-            manifest.context_length,
+            manifest.context_length, manifest.model_id,
         )  # fmt: skip
 
     def _kv_room(self, manifest: Manifest, assignment: Assignment) -> tuple[int, StageMemory]:

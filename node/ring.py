@@ -15,6 +15,7 @@ that fails before that costs the job nothing. `node/intake.py` is the other end.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Awaitable, Callable
 
 import trio
@@ -25,7 +26,21 @@ from azu.errors import AzuError, NetworkError, ProtocolError
 from azu.logs import log
 from azu.overlay import Overlay
 from azu.wire.frames import Buffer
-from azu.wire.messages import MAX_PART, RING, RING_PROTOCOL, Chunk, Credit, Hello, Moved, Next, Refused, Welcome
+from azu.wire.messages import (
+    MAX_PART,
+    RING,
+    RING_PROTOCOL,
+    Chunk,
+    Credit,
+    Hello,
+    Message,
+    Moved,
+    Next,
+    Refused,
+    Welcome,
+    encode_message,
+)
+from node.instruments import RingMeter
 
 __all__ = ["GRANT", "WINDOW", "RingLink"]
 
@@ -44,8 +59,9 @@ _RETRY_S = 5.0
 class RingLink:
     """The sending end. `run()` owns the streams; `send_*` may be called from another task once it is open."""
 
-    def __init__(self, overlay: Overlay, peer_id: str, hello: Hello) -> None:
+    def __init__(self, overlay: Overlay, peer_id: str, hello: Hello, meter: RingMeter | None = None) -> None:
         self._overlay = overlay
+        self._meter = meter or RingMeter()
         self.peer_id = peer_id
         self._hello = hello
         self._channel: Channel | None = None
@@ -142,12 +158,24 @@ class RingLink:
 
     async def send_chunk(self, chunk: Chunk, body: Buffer) -> None:
         """Send hidden states on, once there is credit; raises NetworkError if the peer is gone."""
+        since = time.perf_counter()
         await self._credits.acquire()
-        await (await self._opened()).send(chunk, body)
+        self._meter.credit_s += time.perf_counter() - since
+        await self._send(await self._opened(), chunk, body)
 
     async def send_next(self, message: Next) -> None:
         """Send a sampled token to the first stage; raises NetworkError if the peer is gone."""
-        await (await self._opened()).send(message)
+        await self._send(await self._opened(), message)
+
+    async def _send(self, channel: Channel, message: Message, body: Buffer = b"") -> None:
+        """As the channel's own, in two parts that are timed apart."""
+        started = time.perf_counter()
+        buffers = encode_message(message, body)
+        serialised = time.perf_counter()
+        try:
+            await channel.stream.send_all(*buffers)
+        finally:
+            self._meter.note_sent(len(body), serialised - started, time.perf_counter() - serialised)
 
     async def _opened(self) -> Channel:
         """The stream in use. A frame that is sent on it without another await is ahead of `moved`."""

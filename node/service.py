@@ -21,6 +21,7 @@ from azu.sizes import format_size
 from azu.swarm_key import read_swarm_key
 from node.engine.device import open_device_thread
 from node.engine.stage import find_device, require_packages
+from node.report import serve_report
 from node.trust import Trust
 from node.worker import AGENT, Worker
 
@@ -85,5 +86,6 @@ async def serve(settings: NodeSettings) -> None:
                 payout_address=settings.payout_address or "",
                 use_hub=not settings.no_hub,
             )
+            await nursery.start(serve_report, worker, overlay, settings.metrics, settings.data_dir)
             nursery.start_soon(partial(stay_joined, overlay, settings.bootstrap, book=book))
             nursery.start_soon(worker.run)

@@ -32,6 +32,7 @@ from azu.wire.tensors import WeightFormat
 from node.engine.device import DeviceThread
 from node.engine.stage import Device
 from node.idle import explain_idleness
+from node.instruments import Instruments
 from node.jobs import Jobs
 from node.loader import Loader
 from node.supply import Supply
@@ -72,13 +73,14 @@ class Worker:
         use_hub: bool = True,
     ) -> None:
         self.dtype = dtype
-        self.jobs = Jobs(identity, overlay, thread, is_trusted=trust)
+        self.device = device
+        self.layers = layers
+        self.instruments = Instruments(thread.passes)
+        self.jobs = Jobs(identity, overlay, thread, is_trusted=trust, meter=self.instruments.ring)
         self._identity = identity
         self._overlay = overlay
-        self._device = device
         self._library = library
         self._trust = trust
-        self._layers = layers
         self._loader = Loader(Supply(overlay, library, trust, use_hub=use_hub), thread, device)
         self._payout_address = payout_address
         self._cached: tuple[HeldRange, ...] = ()
@@ -93,11 +95,12 @@ class Worker:
         """Serve until cancelled, then withdraw the record."""
         await self._note_cached()
         self._overlay.handle(CONTROL_PROTOCOL, self._handle_control)
-        self._overlay.handle(LAYERS_PROTOCOL, self._layers.handle)
+        self._overlay.handle(LAYERS_PROTOCOL, self.layers.handle)
         self._overlay.handle(JOB_PROTOCOL, self.jobs.handle_job)
         self._overlay.handle(RING_PROTOCOL, self.jobs.handle_ring)
         try:
             async with trio.open_nursery() as nursery:
+                nursery.start_soon(self.instruments.run)
                 nursery.start_soon(self._advertise)
                 nursery.start_soon(self._provide)
                 nursery.start_soon(self._note_what_comes)
@@ -105,7 +108,7 @@ class Worker:
                     partial(
                         explain_idleness,
                         self._overlay,
-                        vram=self._device.vram,
+                        vram=self.device.vram,
                         dtype=self.dtype,
                         is_busy=lambda: self._loading is not None or self.jobs.loaded is not None,
                     )
@@ -115,14 +118,21 @@ class Worker:
             with trio.move_on_after(2, shield=True):
                 await self._publish(self.record(life=0))
 
+    @property
+    def loading(self) -> HeldRange | None:
+        """What is being loaded, if anything is."""
+        if self._loading is None:
+            return None
+        return self._loading.model_copy(update={"percent": self._loader.percent})
+
     def record(self, life: int = _RECORD_LIFE_S) -> bytes:
         """This worker's signed record as of now, in force for `life` seconds."""
         now = time.time()
         self._sequence = max(self._sequence + 1, int(now * 1000))
         loaded = self.jobs.loaded
         ranges = list(self._cached)
-        if self._loading is not None:
-            ranges.append(self._loading.model_copy(update={"percent": self._loader.percent}))
+        if (loading := self.loading) is not None:
+            ranges.append(loading)
         if loaded is not None:
             ranges.append(HeldRange(manifest=loaded.manifest, start=loaded.start, end=loaded.end, state="loaded"))
         record = WorkerRecord(
@@ -133,10 +143,10 @@ class Worker:
             agent=AGENT,
             protocols=_PROTOCOLS,
             addrs=self._overlay.addrs[:_MAX_ADDRS],
-            device=self._device.label[:128],
+            device=self.device.label[:128],
             dtype=self.dtype,
-            vram_total=self._device.vram,
-            vram_free=self.jobs.kv_tokens_free * loaded.kv_bytes_per_token if loaded else self._device.vram,
+            vram_total=self.device.vram,
+            vram_free=self.jobs.kv_tokens_free * loaded.kv_bytes_per_token if loaded else self.device.vram,
             kv_tokens=loaded.kv_tokens if loaded else 0,
             kv_tokens_free=self.jobs.kv_tokens_free,
             jobs=self.jobs.count,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import time
 
 import httpx
@@ -65,6 +66,18 @@ async def test_garbage_is_answered_or_cut_off(sent: bytes) -> None:
             assert got[:12] in (b"", b"HTTP/1.1 400", b"HTTP/1.1 403")
             async with httpx.AsyncClient(trust_env=False) as client:
                 assert (await client.get(f"{url}/healthz")).status_code == 200
+            nursery.cancel_scope.cancel()
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="THIS MACHINE HAS NO IPv6: the address is not tried")
+async def test_an_ipv6_address_is_served_under_its_own_name() -> None:
+    with trio.fail_after(60):
+        async with open_overlay(config(1)) as overlay, trio.open_nursery() as nursery:
+            url = await nursery.start(serve_metrics, overlay, ("::1", 0), "azu-test/1")
+            assert url.startswith("http://[::1]:")
+            async with httpx.AsyncClient(trust_env=False) as client:
+                assert (await client.get(f"{url}/healthz")).status_code == 200
+                assert (await client.get(f"{url}/status")).status_code == 404  # it has none
             nursery.cancel_scope.cancel()
 
 

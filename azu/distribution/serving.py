@@ -60,6 +60,7 @@ class LayerServer:
     """
 
     def __init__(self, library: Library, *, slots: int = 16, rate: int | None = None) -> None:
+        self.sent_bytes = 0
         self._library = library
         self._slots = slots if rate is None else max(1, min(slots, rate // _LEAST_RATE))
         self._pace = Pace(rate) if rate is not None else None
@@ -131,6 +132,7 @@ class LayerServer:
                 if self._pace is not None:
                     await trio.sleep(self._pace.delay(len(piece), trio.current_time()))
                 await channel.stream.send_all(piece)
+        self.sent_bytes += len(data)
 
     def _read(self, request: GetBlob, buffer: bytearray) -> memoryview | None:
         """The range, out of a file whose bytes this process has verified; None where there is none such."""

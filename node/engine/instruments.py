@@ -37,6 +37,7 @@ class Passes:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._now = PassStatistics()
+        self.recent_s = 0.0  # the longest since `take_longest`
 
     def note(self, started: float, ended: float, rows: Sequence[int], since: Sequence[float]) -> None:
         """Count a pass. Times by one clock, in seconds; `since`: when each of its steps began to wait."""
@@ -52,8 +53,15 @@ class Passes:
                 longest_s=max(now.longest_s, seconds),
                 largest=max(now.largest, len(rows)),
             )
+            self.recent_s = max(self.recent_s, seconds)
 
     def statistics(self) -> PassStatistics:
         """A snapshot."""
         with self._lock:
             return self._now
+
+    def take_longest(self) -> float:
+        """The longest pass since this was last called, in seconds."""
+        with self._lock:
+            longest, self.recent_s = self.recent_s, 0.0
+            return longest

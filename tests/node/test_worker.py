@@ -22,6 +22,8 @@ from azu.wire.messages import CONTROL, CONTROL_PROTOCOL, Accepted, Assign, GetSt
 from node.engine.device import open_device_thread
 from node.engine.stage import find_device
 from node.jobs import Loaded
+from node.report import serve_report
+from node.status import fetch_status, show_status
 from node.trust import Trust
 from node.worker import Worker
 from tests.node.real_stages import LIMIT, identity, peer
@@ -246,3 +248,26 @@ async def test_a_record_that_nobody_took_is_offered_again_soon(scene: Scene, mon
     with trio.fail_after(10):
         while len(offered) < 3:
             await trio.sleep(0.01)
+
+
+async def test_its_owner_sees_what_it_does_for_as_long_as_it_runs(scene: Scene, tmp_path: Path) -> None:
+    async def page() -> str:
+        status = await trio.to_thread.run_sync(fetch_status, tmp_path)
+        assert status["peer_id"] == scene.overlay.peer_id
+        return show_status(status)
+
+    async with trio.open_nursery() as nursery:
+        await nursery.start(serve_report, scene.worker, scene.overlay, "127.0.0.1:0", tmp_path)
+        assert "  layers    none: the log says why" in await page()
+        await scene.order()
+        assert "  layers    0-1 of aaaaaaaaaaaa are being loaded, 0% are here" in await page()
+        scene.loader.go.set()
+        await scene.until("loaded")
+        shown = await page()
+        assert "  layers    0-1 of aaaaaaaaaaaa, 0.00 ms per token and layer when loaded" in shown
+        assert "  kv cache  0 of 10 tokens reserved, 10 free, 0 filled" in shown
+        assert "  jobs      0 running, 32 at most, 0 since the start" in shown
+        nursery.cancel_scope.cancel()
+    with pytest.raises(NetworkError) as caught:
+        fetch_status(tmp_path)
+    assert caught.value.code == "not_running"

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 from openai import OpenAI
 
-from tests.local_swarm import LocalSwarm
+from tests.local_swarm import LocalSwarm, Program
 from tests.swarm.reference import Reference
 
 pytestmark = [pytest.mark.swarm, pytest.mark.slow]
@@ -134,3 +137,57 @@ def test_each_worker_stays_well_under_the_unsplit_models_memory(swarm: LocalSwar
     unsplit = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)["resident_bytes"]
     for worker in swarm.workers:
         assert psutil.Process(worker.process.pid).memory_info().rss < 0.85 * unsplit
+
+
+def test_each_worker_counts_what_went_through_it(ask: Any, swarm: LocalSwarm) -> None:
+    before = [metrics_of(swarm, worker) for worker in swarm.workers]
+    _, _, usage = ask(QUESTIONS[18])  # a prompt of several chunks
+    steps = -(-usage.prompt_tokens // 256) + usage.completion_tokens - 1
+    rows = usage.prompt_tokens + usage.completion_tokens - 1
+    sent = []
+    for worker, earlier in zip(swarm.workers, before, strict=True):
+        now = metrics_of(swarm, worker)
+        grown = {name: now[name] - earlier[name] for name in now if "_total" in name}
+        assert (grown["azu_pass_rows_total"], grown["azu_pass_steps_total"], grown["azu_passes_total"]) == (
+            rows,
+            steps,
+            steps,
+        )
+        assert grown["azu_jobs_admitted_total"] == 1
+        assert grown["azu_pass_compute_seconds_total"] > 0
+        assert (now["azu_jobs_running"], now["azu_kv_tokens_reserved"]) == (0, 0)
+        assert all(count >= 0 for count in grown.values())
+        sent.append((grown["azu_ring_sent_bytes_total"], grown["azu_ring_received_bytes_total"]))
+    tensor = rows * 576 * 4
+    assert sorted(sent) == [(0, tensor), (tensor, 0), (tensor, tensor)]
+
+
+def test_azu_node_status_says_what_a_worker_does(ask: Any, swarm: LocalSwarm) -> None:
+    ask("Hi")
+    for worker in swarm.workers:
+        page = status(swarm, worker)
+        assert page.startswith(worker.found("worker starting")[0]["peer"])
+        layers = worker.found("stage ready")[-1]["layers"]
+        assert f"  layers    {layers} of SmolLM2-135M-Instruct, " in page
+        assert "  reach     in this network" in page
+        assert re.search(r"\n  event loop's longest stall +\d+\.\d\d ms +\d+\.\d\d ms\n", page)
+    told, seen = json.loads(status(swarm, swarm.workers[0], "--json")), metrics_of(swarm, swarm.workers[0])
+    assert told["since_start"]["rows"] == seen["azu_pass_rows_total"]
+    assert told["since_start"]["passes"] >= told["last_minute"]["passes"] > 0
+    assert told["kv_tokens"]["all"] == seen["azu_kv_tokens"] == swarm.workers[0].found("stage ready")[-1]["kv_tokens"]
+
+
+def metrics_of(swarm: LocalSwarm, worker: Program) -> dict[str, float]:
+    """What a Prometheus would scrape; every line has to be one that it reads."""
+    url = json.loads((swarm.folder / worker.name / "status.json").read_text())["url"]
+    with urllib.request.urlopen(f"{url}/metrics") as response:  # noqa: S310 - our own loopback URL
+        lines = response.read().decode().splitlines()
+    samples = [
+        re.fullmatch(r'(azu_[a-z_]+(?:\{[a-z]+="[^"\\]*"\})?) (-?[0-9.e+-]+)', line) for line in lines if line[0] != "#"
+    ]
+    return {match[1]: float(match[2]) for match in samples if match is not None or pytest.fail("\n".join(lines))}
+
+
+def status(swarm: LocalSwarm, worker: Program, *options: str) -> str:
+    command = [Path(sys.executable).with_name("azu-node"), "status", "--data-dir", swarm.folder / worker.name, *options]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
