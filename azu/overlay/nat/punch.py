@@ -9,6 +9,7 @@ handshake's roles are therefore fixed: who was dialled through the relay begins 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
@@ -28,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 DCUTR = "/libp2p/dcutr"
 _ATTEMPTS = 3
+_AGAIN_SECONDS = 60.0  # then one more, for as long as the relayed connection lasts: a router may have been restarted
 _DIAL_SECONDS = 4.0  # one attempt; a lost SYN is sent again after 1 s
 _MESSAGE_SECONDS = 5.0
 _LONGEST_RTT = 4.0  # seconds, of a relayed round trip that is believed
@@ -38,10 +40,13 @@ _MAX_DIALLED = 4  # addresses of one attempt
 
 @dataclass(slots=True)
 class _Upgrade:
-    """What becomes of a relayed connection. attempts: of the other end's that we still take part in."""
+    """What becomes of a relayed connection. attempts: of the other end's that we still take part in at any time, and
+    `next_at` when we take part in one more; never where the other end dialled.
+    """
 
     attempts: int
     settled: trio.Event
+    next_at: float
 
 
 class Puncher:
@@ -74,33 +79,44 @@ class Puncher:
 
     def expect(self, peer_id: str) -> None:
         """Note that we dial a peer by relay, and that it may make a direct connection of that."""
-        self._note(peer_id, _ATTEMPTS)
+        self._note(peer_id, _ATTEMPTS, trio.current_time())
 
-    def _note(self, peer_id: str, attempts: int) -> None:
+    def _note(self, peer_id: str, attempts: int, next_at: float) -> None:
         known = self._upgrades.get(peer_id)
         if known is not None and not known.settled.is_set():
             known.attempts = max(known.attempts, attempts)
+            known.next_at = min(known.next_at, next_at)
             return
         if len(self._upgrades) >= _MAX_UPGRADES:
             self._upgrades.clear()
-        self._upgrades[peer_id] = _Upgrade(attempts, trio.Event())
+        self._upgrades[peer_id] = _Upgrade(attempts, trio.Event(), next_at)
 
     async def begin(self, peer_id: str) -> None:
-        """The dialled side: upgrade a relayed connection that has come in. Never raises."""
-        self._note(peer_id, 0)
+        """The dialled side: upgrade a relayed connection that has come in. Ends when that is done, or of no use."""
+        self._note(peer_id, 0, math.inf)
+        attempts = _ATTEMPTS
+        while not await self._try(peer_id, attempts):
+            await trio.sleep(_AGAIN_SECONDS)
+            attempts = 1
+
+    async def _try(self, peer_id: str, attempts: int) -> bool:
+        """So many attempts; whether more would be of no use. Never raises."""
+        if self._dials.is_direct(peer_id):
+            return True
         try:
             async with self._begun:
-                await self._dials.identified(peer_id)
-                if await self._dial_back(peer_id):
-                    return
-                for _ in range(_ATTEMPTS):  # on a stream each, as go-libp2p wants it
+                spoken = await self._dials.identified(peer_id)
+                if await self._dial_back(peer_id) or (spoken and DCUTR not in spoken):
+                    return True
+                for _ in range(attempts):  # on a stream each, as go-libp2p wants it
                     async with await self._dials.open_stream(peer_id, DCUTR) as stream:
                         if await self._attempt(stream):
-                            return
+                            return True
         except (AzuError, trio.TooSlowError) as error:
             log(logger, logging.DEBUG, "no hole punched", peer=peer_id, reason=str(error))
         finally:
             self._settle(peer_id)
+        return False
 
     async def _attempt(self, stream: OverlayStream) -> bool:
         """One of the dialled side's; whether another would be of no use."""
@@ -130,14 +146,16 @@ class Puncher:
     def _is_wanted(self, stream: OverlayStream) -> bool:
         """Only with whom we dialled, and seldom: nobody shall make us dial whom they like."""
         upgrade = self._upgrades.get(stream.peer_id)
-        has_attempts = upgrade is not None and upgrade.attempts > 0
+        has_attempts = upgrade is not None and (upgrade.attempts > 0 or trio.current_time() >= upgrade.next_at)
         return has_attempts and stream.is_relayed and not self._dials.is_direct(stream.peer_id)
 
     def _use_attempt(self, stream: OverlayStream) -> bool:
         """Count one; whether there was one left, which others of the peer's streams may have used up."""
         if not self._is_wanted(stream):
             return False
-        self._upgrades[stream.peer_id].attempts -= 1
+        upgrade = self._upgrades[stream.peer_id]
+        upgrade.attempts -= 1
+        upgrade.next_at = trio.current_time() + _AGAIN_SECONDS / 2  # theirs is not our clock
         return True
 
     async def _asked(self, stream: OverlayStream) -> list[str]:

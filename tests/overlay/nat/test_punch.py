@@ -89,6 +89,22 @@ async def test_a_relayed_connection_becomes_direct() -> None:
             assert not node.statistics().violations
 
 
+@pytest.mark.usefixtures("loopback_is_public", "impatient")
+async def test_a_hole_that_was_not_punched_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(punch, "_DIAL_SECONDS", 0.3)
+    monkeypatch.setattr(punch, "_AGAIN_SECONDS", 0.5)
+    async with corners(listen=LOOPBACK) as (hub, dialled, dialler):
+        for node in (dialled, dialler):
+            seen_at(node, "/ip4/127.0.0.1/tcp/1")  # nobody is there
+        await dialler.connect(dialled.peer_id, await reserve(dialled, hub))
+        upgrade = dialler._traversal._puncher._upgrades[dialled.peer_id]
+        await until(lambda: upgrade.attempts < 0)  # those that were agreed, and one more
+        assert not dialler.is_direct(dialled.peer_id)
+        for node in (dialled, dialler):
+            seen_at(node)
+        await until(lambda: dialled.is_direct(dialler.peer_id) and dialler.is_direct(dialled.peer_id))
+
+
 @pytest.mark.parametrize(
     "answer",
     [

@@ -1,0 +1,128 @@
+"""Time per token when stages are far apart: against what they compute plus one trip round the ring.
+
+    python -m benchmarks.distance [--stages 3] [--rtt 20,80,200] [--tokens 32] [--rounds 3]
+
+Each worker tells others the address of a TCP forwarder in this process, which hands on what it gets half a round trip
+later, in both directions. So each connection of two workers is as long as that. A hidden second round trip for each
+token would show as a ratio far above 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import queue
+import socket
+import statistics
+import tempfile
+import threading
+from pathlib import Path
+
+import trio
+
+from benchmarks.asking import ask
+from tests.local_swarm import LocalSwarm
+
+PROMPT = "Tell me a long story about a fox, an owl and a very old oak tree."
+VRAM = {2: "640MiB", 3: "440MiB", 6: "262MiB"}
+CHUNK = 1 << 18
+
+
+class Forwarders:
+    """Ports of loopback that lead to other ports of it, `delay` seconds away each way; set it at any time."""
+
+    def __init__(self) -> None:
+        self.delay = 0.0
+        self._wanted: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._made: queue.SimpleQueue[int] = queue.SimpleQueue()
+        threading.Thread(target=trio.run, args=(self._run,), daemon=True).start()
+
+    def to(self, port: int) -> int:
+        """Another port that leads to this one."""
+        self._wanted.put(port)
+        return self._made.get()
+
+    async def _run(self) -> None:
+        async with trio.open_nursery() as nursery:
+            while True:
+                port = await trio.to_thread.run_sync(self._wanted.get, abandon_on_cancel=True)
+                [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
+                nursery.start_soon(self._serve, listener, port)
+                self._made.put(listener.socket.getsockname()[1])
+
+    async def _serve(self, listener: trio.SocketListener, port: int) -> None:
+        async def forward(near: trio.SocketStream) -> None:
+            try:
+                far = await trio.open_tcp_stream("127.0.0.1", port)
+            except OSError:
+                await near.aclose()
+                return
+            async with near, far, trio.open_nursery() as nursery:
+                nursery.start_soon(self._pump, near, far)
+                nursery.start_soon(self._pump, far, near)
+
+        await trio.serve_listeners(forward, [listener])
+
+    async def _pump(self, source: trio.SocketStream, target: trio.SocketStream) -> None:
+        put, get = trio.open_memory_channel[tuple[float, bytes]](1000)
+
+        async def write() -> None:
+            async for due, data in get:
+                await trio.sleep_until(due)
+                await target.send_all(data)
+            await target.send_eof()
+
+        try:
+            async with trio.open_nursery() as nursery, put:
+                nursery.start_soon(write)
+                while data := await source.receive_some(CHUNK):
+                    await put.send((trio.current_time() + self.delay, data))
+                put.close()
+        except* (OSError, trio.BrokenResourceError, trio.ClosedResourceError):
+            await trio.aclose_forcefully(target)
+
+
+def free_port() -> int:
+    """A port of loopback that nobody listens on."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def measure(swarm: LocalSwarm, tokens: int, rounds: int) -> tuple[float, float]:
+    """Seconds per token, and to the first one: medians over the rounds, after one that does not count."""
+    answers = [ask(swarm, PROMPT, tokens) for _ in range(rounds + 1)][1:]
+    pauses = [pause for answer in answers for pause in answer.pauses]
+    return statistics.median(pauses), statistics.median(answer.ttft for answer in answers)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stages", type=int, choices=list(VRAM), default=3)
+    parser.add_argument("--rtt", default="20,80,200", help="milliseconds")
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    forwarders = Forwarders()
+    with tempfile.TemporaryDirectory() as folder, LocalSwarm(Path(folder)) as swarm:
+        for _ in range(arguments.stages):
+            port = free_port()
+            announced = f"/ip4/127.0.0.1/tcp/{forwarders.to(port)}"
+            listen = ("--listen", f"/ip4/127.0.0.1/tcp/{port}")
+            swarm.add_worker(VRAM[arguments.stages], *listen, "--announce", announced)
+        swarm.wait_until_covered()
+        near, first = measure(swarm, arguments.tokens, arguments.rounds)
+        print(f"SmolLM2-135M float32, {arguments.stages} stages, medians of {arguments.rounds} answers")
+        print("| RTT ms | trip round the ring ms | ms per token | near + trip | ratio | TTFT ms |")
+        print("| --- | --- | --- | --- | --- | --- |")
+        print(f"| 0 | 0 | {near * 1e3:.1f} | | | {first * 1e3:.0f} |")
+        for rtt in map(float, arguments.rtt.split(",")):
+            forwarders.delay = rtt / 2e3
+            trip = arguments.stages * rtt / 2e3
+            seconds, first = measure(swarm, arguments.tokens, arguments.rounds)
+            bound = near + trip
+            figures = f"{trip * 1e3:.0f} | {seconds * 1e3:.1f} | {bound * 1e3:.1f} | {seconds / bound:.2f}"
+            print(f"| {rtt:.0f} | {figures} | {first * 1e3:.0f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
