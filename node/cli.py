@@ -28,8 +28,8 @@ def main() -> None:
 @settings_options(NodeSettings, positional="bootstrap")
 def join(settings: NodeSettings) -> None:
     """Join a swarm and serve layers until stopped (Ctrl-C, or SIGTERM)."""
-    # Read once, when torch loads its OpenMP: compute threads spin until the next operation of a pass, and go to sleep soon
-    # after it, or they take the cores from this machine's other workers (docs/performance.md has the measurement).
+    # Read once, when torch loads its OpenMP: compute threads spin until a pass goes on, and go to sleep soon after it, or
+    # they take the cores from this machine's other workers (docs/performance.md has the measurement).
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     from node.service import serve  # torch and libp2p load here, so that --help is fast
