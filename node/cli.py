@@ -28,7 +28,7 @@ def main() -> None:
 @settings_options(NodeSettings, positional="bootstrap")
 def join(settings: NodeSettings) -> None:
     """Join a swarm and serve layers until stopped (Ctrl-C, or SIGTERM)."""
-    # Read once, when torch loads its OpenMP: compute threads spin until a pass goes on, and go to sleep soon after it, or
+    # Read once, when torch loads its OpenMP: compute threads spin until a pass goes on, and sleep soon after it; else
     # they take the cores from this machine's other workers (docs/performance.md has the measurement).
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
