@@ -1,20 +1,25 @@
-"""Time per token when stages are far apart: against what they compute plus one trip round the ring.
+"""Time per token when stages are far apart: against what they computed meanwhile plus one trip round the ring.
 
     python -m benchmarks.distance [--stages 3] [--rtt 20,80,200] [--tokens 32] [--rounds 3]
 
 Each worker tells others the address of a TCP forwarder in this process, which hands on what it gets half a round trip
 later, in both directions. So each connection of two workers is as long as that. A hidden second round trip for each
-token would show as a ratio far above 1.
+token would show as a ratio far above 1. What the stages computed is what they say themselves (`azu-node status`):
+after a long wait the same pass takes longer, since caches and cores have gone to others.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import queue
 import socket
 import statistics
+import subprocess
+import sys
 import tempfile
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 
 import trio
@@ -88,11 +93,35 @@ def free_port() -> int:
         return int(sock.getsockname()[1])
 
 
-def measure(swarm: LocalSwarm, tokens: int, rounds: int) -> tuple[float, float]:
-    """Seconds per token, and to the first one: medians over the rounds, after one that does not count."""
-    answers = [ask(swarm, PROMPT, tokens) for _ in range(rounds + 1)][1:]
+@dataclass(frozen=True)
+class Figures:
+    """Seconds: from token to token, computing for one in all stages, and to the first token."""
+
+    per_token: float
+    compute: float
+    ttft: float
+
+
+def measure(swarm: LocalSwarm, tokens: int, rounds: int) -> Figures:
+    """Medians over the rounds, after one that does not count."""
+    ask(swarm, PROMPT, tokens)
+    before = computed(swarm)
+    answers = [ask(swarm, PROMPT, tokens) for _ in range(rounds)]
+    compute = sum((now[0] - then[0]) / (now[1] - then[1]) for now, then in zip(computed(swarm), before, strict=True))
     pauses = [pause for answer in answers for pause in answer.pauses]
-    return statistics.median(pauses), statistics.median(answer.ttft for answer in answers)
+    return Figures(statistics.mean(pauses), compute, statistics.median(answer.ttft for answer in answers))
+
+
+def computed(swarm: LocalSwarm) -> list[tuple[float, int]]:
+    """Of each worker, since its start: seconds in passes, and passes."""
+    found = []
+    for number in range(1, len(swarm.workers) + 1):
+        command = ["azu-node", "status", "--json", "--data-dir", str(swarm.folder / f"worker{number}")]
+        program = Path(sys.executable).with_name(command[0])
+        done = subprocess.run([program, *command[1:]], capture_output=True, check=True)
+        total = json.loads(done.stdout)["since_start"]
+        found.append((total["compute_s"], total["passes"]))
+    return found
 
 
 def main() -> None:
@@ -110,18 +139,16 @@ def main() -> None:
             listen = ("--listen", f"/ip4/127.0.0.1/tcp/{port}")
             swarm.add_worker(VRAM[arguments.stages], *listen, "--announce", announced)
         swarm.wait_until_covered()
-        near, first = measure(swarm, arguments.tokens, arguments.rounds)
-        print(f"SmolLM2-135M float32, {arguments.stages} stages, medians of {arguments.rounds} answers")
-        print("| RTT ms | trip round the ring ms | ms per token | near + trip | ratio | TTFT ms |")
+        print(f"SmolLM2-135M float32, {arguments.stages} stages, means over {arguments.rounds} answers")
+        print("| RTT ms | ms per token | computing | trip round the ring | ratio | TTFT ms |")
         print("| --- | --- | --- | --- | --- | --- |")
-        print(f"| 0 | 0 | {near * 1e3:.1f} | | | {first * 1e3:.0f} |")
-        for rtt in map(float, arguments.rtt.split(",")):
+        for rtt in (0.0, *map(float, arguments.rtt.split(","))):
             forwarders.delay = rtt / 2e3
             trip = arguments.stages * rtt / 2e3
-            seconds, first = measure(swarm, arguments.tokens, arguments.rounds)
-            bound = near + trip
-            figures = f"{trip * 1e3:.0f} | {seconds * 1e3:.1f} | {bound * 1e3:.1f} | {seconds / bound:.2f}"
-            print(f"| {rtt:.0f} | {figures} | {first * 1e3:.0f} |", flush=True)
+            found = measure(swarm, arguments.tokens, arguments.rounds)
+            ratio = found.per_token / (found.compute + trip)
+            figures = f"{found.per_token * 1e3:.1f} | {found.compute * 1e3:.1f} | {trip * 1e3:.0f} | {ratio:.2f}"
+            print(f"| {rtt:.0f} | {figures} | {found.ttft * 1e3:.0f} |", flush=True)
 
 
 if __name__ == "__main__":
