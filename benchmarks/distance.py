@@ -25,10 +25,9 @@ from pathlib import Path
 import trio
 
 from benchmarks.asking import ask
+from benchmarks.engine import PROMPT, VRAM
 from tests.local_swarm import LocalSwarm
 
-PROMPT = "Tell me a long story about a fox, an owl and a very old oak tree."
-VRAM = {2: "640MiB", 3: "440MiB", 6: "262MiB"}
 CHUNK = 1 << 18
 
 
@@ -126,7 +125,7 @@ def computed(swarm: LocalSwarm) -> list[tuple[float, int]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stages", type=int, choices=list(VRAM), default=3)
+    parser.add_argument("--stages", type=int, choices=list(VRAM["float32"]), default=3)
     parser.add_argument("--rtt", default="20,80,200", help="milliseconds")
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
@@ -137,7 +136,7 @@ def main() -> None:
             port = free_port()
             announced = f"/ip4/127.0.0.1/tcp/{forwarders.to(port)}"
             listen = ("--listen", f"/ip4/127.0.0.1/tcp/{port}")
-            swarm.add_worker(VRAM[arguments.stages], *listen, "--announce", announced)
+            swarm.add_worker(VRAM["float32"][arguments.stages], *listen, "--announce", announced)
         swarm.wait_until_covered()
         print(f"SmolLM2-135M float32, {arguments.stages} stages, means over {arguments.rounds} answers")
         print("| RTT ms | ms per token | computing | trip round the ring | ratio | TTFT ms |")
