@@ -71,6 +71,8 @@ class Outbox:
         except trio.Cancelled:
             if entry in self._waiting:
                 self._waiting.remove(entry)
+                if entry.turn.is_set():  # it was to send the next ones, and was cancelled before it woke
+                    self._pass_on()
             raise
 
     async def _flush(self) -> None:
@@ -85,10 +87,13 @@ class Outbox:
             for entry in taken:
                 entry.has_left = True
                 entry.turn.set()
-            if self._waiting:
-                self._waiting[0].turn.set()  # it sends the next ones, its own among them
-            else:
-                self._is_sending = False
+            self._pass_on()
+
+    def _pass_on(self) -> None:
+        if self._waiting:
+            self._waiting[0].turn.set()  # it sends the next ones, its own among them
+        else:
+            self._is_sending = False
 
     def _take(self) -> list[_Entry]:
         """All small entries, then of the others the oldest, and as many more as fit."""

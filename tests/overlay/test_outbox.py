@@ -88,6 +88,35 @@ async def test_a_writer_that_gives_up_leaves_nothing_and_holds_up_nobody() -> No
     assert [[stream_of(each) for each in call] for call in socket.calls] == [[0], [2], [9]]
 
 
+@pytest.mark.parametrize("others", [0, 1, 2])
+async def test_a_writer_that_gives_up_as_its_turn_comes_passes_it_on(others: int) -> None:
+    """Cancelled and called to send in one turn of the event loop, before it ran: it never sees that it was called."""
+    socket, scope = Socket(), trio.CancelScope()
+
+    async def send(frames: Sequence[bytes]) -> None:
+        await socket.send(frames)
+        scope.cancel()
+
+    async def give_up() -> None:
+        with scope:
+            await outbox.write([frame(1, 100)])
+
+    outbox = Outbox(send)
+    with trio.fail_after(LIMIT):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(outbox.write, [frame(0, 100)])
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.start_soon(give_up)
+            await trio.testing.wait_all_tasks_blocked()
+            for other in range(others):
+                nursery.start_soon(outbox.write, [frame(2 + other, 100)])
+            await trio.testing.wait_all_tasks_blocked()
+            socket.may_go_on.release()
+            socket.may_go_on.release()
+        await outbox_is_idle(outbox, socket)
+    assert sorted(stream_of(each) for call in socket.calls for each in call) == [0, *range(2, 2 + others), 9]
+
+
 async def outbox_is_idle(outbox: Outbox, socket: Socket) -> None:
     socket.may_go_on.release()
     await outbox.write([frame(9, 20)])
