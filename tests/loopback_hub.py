@@ -35,16 +35,16 @@ __all__ = ["Asked", "LoopbackHub", "Repo", "git_sha1", "read_folder", "sharded_l
 _CHUNK = 16_384  # bytes sent between two looks at the clock
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Asked:
-    """One request: the file's name (or the path, where it was for none), its Range, and how many bytes were sent."""
+    """One request: the file's name ("" where it was for none), its Range, and how many bytes were sent so far."""
 
     method: str
     path: str
-    name: str
-    range_start: int | None
     authorized: bool
-    sent: int
+    name: str = ""
+    range_start: int | None = None
+    sent: int = 0
 
 
 @dataclass
@@ -76,7 +76,7 @@ class LoopbackHub:
         rate: bytes per second of each connection; None sends as fast as it can.
         status: answered to everything, where set.
         encoding: the Content-Encoding that files claim to have, whatever was asked for.
-        asked: all requests so far, in the order in which they ended.
+        asked: all requests so far, in the order in which they came.
     """
 
     def __init__(self) -> None:
@@ -193,9 +193,7 @@ def sharded_llama(n_layers: int = 6, hidden: int = 64, shards: int = 3) -> dict[
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     wbufsize = 0
-    _name = ""
-    _sent = 0
-    _begin: int | None = None
+    _asked: Asked
 
     @property
     def _hub(self) -> LoopbackHub:
@@ -203,13 +201,12 @@ class _Handler(BaseHTTPRequestHandler):
         return hub
 
     def do_GET(self) -> None:
-        self._name, self._sent, self._begin = "", 0, None
+        self._asked = Asked(self.command, self.path, "Authorization" in self.headers)
+        self._hub.asked.append(self._asked)
         try:
             self._route()
         except (BrokenPipeError, ConnectionResetError):
             self.close_connection = True
-        token = "Authorization" in self.headers
-        self._hub.asked.append(Asked(self.command, self.path, self._name, self._begin, token, self._sent))
 
     do_HEAD = do_GET
 
@@ -270,7 +267,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         repo, commit = found
         if repo.gated and not self._may_read(repo):
-            self._name = name
+            self._asked.name = name
             self._refuse(HTTPStatus.FORBIDDEN if "Authorization" in self.headers else 401, "GatedRepo")
         elif name not in repo.commits[commit]:
             self._refuse(HTTPStatus.NOT_FOUND, "EntryNotFound")
@@ -283,7 +280,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._file(repo, commit, name)
 
     def _file(self, repo: Repo, commit: str, name: str) -> None:
-        self._name = name
+        self._asked.name = name
         data = repo.commits[commit][name]
         headers = {"ETag": f'"{repo.digest(name, data)}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
         if self._hub.encoding is not None:
@@ -294,14 +291,14 @@ class _Handler(BaseHTTPRequestHandler):
         if match is None:
             self._answer(HTTPStatus.OK, headers, data)
             return
-        self._begin = int(match[1])
+        begin = self._asked.range_start = int(match[1])
         end = min(int(match[2]) + 1 if match[2] else len(data), len(data))
-        if self._begin >= end:
+        if begin >= end:
             headers["Content-Range"] = f"bytes */{len(data)}"
             self._answer(HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE, headers, b"")
             return
-        headers["Content-Range"] = f"bytes {self._begin}-{end - 1}/{len(data)}"
-        self._answer(HTTPStatus.PARTIAL_CONTENT, headers, data[self._begin : end])
+        headers["Content-Range"] = f"bytes {begin}-{end - 1}/{len(data)}"
+        self._answer(HTTPStatus.PARTIAL_CONTENT, headers, data[begin : end])
 
     def _refuse(self, status: int, code: str) -> None:
         self._answer(status, {"X-Error-Code": code, "X-Error-Message": code}, json.dumps({"error": code}).encode())
@@ -315,14 +312,15 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(body)
 
     def _send(self, body: bytes) -> None:
-        limit = self._hub.cut_after.pop(self._name, None) if self._name else None
+        asked = self._asked
+        limit = self._hub.cut_after.pop(asked.name, None) if asked.name else None
         end = len(body) if limit is None else min(limit, len(body))
         started = time.monotonic()
-        while self._sent < end:
-            part = body[self._sent : min(self._sent + _CHUNK, end)]
+        while asked.sent < end:
+            part = body[asked.sent : min(asked.sent + _CHUNK, end)]
+            asked.sent += len(part)  # before the client may have it and look here
             self.wfile.write(part)
-            self._sent += len(part)
-            if self._hub.rate is not None and self._name:
-                time.sleep(max(0.0, started + self._sent / self._hub.rate - time.monotonic()))
+            if self._hub.rate is not None and asked.name:
+                time.sleep(max(0.0, started + asked.sent / self._hub.rate - time.monotonic()))
         if end < len(body):
             self.close_connection = True
