@@ -298,7 +298,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE, headers, b"")
             return
         headers["Content-Range"] = f"bytes {begin}-{end - 1}/{len(data)}"
-        self._answer(HTTPStatus.PARTIAL_CONTENT, headers, data[begin : end])
+        self._answer(HTTPStatus.PARTIAL_CONTENT, headers, data[begin:end])
 
     def _refuse(self, status: int, code: str) -> None:
         self._answer(status, {"X-Error-Code": code, "X-Error-Message": code}, json.dumps({"error": code}).encode())

@@ -12,6 +12,7 @@ py-libp2p 0.8.1's loop is correct enough for chat and too slow and too trusting 
 - A DATA frame with its header fits one Noise message (upstream's 64 KiB frames need two), incoming bytes are parsed
   straight from decrypted messages and stay in them until they are read, frames that wait go out with one socket call,
   and no debug text is formatted per frame.
+- A stream's SYN and ACK travel in its first frame, as with rust-yamux; upstream writes two more frames per stream.
 """
 
 from __future__ import annotations
@@ -125,7 +126,7 @@ class AzuYamux(Yamux):
             stream.target_recv_window = DEFAULT_WINDOW_SIZE
 
     async def open_stream(self) -> YamuxStream:
-        """Open a stream and send its SYN (waits while 256 of ours are open)."""
+        """Open a stream, of which the remote hears with its first frame (waits while 256 of ours are open)."""
         await self.stream_backlog_semaphore.acquire()
         if self.event_shutting_down.is_set():
             self.stream_backlog_semaphore.release()
@@ -133,17 +134,12 @@ class AzuYamux(Yamux):
         stream = self._add(self.next_stream_id, is_initiator=True)
         self.next_stream_id += 2
         stream._owns_backlog_slot = True
-        try:
-            await self.write_header(TYPE_WINDOW_UPDATE, FLAG_SYN, stream.stream_id, 0)
-        except BaseException:
-            stream.closed = stream.send_closed = stream.recv_closed = True
-            self.forget(stream)
-            raise
         return stream
 
     def _add(self, stream_id: int, *, is_initiator: bool) -> AzuYamuxStream:
         self.used_at = trio.current_time()
         stream = AzuYamuxStream(stream_id, self, is_initiator)
+        stream.owed = FLAG_SYN if is_initiator else FLAG_ACK
         self.streams[stream_id] = stream
         self.stream_buffers[stream_id] = Inbox()
         self.stream_events[stream_id] = trio.Event()
@@ -154,7 +150,13 @@ class AzuYamux(Yamux):
         await self._write_frame(HEADER.pack(0, kind, flags, stream_id, length))
 
     async def _write_frame(self, data: bytes) -> None:
-        """What upstream writes its own frames with (SYN, FIN, RST, GO_AWAY): under its name, or theirs are cut."""
+        """What upstream writes its own frames with (FIN, RST, GO_AWAY): under its name, or theirs are cut."""
+        _, kind, flags, stream_id, length = HEADER.unpack(data)
+        stream = self.streams.get(stream_id)
+        if stream is not None and stream.owed:
+            if flags & FLAG_RST and stream.owed & FLAG_SYN:
+                return  # the remote has not heard of it
+            data = HEADER.pack(0, kind, flags | stream.pay(), stream_id, length)
         await self._write_frames([data])
 
     async def _write_frames(self, frames: Sequence[bytes]) -> None:
@@ -292,7 +294,6 @@ class AzuYamux(Yamux):
             self.forget(stream)
             self._reply(TYPE_WINDOW_UPDATE, FLAG_RST, stream_id, 0)
             return None
-        self._reply(TYPE_WINDOW_UPDATE, FLAG_ACK, stream_id, 0)
         return stream
 
     def _reply(self, kind: int, flags: int, stream_id: int, length: int) -> None:

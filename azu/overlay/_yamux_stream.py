@@ -36,7 +36,18 @@ class AzuYamuxStream(YamuxStream):
     def __init__(self, stream_id: int, conn: AzuYamux, is_initiator: bool) -> None:
         super().__init__(stream_id, conn, is_initiator)
         self.window_opened = trio.Event()
+        self.owed = 0  # flags for the next frame: SYN of a stream that we open, ACK of one that the remote does
         self._unreturned = 0  # bytes read but not yet given back as credit
+
+    @property
+    def has_unread(self) -> bool:
+        """Whether a read would return at once."""
+        return bool(self.conn.stream_buffers.get(self.stream_id))
+
+    def pay(self) -> int:
+        """Flags that the next frame has to carry, once."""
+        owed, self.owed = self.owed, 0
+        return owed
 
     async def read(self, n: int | None = -1) -> bytes:
         """Up to n bytes as soon as there are any; cancelling loses none."""
@@ -96,13 +107,18 @@ class AzuYamuxStream(YamuxStream):
                 await self._wait_for_window()
             self._check_writable()
             frames: list[bytes] = []
+            flags = owed = self.pay()
             while sent < len(view) and self.send_window > 0 and len(frames) < MAX_BATCH:
                 size = min(self.send_window, MAX_PAYLOAD, len(view) - sent)
                 self.send_window -= size
-                header = HEADER.pack(0, TYPE_DATA, 0, self.stream_id, size)
+                header = HEADER.pack(0, TYPE_DATA, flags, self.stream_id, size)
                 frames.append(b"".join((header, view[sent : sent + size])))
-                sent += size
-            await self.conn._write_frames(frames)
+                sent, flags = sent + size, 0
+            try:
+                await self.conn._write_frames(frames)
+            except trio.Cancelled:  # nothing has left
+                self.owed = owed
+                raise
 
     def _check_writable(self) -> None:
         if self.send_closed or self.closed:

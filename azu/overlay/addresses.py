@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 from libp2p.peer.id import ID
@@ -24,7 +25,10 @@ __all__ = [
     "parse_listen_address",
     "parse_peer_id",
     "parse_peer_multiaddr",
+    "peer_id_of",
 ]
+
+_KEPT_IDS = 4096  # base58 in Python costs more than all else that is done with an id: those in use are kept
 
 _EXAMPLE = "Write it like /ip4/203.0.113.7/tcp/4001/p2p/12D3KooW... (ip4, ip6, dns4 or dns6, then tcp, then p2p)"
 _HOSTS = frozenset({"ip4", "ip6", "dns", "dns4", "dns6"})
@@ -104,6 +108,7 @@ def parse_announced(text: str) -> Multiaddr:
     return Multiaddr(_join(parts))
 
 
+@lru_cache(maxsize=_KEPT_IDS)
 def parse_peer_id(text: str) -> ID:
     """A peer id from its base58 text.
 
@@ -111,13 +116,25 @@ def parse_peer_id(text: str) -> ID:
         InputError: it is not a base58 multihash.
     """
     try:
-        raw = ID.from_base58(text)
+        peer_id = peer_id_of(ID.from_base58(text).to_bytes())
     except Exception as error:  # base58 raises ValueError; py-libp2p adds its own
         raise _bad_peer_id(text) from error
-    # An Ed25519 identity hash has 38 bytes; sha2-256 multihashes of older keys have 34.
-    if len(raw.to_bytes()) not in (34, 38) or str(raw) != text:
+    if str(peer_id) != text:
         raise _bad_peer_id(text)
-    return raw
+    return peer_id
+
+
+@lru_cache(maxsize=_KEPT_IDS)
+def peer_id_of(raw: bytes) -> ID:
+    """A peer id from the bytes that stand for it in messages.
+
+    Raises:
+        InputError: it is not as long as a peer id.
+    """
+    # An Ed25519 identity hash has 38 bytes; sha2-256 multihashes of older keys have 34.
+    if len(raw) not in (34, 38):
+        raise _bad_peer_id(raw[:40].hex())
+    return ID(raw)
 
 
 class OwnAddresses:

@@ -25,10 +25,10 @@ from multiaddr import Multiaddr
 
 from azu.errors import AzuError, InputError, NetworkError, TrustError
 from azu.overlay._patches import AzuKadDHT
-from azu.overlay.addresses import parse_peer_id
+from azu.overlay.addresses import peer_id_of
 from azu.overlay.faults import mapped
 from azu.overlay.lookup import K, Lookup, Trace
-from azu.overlay.nat.messages import read_message, write_message
+from azu.overlay.nat.messages import framed, read_message
 from azu.overlay.negotiate import negotiate
 from azu.overlay.streams import OverlayStream
 
@@ -286,8 +286,8 @@ class Dht:
         return self._named(await self._query(peer, Message.FIND_NODE, raw))
 
     async def _query(self, peer: ID, kind: Any, raw: bytes) -> Message:
-        async with OverlayStream(await negotiate(self._swarm, peer, KAD), str(peer), KAD) as stream:
-            await write_message(stream, Message(type=kind, key=raw))
+        question = framed(Message(type=kind, key=raw))
+        async with OverlayStream(await negotiate(self._swarm, peer, KAD, question), str(peer), KAD) as stream:
             answer = await read_message(stream, Message, limit=MAX_ANSWER_BYTES)
         if not self.service.routing_table.peer_in_table(peer):
             self.service.manager.run_task(self.service.add_peer, peer)
@@ -301,7 +301,7 @@ class Dht:
         learned: list[ID] = []
         for each in peers:
             try:
-                peer_id = parse_peer_id(str(ID(each.id)))
+                peer_id = peer_id_of(each.id)
                 addresses = [Multiaddr(raw) for raw in each.addrs[:MAX_ADDRESSES] if len(raw) <= MAX_ADDRESS_BYTES]
             except Exception as error:  # a stranger's bytes; py-multiaddr raises a dozen types
                 logger.debug("a peer in a DHT answer: %r", error)

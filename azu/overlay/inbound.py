@@ -14,6 +14,7 @@ from libp2p.host.basic_host import BasicHost
 
 from azu.errors import NetworkError, ProtocolError, TrustError
 from azu.overlay.faults import settle, shielded
+from azu.overlay.negotiate import accept
 from azu.overlay.streams import OverlayStream
 
 __all__ = ["MAX_STREAMS_PER_PEER", "Inbound"]
@@ -57,7 +58,10 @@ class Inbound:
         try:
             with trio.move_on_after(LIBRARY_SECONDS) as scope:
                 self._deadlines[id(net_stream)] = scope
-                await self._host._swarm_stream_handler(net_stream)
+                handlers: Any = self._host.multiselect.handlers
+                protocol = TProtocol(await accept(net_stream, handlers))
+                net_stream.set_protocol(protocol)
+                await handlers[protocol](net_stream)
             if scope.cancelled_caught:
                 await _reset(net_stream)
         except Exception as error:  # a border: nothing may reach the host

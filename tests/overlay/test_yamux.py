@@ -65,6 +65,13 @@ def frame(kind: int, flags: int, sid: int, length: int, payload: bytes = b"") ->
     return struct.pack("!BBHII", 0, kind, flags, sid, length) + payload
 
 
+async def heard(wire: Session) -> bytes:
+    """The next frame that is no measurement of the round trip."""
+    while (answer := await wire.read_msg())[1] == PING:
+        pass
+    return answer
+
+
 async def ended(muxer: AzuYamux) -> None:
     await muxer.event_closed.wait()
 
@@ -130,8 +137,7 @@ async def test_too_many_streams_are_refused(monkeypatch: pytest.MonkeyPatch) -> 
     async with muxer_and_wire() as (muxer, wire):
         for number in range(6):
             await wire.write(frame(WINDOW, SYN, 2 * number + 1, 0))
-        answers = [frame(WINDOW, ACK, 1, 0), frame(WINDOW, ACK, 3, 0)]
-        answers += [frame(WINDOW, RST, 2 * number + 1, 0) for number in range(2, 6)]
+        answers = [frame(WINDOW, RST, 2 * number + 1, 0) for number in range(2, 6)]
         got = b""
         while len(got) < 12 * len(answers):  # those that wait at the same time come as one message
             got += await wire.read_msg()
@@ -139,11 +145,50 @@ async def test_too_many_streams_are_refused(monkeypatch: pytest.MonkeyPatch) -> 
         assert sorted(muxer.streams) == [1, 3]
 
 
+async def test_a_streams_first_frame_opens_or_accepts_it() -> None:
+    async with muxer_and_wire() as (muxer, wire):
+        mine = await muxer.open_stream()
+        await mine.write(b"one")
+        await mine.write(b"two")
+        assert await heard(wire) == frame(DATA, SYN, 2, 3, b"one")
+        assert await heard(wire) == frame(DATA, 0, 2, 3, b"two")
+        await wire.write(frame(DATA, SYN, 1, 5, b"hello"))
+        theirs: Any = await muxer.accept_stream()
+        assert await theirs.read(10) == b"hello"
+        await theirs.close()
+        assert await heard(wire) == frame(WINDOW, ACK | FIN, 1, 0)
+
+
+async def test_nobody_hears_of_a_stream_that_is_given_up_before_its_first_frame() -> None:
+    async with muxer_and_wire() as (muxer, wire):
+        await (await muxer.open_stream()).reset()
+        closed = await muxer.open_stream()
+        await closed.close()
+        assert await heard(wire) == frame(WINDOW, SYN | FIN, 4, 0)
+        assert list(muxer.streams) == [4]
+
+
+async def test_a_first_write_that_is_cancelled_before_it_left_leaves_the_opening_to_the_next() -> None:
+    async with muxer_and_wire() as (muxer, wire):
+        busy: Any = muxer.secured_conn
+        out = busy.out
+        busy.out, taken = trio.open_memory_channel[bytes](0)
+        stream, other = await muxer.open_stream(), await muxer.open_stream()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(other.write, b"first")
+            await trio.testing.wait_all_tasks_blocked()
+            with trio.move_on_after(0.01):
+                await stream.write(b"lost")
+            assert await taken.receive() == frame(DATA, SYN, 4, 5, b"first")
+        busy.out = out
+        await stream.write(b"kept")
+        assert await heard(wire) == frame(DATA, SYN, 2, 4, b"kept")
+
+
 async def test_writer_waits_for_window_and_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_yamux_stream, "WINDOW_SECONDS", 0.3)
     async with muxer_and_wire() as (muxer, wire):
         stream = await muxer.open_stream()
-        assert await wire.read_msg() == frame(WINDOW, SYN, 2, 0)
 
         async def grant_later() -> None:
             await trio.testing.wait_all_tasks_blocked(0.05)
@@ -186,12 +231,13 @@ async def test_credit_grows_the_window_within_the_connections_share(monkeypatch:
     async with muxer_and_wire() as (muxer, wire):
         streams: list[Any] = [await muxer.open_stream() for _ in range(2)]
         for stream in streams:
+            await stream.write(b"?")
             await wire.write(frame(DATA, 0, stream.stream_id, 65536, bytes(65536)) * 2)
         for stream in streams:
             left = 131072
             while left:
                 left -= len(await stream.read(65536))
-        granted = [await wire.read_msg() for _ in range(4)][2:]
+        granted = [await heard(wire) for _ in range(4)][2:]
         assert granted == [frame(WINDOW, 0, 2, 131072 + 262144), frame(WINDOW, 0, 4, 131072)]
         for stream in streams:
             await stream.reset()

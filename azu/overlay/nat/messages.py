@@ -6,14 +6,21 @@ from collections.abc import Iterable
 from typing import TypeVar
 
 from google.protobuf.message import DecodeError, Message
-from libp2p.peer.id import ID
 from multiaddr import Multiaddr
 
 from azu.errors import NetworkError, ProtocolError
-from azu.overlay.addresses import parse_peer_id
+from azu.overlay.addresses import peer_id_of
 from azu.overlay.streams import OverlayStream
 
-__all__ = ["MAX_ADDRESSES", "decode_addresses", "decode_peer", "encode_addresses", "read_message", "write_message"]
+__all__ = [
+    "MAX_ADDRESSES",
+    "decode_addresses",
+    "decode_peer",
+    "encode_addresses",
+    "framed",
+    "read_message",
+    "write_message",
+]
 
 MAX_MESSAGE = 4_096  # bytes; DCUtR says so, and go-libp2p for the others. An honest one has a few hundred
 MAX_ADDRESSES = 16  # of one peer that are looked at
@@ -27,8 +34,13 @@ async def write_message(stream: OverlayStream, message: Message) -> None:
     Raises:
         NetworkError: the peer is gone.
     """
+    await stream.send_all(framed(message))
+
+
+def framed(message: Message) -> bytes:
+    """A message with its length before it."""
     payload = message.SerializeToString()
-    await stream.send_all(_varint(len(payload)) + payload)
+    return _varint(len(payload)) + payload
 
 
 async def read_message(stream: OverlayStream, kind: type[M], *, limit: int = MAX_MESSAGE) -> M:
@@ -82,7 +94,7 @@ def decode_peer(raw: bytes) -> str:
         ProtocolError: it is none.
     """
     try:
-        return str(parse_peer_id(str(ID(raw))))
+        return str(peer_id_of(raw))
     except Exception as error:
         raise ProtocolError("a peer id is malformed", code="bad_message") from error
 
