@@ -21,7 +21,9 @@ logger = logging.getLogger(__name__)
 
 # A worker that is needed is assigned layers within a second or two of joining.
 _PATIENCE_S = 5.0
-_AGAIN_S = 30.0
+# Idle workers of a large swarm all look up all coordinators, and where there is none that asks a score of peers each
+# time: while the reason stays the same they do so less and less often.
+_AGAIN_S, _LAST_AGAIN_S = 30.0, 480.0
 
 
 async def explain_idleness(overlay: Overlay, *, vram: int, dtype: WeightFormat, is_busy: Callable[[], bool]) -> None:
@@ -30,16 +32,16 @@ async def explain_idleness(overlay: Overlay, *, vram: int, dtype: WeightFormat, 
     pause = _PATIENCE_S
     while True:
         await trio.sleep(pause)
-        pause = _PATIENCE_S
         if is_busy() or not overlay.connected_peers():
-            told = ""
+            told, pause = "", _PATIENCE_S
             continue
         level, reason = why_idle(await _coordinators(overlay), vram=vram, dtype=dtype)
-        if reason == told or level >= logging.WARNING:  # all idle workers of a large swarm look up all coordinators
-            pause = _AGAIN_S
-        if reason != told:
-            log(logger, level, reason)
-            told = reason
+        if reason == told:
+            pause = min(max(2 * pause, _AGAIN_S), _LAST_AGAIN_S)
+            continue
+        pause = _AGAIN_S if level >= logging.WARNING else _PATIENCE_S
+        log(logger, level, reason)
+        told = reason
 
 
 def why_idle(coordinators: Sequence[CoordinatorRecord], *, vram: int, dtype: WeightFormat) -> tuple[int, str]:

@@ -20,7 +20,8 @@ from azu.overlay.gate import Gate, GateLimits
 from tests.overlay.conftest import LIMIT, config, echo, receive_exactly
 
 MIB = 1 << 20
-FLOOD = 3_000
+FLOOD = 3_000  # connections: each is a socket at both ends
+STREAMS = 10_000
 SOURCE = "127.0.0.77"  # the flood comes from another address than honest peers
 
 
@@ -74,19 +75,19 @@ async def test_thousands_of_connections_that_say_nothing(pair: tuple[Overlay, Ov
     assert server.statistics().connections == 1
 
 
-async def test_thousands_of_streams_that_are_never_negotiated(pair: tuple[Overlay, Overlay]) -> None:
+async def test_ten_thousand_streams_that_are_never_negotiated(pair: tuple[Overlay, Overlay]) -> None:
     server, client = pair
     before, muxer = resident(), muxer_of(client, server)
     try:
-        for number in range(FLOOD):
+        for number in range(STREAMS):
             await muxer.write_header(TYPE_WINDOW_UPDATE, FLAG_SYN, 1_000_001 + 2 * number, 0)
-            if number % 1_000 == 999:
+            if number % 2_500 == 2_499:
                 async with newcomer() as node:
                     assert await is_served(server, node)
     except Exception:  # libp2p's own: it may have been cut off for so many at once
         assert not server.is_connected(client.peer_id)
     assert server.statistics().streams <= 512
-    assert resident() - before < 40 * MIB
+    assert resident() - before < 100 * MIB
     await client.disconnect(server.peer_id)
     while server.is_connected(client.peer_id):
         await trio.sleep(0.01)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -42,6 +43,7 @@ class Reference:
         )
         return list(self.tokenizer.encode(text, add_special_tokens=False))
 
+    @cache  # noqa: B019 - there is one, and it lives as long as the tests
     def ask(self, question: str, max_tokens: int = 24) -> tuple[str, list[int]]:
         """The greedy answer's text and token ids, the stop token among them."""
         prompt = torch.tensor([self.prompt_ids(question)])

@@ -46,9 +46,10 @@ def test_greedy_answers_equal_the_unsplit_models(ask: Any, reference: Reference)
     lengths = {len(reference.prompt_ids(question)) for question in QUESTIONS}
     assert min(lengths) < 40
     assert max(lengths) > 2 * 256  # prompts of one chunk and of several
-    for question in QUESTIONS:
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(ask, QUESTIONS))
+    for question, (answer, finish, usage) in zip(QUESTIONS, answers, strict=True):
         text, ids = reference.ask(question)
-        answer, finish, usage = ask(question)
         assert (answer, finish) == (text, "stop" if ids[-1] == 2 else "length"), question
         assert (usage.prompt_tokens, usage.completion_tokens) == (len(reference.prompt_ids(question)), len(ids))
 
