@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -62,6 +62,14 @@ class Catalogue:
             raise InputError(f"{self._path} is damaged ({error})", code="bad_catalogue", remedy=remedy) from error
         return found
 
+    def check_room(self, model_id: str) -> None:
+        """Whether a model of that id could be listed.
+
+        Raises:
+            CapacityError: code "too_many_models". InputError: as `models`.
+        """
+        _check_count({model.model_id for model in self.models()} | {model_id})
+
     def add(self, model: Listed) -> None:
         """List a model, in the place of one of the same id; again, and a running coordinator looks at its files again.
 
@@ -70,9 +78,7 @@ class Catalogue:
         """
         with self._changing() as models:
             models[model.model_id] = model
-            if len(models) > MAX_MODELS:
-                remedy = "Remove one: azu-coordinator remove MODEL_ID."
-                raise CapacityError(f"{MAX_MODELS} models are listed already", code="too_many_models", remedy=remedy)
+            _check_count(models)
 
     def remove(self, model_id: str) -> Listed:
         """Unlist a model, and return what was listed.
@@ -126,6 +132,12 @@ class Catalogue:
     def _write(self, models: Iterable[Listed]) -> None:
         text = json.dumps({"models": [asdict(model) for model in models]}, indent=1)
         write_file(self._path, text.encode())
+
+
+def _check_count(model_ids: Collection[str]) -> None:
+    if len(model_ids) > MAX_MODELS:
+        remedy = "Remove one: azu-coordinator remove MODEL_ID."
+        raise CapacityError(f"{MAX_MODELS} models are listed already", code="too_many_models", remedy=remedy)
 
 
 def _unlisted(model_id: str, models: Iterable[str]) -> InputError:

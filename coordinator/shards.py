@@ -93,19 +93,32 @@ class Sharder:
     catalogue: Catalogue
     data_dir: Path
 
-    def cut(self, source: str, report: Report, *, only_hub: bool = False) -> Manifest:
+    def cut(
+        self,
+        source: str,
+        report: Report,
+        *,
+        only_hub: bool = False,
+        admit: Callable[[str], None] = lambda _: None,
+    ) -> Manifest:
         """Cut a model and sign its manifest; see `azu.models.publish.publish`. Blocks.
 
         Args:
             only_hub: take `source` for a hub's id even where there is a file of that name.
+            admit: told the model's id before anything is downloaded or cut; what it raises ends the work.
         """
         with hold_lock(self.data_dir / "shard.lock", report):
-            manifest = (publish_from_hub if only_hub else publish)(source, self.library.store, report=report)
+            work = publish_from_hub if only_hub else publish
+            manifest = work(source, self.library.store, report=report, admit=admit)
             self.library.publish(self.identity, manifest)
         return manifest
 
     def shard(self, source: str, report: Report, *, only_hub: bool = False) -> Manifest:
-        """Cut a model as `cut` does, and list it in the catalogue."""
+        """Cut a model as `cut` does, and list it in the catalogue.
+
+        Raises:
+            CapacityError: code "too_many_models", before its download and its cut.
+        """
         manifest = self._list(source, report, only_hub)
         if is_whole(self.library.store, manifest):
             return manifest
@@ -113,7 +126,7 @@ class Sharder:
         return self._list(source, report, only_hub)
 
     def _list(self, source: str, report: Report, only_hub: bool) -> Manifest:
-        manifest = self.cut(source, report, only_hub=only_hub)
+        manifest = self.cut(source, report, only_hub=only_hub, admit=self.catalogue.check_room)
         self.catalogue.add(Listed(manifest.model_id, manifest.digest))
         return manifest
 

@@ -1,12 +1,12 @@
 """Publishing: a model from a GGUF file, a directory or the hub becomes per-layer files in a store, and a manifest.
 
-Every byte is sliced raw out of its mapped file, and lands under its own SHA-256. Publishing is idempotent, and may be
+Every byte is copied as it is out of its file, and lands under its own SHA-256. Publishing is idempotent, and may be
 interrupted anywhere: what was downloaded or cut is not done again (azu.models.published).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -25,13 +25,21 @@ from azu.models.store import LayerStore
 __all__ = ["means_path", "open_path", "publish", "publish_from_hub"]
 
 
-def publish(source: str, store: LayerStore, *, model_id: str | None = None, report: Report = silent) -> Manifest:
+def publish(
+    source: str,
+    store: LayerStore,
+    *,
+    model_id: str | None = None,
+    report: Report = silent,
+    admit: Callable[[str], None] = lambda _: None,
+) -> Manifest:
     """Imports a model into the store.
 
     Args:
         source: path of a .gguf file, path of a directory, or hub id as "owner/name" or "owner/name@revision".
         model_id: the name that clients will ask for; the source's own where omitted.
         report: told how far it is. No call means that the store has it already.
+        admit: told the model's id before anything is downloaded or cut; what it raises ends the import.
 
     Raises:
         InputError: where there is no such source, it is gated, or it was changed meanwhile (code "source_changed").
@@ -42,20 +50,27 @@ def publish(source: str, store: LayerStore, *, model_id: str | None = None, repo
     """
     path = Path(source).expanduser()
     if not path.exists() and not means_path(source):
-        return publish_from_hub(source, store, model_id=model_id, report=report)
+        return publish_from_hub(source, store, model_id=model_id, report=report, admit=admit)
     with open_path(path) as opened:
         opened = _named(opened, model_id)
+        admit(opened.model_id)
         key = source_key(opened.model_id, opened.origin, opened.revision)
         return known_manifest(store, key) or _cut(opened, store, report)
 
 
 def publish_from_hub(
-    source: str, store: LayerStore, *, model_id: str | None = None, report: Report = silent
+    source: str,
+    store: LayerStore,
+    *,
+    model_id: str | None = None,
+    report: Report = silent,
+    admit: Callable[[str], None] = lambda _: None,
 ) -> Manifest:
     """As `publish`, but whatever `source` says, no local path is meant."""
     from azu.models import hub  # huggingface_hub and its HTTP client: only where needed
 
     repo = hub.find_repo(source)
+    admit(model_id or repo.repo_id)
     known = known_manifest(store, source_key(model_id or repo.repo_id, repo.repo_id, repo.commit))
     if known is not None:
         return known

@@ -81,10 +81,13 @@ def test_what_is_listed_is_replaced_and_removed(tmp_path: Path) -> None:
 def test_it_holds_no_more_than_a_record_names(tmp_path: Path) -> None:
     catalogue = Catalogue(tmp_path)
     for number in range(MAX_MODELS):
+        catalogue.check_room(f"m{number}")
         catalogue.add(Listed(f"m{number}", digest(number)))
-    with pytest.raises(CapacityError) as caught:
-        catalogue.add(Listed("another", digest(99)))
-    assert caught.value.code == "too_many_models"
+    for work in (lambda: catalogue.add(Listed("another", digest(99))), lambda: catalogue.check_room("another")):
+        with pytest.raises(CapacityError) as caught:
+            work()
+        assert caught.value.code == "too_many_models"
+    catalogue.check_room("m0")
     catalogue.add(Listed("m0", digest(99)))
     assert len(catalogue.models()) == MAX_MODELS
 

@@ -17,6 +17,7 @@ from click.testing import CliRunner, Result
 
 from azu.distribution import Library
 from azu.models.store import LayerStore
+from coordinator.catalogue import MAX_MODELS, Catalogue, Listed
 from coordinator.cli import main
 from tests.loopback_hub import LoopbackHub, sharded_llama
 
@@ -121,6 +122,20 @@ def test_errors_name_a_remedy(hub: LoopbackHub, operator: Operator) -> None:
         "  remedy: Convert it to safetensors, or publish a repository that has them.",
     ]
     assert not (operator.data_dir / "models.json").exists()
+
+
+def test_one_model_too_many_is_refused_before_its_download(hub: LoopbackHub, operator: Operator) -> None:
+    operator.data_dir.mkdir(mode=0o700)
+    for number in range(MAX_MODELS):
+        Catalogue(operator.data_dir).add(Listed(f"m{number}", f"{number:064x}"))
+    code, out, err = operator.run("shard", "me/tiny")
+    assert (code, out) == (1, "")
+    assert err.splitlines() == [
+        "azu-coordinator: error: 64 models are listed already",
+        "  remedy: Remove one: azu-coordinator remove MODEL_ID.",
+    ]
+    assert {asked.name for asked in hub.asked} == {""}, "no file was asked for"
+    assert operator.blobs() == 0
 
 
 def test_a_full_disk_leaves_nothing_half_written(hub: LoopbackHub, operator: Operator, tmp_path: Path) -> None:

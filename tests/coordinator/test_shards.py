@@ -16,7 +16,7 @@ from azu.identity import Identity
 from azu.models.manifest import Manifest
 from azu.models.progress import Progress, Report, silent
 from azu.models.published import is_whole
-from coordinator.catalogue import Catalogue, Listed
+from coordinator.catalogue import MAX_MODELS, Catalogue, Listed
 from coordinator.shard_screen import progress_text
 from coordinator.shards import Rate, Sharder, ShardQueue, ShardStatus, hold_lock
 from tests.coordinator.api.twin import served_model
@@ -147,6 +147,24 @@ def test_two_processes_take_turns(tmp_path: Path) -> None:
         order.append("first")
     thread.join()
     assert (order, waited[0].stage) == (["first", "second"], "waiting")
+
+
+def test_one_model_too_many_is_refused_before_it_is_cut(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    for name, data in sharded_llama().items():
+        (tmp_path / "model" / name).write_bytes(data)
+    library, catalogue = Library(tmp_path / "data"), Catalogue(tmp_path / "data")
+    for number in range(MAX_MODELS):
+        catalogue.add(Listed(f"m{number}", f"{number:064x}"))
+    sharder = Sharder(Identity(bytes(32)), library, catalogue, tmp_path / "data")
+    with pytest.raises(CapacityError) as caught:
+        sharder.shard(str(tmp_path / "model"), silent)
+    assert caught.value.code == "too_many_models"
+    assert not library.store.digests()
+    catalogue.remove("m0")
+    manifest = sharder.shard(str(tmp_path / "model"), silent)
+    assert catalogue.models()[-1] == Listed("model", manifest.digest)
+    assert sharder.shard(str(tmp_path / "model"), silent) == manifest  # it is in the list already
 
 
 def test_files_that_a_removal_takes_while_a_model_is_cut_are_cut_again(tmp_path: Path) -> None:
