@@ -35,6 +35,10 @@ _SLOT_IDLE_S = 5.0  # a stream that asks for nothing for so long makes room for 
 # Written at once: a peer at 20 kB/s takes this within a stream's 15 s, and the limit of the rate is kept as finely.
 _SLICE_BYTES = BATCH_BYTES
 _LEAST_RATE = 65_536  # bytes per second of a slot: with a lower limit there are fewer of them
+# A slot whose reader takes less for so long goes to the next who asks while there is no other: made-up identities could
+# hold all of them for ever. It is about the rate at which a fetch itself gives a holder up (`Patience.piece`).
+_SLOW_RATE = 32_768
+_SLOW_S = 10.0
 _MAX_COUNTED = 65_536  # files whose requests are counted
 # Threads for strangers' requests, out of the 40 that all of a process shares: a slow disk must not take those.
 _READERS, _LOOKERS = 8, 2
@@ -49,13 +53,31 @@ class _Slot:
 
     idle_since: float = math.inf
     buffer: bytearray = field(default_factory=partial(bytearray, MAX_RANGE_BYTES))
+    _since: float = field(default_factory=trio.current_time)
+    _taken: int = 0  # bytes since then
+    _rate: float = math.inf  # of the last _SLOW_S
+
+    def took(self, size: int) -> None:
+        """Note that the reader took so many bytes."""
+        self._taken += size
+        passed = trio.current_time() - self._since
+        if passed >= _SLOW_S:
+            self._rate = self._taken / passed
+            self._since += passed
+            self._taken = 0
+
+    def rate(self) -> float:
+        """How many bytes per second the reader took of late, pauses between its requests included."""
+        passed = trio.current_time() - self._since
+        return self._taken / passed if passed >= 2 * _SLOW_S else self._rate
 
 
 class LayerServer:
     """Serves a library to other peers; `handle` is the handler of LAYERS_PROTOCOL.
 
     Args:
-        slots: peers that files are sent to at once; others are told to come again. Each takes up to 4 MiB of memory.
+        slots: peers that files are sent to at once; others are told to come again, unless one of these hardly reads.
+            Each takes up to 4 MiB of memory.
         rate: bytes of files per second, all peers together; None sends as fast as it can.
     """
 
@@ -64,6 +86,7 @@ class LayerServer:
         self._library = library
         self._slots = slots if rate is None else max(1, min(slots, rate // _LEAST_RATE))
         self._pace = Pace(rate) if rate is not None else None
+        self._slow_rate = _SLOW_RATE if rate is None else min(_SLOW_RATE, rate / self._slots / 2)
         self._active: dict[Stream, _Slot] = {}
         self._asked: Counter[str] = Counter()  # how often each file's beginning was asked for
         self._readers, self._lookers = trio.CapacityLimiter(_READERS), trio.CapacityLimiter(_LOOKERS)
@@ -88,13 +111,14 @@ class LayerServer:
             here = await trio.to_thread.run_sync(self._which, bytes(body), limiter=self._lookers)
             await channel.send(HaveBlobs(), here)
         elif isinstance(request, GetBlob):
-            if not self._admit(channel.stream):
+            slot = await self._admit(channel.stream)
+            if slot is None:
                 await channel.send(_BUSY)
                 return
             try:
-                await self._send_range(channel, request)
+                await self._send_range(channel, request, slot)
             finally:
-                self._active[channel.stream].idle_since = trio.current_time()
+                slot.idle_since = trio.current_time()
         else:
             raise ProtocolError(f"{type(request).__name__} is not a request", code="unexpected_message")
 
@@ -104,20 +128,32 @@ class LayerServer:
         names = [digests[start : start + 32].hex() for start in range(0, len(digests), 32)]
         return bytes(1 + min(254, self._asked[name]) if self._library.store.has(name) else 0 for name in names)
 
-    def _admit(self, stream: Stream) -> bool:
+    async def _admit(self, stream: Stream) -> _Slot | None:
         now = trio.current_time()
         live = {each: slot for each, slot in self._active.items() if slot.idle_since > now - _SLOT_IDLE_S}
+        if stream in live:
+            live[stream].idle_since = math.inf
+            return live[stream]
+        is_full = len(live) >= self._slots
+        slow = self._slowest(live) if is_full else None
         of_peer = sum(each.peer_id == stream.peer_id for each in live)
-        if stream not in live and (len(live) >= self._slots or of_peer >= _SLOTS_PER_PEER):
-            return False
-        live.setdefault(stream, self._active.get(stream) or _Slot()).idle_since = math.inf
+        if of_peer >= _SLOTS_PER_PEER or (is_full and slow is None):
+            return None
+        is_sending = slow is not None and live.pop(slow).idle_since == math.inf
+        live[stream] = slot = _Slot()
         self._active = live
-        return True
+        if slow is not None and is_sending:
+            await slow.reset()  # in the middle of a range there is no other way to stop
+        return slot
 
-    async def _send_range(self, channel: Channel, request: GetBlob) -> None:
+    def _slowest(self, live: dict[Stream, _Slot]) -> Stream | None:
+        """Whose slot another may have; None where all are read from as fast as they should be."""
+        stream = min(live, key=lambda each: live[each].rate())
+        return stream if live[stream].rate() < self._slow_rate else None
+
+    async def _send_range(self, channel: Channel, request: GetBlob, slot: _Slot) -> None:
         # One buffer for all ranges of a stream: memory that is new each time costs more than reading the file.
-        buffer = self._active[channel.stream].buffer
-        data = await trio.to_thread.run_sync(self._read, request, buffer, limiter=self._readers)
+        data = await trio.to_thread.run_sync(self._read, request, slot.buffer, limiter=self._readers)
         if data is None:
             await channel.send(_NOT_HERE)
             return
@@ -132,6 +168,7 @@ class LayerServer:
                 if self._pace is not None:
                     await trio.sleep(self._pace.delay(len(piece), trio.current_time()))
                 await channel.stream.send_all(piece)
+                slot.took(len(piece))
         self.sent_bytes += len(data)
 
     def _read(self, request: GetBlob, buffer: bytearray) -> memoryview | None:

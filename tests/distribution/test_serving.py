@@ -14,6 +14,7 @@ import trio
 from azu.channel import Channel
 from azu.distribution import LayerServer, Offenders
 from azu.distribution.pace import Pace
+from azu.errors import NetworkError
 from azu.models.store import LayerStore
 from azu.wire.messages import (
     LAYERS,
@@ -28,7 +29,7 @@ from azu.wire.messages import (
     Refused,
     WhichBlobs,
 )
-from tests.distribution.nodes import BIG, EMPTY, FIRST, SECOND, SMALL, Node, blob_of, opened
+from tests.distribution.nodes import BIG, EMPTY, FIRST, SECOND, SMALL, THIRD, Node, blob_of, opened
 
 SMALL_DIGEST, BIG_DIGEST = blob_of(SMALL).digest, blob_of(BIG).digest
 
@@ -152,6 +153,49 @@ async def test_an_idle_stream_loses_its_slot(scene: Scene, monkeypatch: pytest.M
         while await eager.code(ONE_BYTE) == "busy":
             await trio.sleep(0.01)
         assert await idle.code(ONE_BYTE) == "busy"
+
+
+async def test_who_reads_nothing_loses_its_slot_once_others_wait(
+    scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("azu.distribution.serving._SLOW_S", 0.2)
+    monkeypatch.setattr("azu.distribution.serving._SLOW_RATE", 1 << 20)  # a stream's window is taken at once
+    scene.holder.overlay.handle(LAYERS_PROTOCOL, LayerServer(scene.holder.library, slots=1).handle)
+    async with opened(THIRD, tmp_path) as third, scene.asker() as stuck:
+        scene.others.append(third)
+        await stuck.channel.send(GetBlob(digest=BIG_DIGEST, offset=0, length=MAX_RANGE_BYTES))
+        async with scene.asker(1) as eager:
+            while await eager.code(ONE_BYTE) == "busy":
+                await trio.sleep(0.01)
+        with pytest.raises(NetworkError, match="in the middle of a frame"):
+            await stuck.channel.receive()
+    assert not scene.holder.overlay.statistics().violations
+
+
+async def test_who_asks_for_little_loses_its_slot_once_others_wait(
+    scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("azu.distribution.serving._SLOW_S", 0.2)
+    scene.holder.overlay.handle(LAYERS_PROTOCOL, LayerServer(scene.holder.library, slots=1).handle)
+    async with opened(THIRD, tmp_path) as third, scene.asker() as trickle:
+        scene.others.append(third)
+        for _ in range(60):
+            assert not await trickle.code(ONE_BYTE), "nobody else wants it"
+            await trio.sleep(0.01)
+        async with scene.asker(1) as eager, trio.open_nursery() as nursery:
+
+            async def read_on() -> None:
+                while True:
+                    await eager.ask(GetBlob(digest=BIG_DIGEST, offset=0, length=1 << 20))
+
+            nursery.start_soon(read_on)
+            code = ""
+            while not code:
+                await trickle.channel.send(ONE_BYTE)
+                received = await trickle.channel.receive()
+                code = getattr(received[0], "code", "") if received is not None else "reset"  # if it was being answered
+            assert code in ("busy", "reset")
+            nursery.cancel_scope.cancel()
 
 
 async def test_a_slow_disk_leaves_threads_to_everybody_else(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
