@@ -19,7 +19,7 @@ import threading
 import time
 import zlib
 from array import array
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -174,10 +174,10 @@ def sharded_llama(n_layers: int = 6, hidden: int = 64, shards: int = 3) -> dict[
         norms = ("input_layernorm", "post_attention_layernorm")
         specs += [TensorSpec(f"{layer}.{name}.weight", "F32", (hidden,)) for name in norms]
 
-    def weights(name: str) -> bytes:  # the same noise, begun elsewhere for each tensor
+    def weights(name: str) -> Iterator[bytes]:  # the same noise, begun elsewhere for each tensor
         (spec,) = (spec for spec in specs if spec.name == name)
         begin = 4 * (zlib.crc32(name.encode()) % 4096)
-        return ((noise[begin:] + noise[:begin]) * (spec.nbytes // len(noise) + 1))[: spec.nbytes]
+        yield ((noise[begin:] + noise[:begin]) * (spec.nbytes // len(noise) + 1))[: spec.nbytes]
 
     files = {"config.json": json.dumps(config).encode(), "generation_config.json": b'{"eos_token_id": 2}'}
     files |= {"tokenizer.json": b'{"version": "1.0"}', "tokenizer_config.json": b"{}", "README.md": b"# a model"}

@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path, PurePath
 
 from azu.errors import InputError, ModelError
-from azu.models.safetensors_file import TensorFile, TensorSpec, open_tensors
+from azu.models.safetensors_file import ForeignFile, TensorSpec, open_foreign
 from azu.models.source import (
     MAX_INDEX_BYTES,
     MAX_JSON_BYTES,
@@ -51,7 +51,7 @@ _SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors")
 def open_directory(
     root: Path, *, model_id: str | None = None, revision: str | None = None, sources: Mapping[str, str] | None = None
 ) -> Iterator[ModelSource]:
-    """Opens a local model directory or hub snapshot; its weights stay memory-mapped while the source is open.
+    """Opens a local model directory or hub snapshot; its weight files stay open while the source is.
 
     Args:
         model_id: the name to give it; the directory's own where omitted.
@@ -71,7 +71,7 @@ def open_directory(
     if sources is None:
         sources = {name: hash_file(root / name) for name in sorted(inputs)}
     with ExitStack() as stack:
-        opened = {name: stack.enter_context(open_tensors(root / name)) for name in shards}
+        opened = {name: stack.enter_context(open_foreign(root / name)) for name in shards}
         where = _locate(opened, shards)
         yield ModelSource(
             model_id=model_id or local_id(root.resolve().name),
@@ -80,7 +80,7 @@ def open_directory(
             files=files,
             sources=sources,
             tensors={name: TensorSpec(name, file[name].dtype, file[name].shape) for name, file in where.items()},
-            read=lambda name: where[name].raw(name),
+            read=lambda name: where[name].chunks(name),
             confirm=confirm,
         )
 
@@ -139,8 +139,8 @@ def bad_index(problem: str) -> ModelError:
     return ModelError(f"{INDEX} {problem}", code="bad_index", remedy=remedy)
 
 
-def _locate(opened: Mapping[str, TensorFile], shards: Mapping[str, frozenset[str] | None]) -> dict[str, TensorFile]:
-    where: dict[str, TensorFile] = {}
+def _locate(opened: Mapping[str, ForeignFile], shards: Mapping[str, frozenset[str] | None]) -> dict[str, ForeignFile]:
+    where: dict[str, ForeignFile] = {}
     for name, file in opened.items():
         for tensor in shards[name] or file:
             if tensor not in file:

@@ -17,7 +17,7 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
-from azu.errors import ModelError
+from azu.errors import InputError, ModelError
 from azu.models.gguf_reader import BoundedReader
 from azu.models.gguf_tokenizer import tokenizer_files
 from azu.models.safetensors_file import TensorSpec
@@ -74,14 +74,15 @@ def _read(path: Path) -> ModelSource:
         raise ValueError("it has no attention heads")
     confirm = watch([path])
     sources = {path.name: hash_file(path)}
+    tensors = {name: TensorSpec(name, "F32", _shape(tensor)) for name, tensor in by_name.items()}
     return ModelSource(
         model_id=_model_id(path, fields),
         revision=revision_of(sources),
         config=_dump(_config(fields, tied="lm_head.weight" not in by_name)),
         files=tokenizer_files(fields),
         sources=sources,
-        tensors={name: TensorSpec(name, "F32", _shape(tensor)) for name, tensor in by_name.items()},
-        read=_tensor_reader(by_name, heads),
+        tensors=tensors,
+        read=_tensor_reader(path, by_name, tensors, heads),
         confirm=confirm,
     )
 
@@ -109,21 +110,37 @@ def _hf_name(name: str) -> str:
     return f"model.layers.{match[1]}.{_PER_LAYER[match[2]]}.{match[3]}"
 
 
-def _tensor_reader(by_name: dict[str, gguf.ReaderTensor], heads: tuple[int, int]) -> Callable[[str], memoryview]:
+def _tensor_reader(
+    path: Path, by_name: dict[str, gguf.ReaderTensor], specs: dict[str, TensorSpec], heads: tuple[int, int]
+) -> Callable[[str], Iterator[memoryview]]:
     rows_by_suffix = {"self_attn.q_proj": heads[0], "self_attn.k_proj": heads[1]}
 
-    def read(name: str) -> memoryview:
+    def read(name: str) -> Iterator[memoryview]:
         tensor = by_name[name]
+        stored = _read_stored(path, tensor)
         try:
-            values = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(_shape(tensor))
+            values = gguf.quants.dequantize(stored, tensor.tensor_type).reshape(specs[name].shape)
         except (NotImplementedError, ValueError) as error:
             raise ModelError(f"GGUF tensor {tensor.name}: {error}", code="bad_gguf") from error
         n_heads = next((count for part, count in rows_by_suffix.items() if part in name), None)
         if n_heads is not None:
             values = _unpermute(values, n_heads)
-        return np.ascontiguousarray(values, dtype="<f4").data
+        yield np.ascontiguousarray(values, dtype="<f4").data
 
     return read
+
+
+def _read_stored(path: Path, tensor: gguf.ReaderTensor) -> npt.NDArray[Any]:
+    """A tensor as it is in the file; not from gguf's mapping of it, which ends the process if the file got shorter."""
+    mapped = tensor.data
+    try:
+        stored = np.fromfile(path, mapped.dtype, mapped.size, offset=tensor.data_offset)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror})", code="unreadable_source") from error
+    if stored.size != mapped.size:
+        remedy = "Run it again when nothing writes to it any more."
+        raise InputError(f"{path} became shorter", code="source_changed", remedy=remedy)
+    return stored.reshape(mapped.shape)
 
 
 def _unpermute(values: npt.NDArray[np.float32], n_heads: int) -> npt.NDArray[np.float32]:

@@ -99,7 +99,7 @@ class HubRanges:
         """A file with these tensors, as `serialize` lays it out."""
         found = {name: self._find(name) for name in sorted(names)}
         specs = [TensorSpec(info.name, info.dtype, info.shape) for _, info in found.values()]
-        yield bytes(next(serialize(specs, lambda _: b"")))  # its header comes before it reads a tensor
+        yield bytes(next(serialize(specs, lambda _: ())))  # its header comes before it reads a tensor
         for run in _runs(found):
             yield from self._stream(run)
 

@@ -1,7 +1,10 @@
-"""Safetensors files without torch: a parser that trusts nothing, a memory-mapped reader and a deterministic writer.
+"""Safetensors files without torch: a parser that trusts nothing, two readers and a deterministic writer.
 
 The format: 8 bytes of little-endian header length, a JSON object {name: {dtype, shape, data_offsets}}, then the data.
 Headers come from hubs and peers, so every number is bounded before anything is allocated or multiplied.
+
+Files of the layer store, which nobody changes, are mapped. A file that belongs to somebody else is read piece by piece:
+where a mapped one becomes shorter, the system ends the process.
 """
 
 from __future__ import annotations
@@ -9,21 +12,24 @@ from __future__ import annotations
 import json
 import math
 import mmap
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import IO, Any
 
-from azu.errors import ModelError
+from azu.errors import InputError, ModelError
 
 __all__ = [
     "ITEM_BYTES",
     "MAX_HEADER_BYTES",
+    "ForeignFile",
     "TensorFile",
     "TensorInfo",
     "TensorSpec",
+    "open_foreign",
     "open_tensors",
     "parse_header",
     "serialize",
@@ -34,6 +40,7 @@ MAX_TENSORS = 1_000_000  # DeepSeek-V3's unfused experts are about 90,000
 MAX_DIMENSIONS = 8
 MAX_NAME_CHARS = 1024
 _PREFIX_BYTES = 8
+_READ_BYTES = 1 << 20  # of a foreign file at a time
 _ALIGNMENT = 64  # data starts on a cache line, so that a mapped tensor is as fast as an allocated one
 
 ITEM_BYTES: Mapping[str, int] = MappingProxyType(
@@ -148,18 +155,11 @@ def _bad(problem: str) -> ModelError:
     return ModelError(f"bad safetensors file: {problem}", code="bad_safetensors", remedy=remedy)
 
 
-class TensorFile(Mapping[str, TensorInfo]):
-    """A memory-mapped safetensors file: a mapping of tensor name to `TensorInfo`, with the raw bytes in reach."""
+class _Tensors(Mapping[str, TensorInfo]):
+    """A file's tensors by name."""
 
-    def __init__(self, path: Path, mapped: mmap.mmap) -> None:
-        self.path = path
-        self._mapped = mapped
-        self._view = memoryview(mapped)
-        try:
-            self._tensors = parse_header(self._view, len(self._view))
-        except BaseException:
-            self._view.release()  # else the mapping could not be closed
-            raise
+    def __init__(self, tensors: dict[str, TensorInfo]) -> None:
+        self._tensors = tensors
 
     def __getitem__(self, name: str) -> TensorInfo:
         return self._tensors[name]
@@ -169,6 +169,20 @@ class TensorFile(Mapping[str, TensorInfo]):
 
     def __len__(self) -> int:
         return len(self._tensors)
+
+
+class TensorFile(_Tensors):
+    """A memory-mapped safetensors file: a mapping of tensor name to `TensorInfo`, with the raw bytes in reach."""
+
+    def __init__(self, path: Path, mapped: mmap.mmap) -> None:
+        self.path = path
+        self._mapped = mapped
+        self._view = memoryview(mapped)
+        try:
+            super().__init__(parse_header(self._view, len(self._view)))
+        except BaseException:
+            self._view.release()  # else the mapping could not be closed
+            raise
 
     def raw(self, name: str) -> memoryview:
         """Returns the tensor's bytes as a view into the mapping; release it before the file closes."""
@@ -210,8 +224,58 @@ def open_tensors(path: Path) -> Iterator[TensorFile]:
             mapped.close()
 
 
-def serialize(specs: Iterable[TensorSpec], read: Callable[[str], bytes | memoryview]) -> Iterator[bytes | memoryview]:
-    """Yields the chunks of a safetensors file, tensors sorted by name; `read` fetches one tensor's bytes at a time.
+class ForeignFile(_Tensors):
+    """A safetensors file that anybody may change while it is read; a mapping of tensor name to `TensorInfo`."""
+
+    def __init__(self, path: Path, file: IO[bytes]) -> None:
+        self.path = path
+        self._descriptor = file.fileno()
+        size = os.fstat(self._descriptor).st_size
+        start = os.pread(self._descriptor, _PREFIX_BYTES, 0)
+        length = int.from_bytes(start, "little")  # parse_header judges it
+        rest = os.pread(self._descriptor, length, _PREFIX_BYTES) if length <= min(size, MAX_HEADER_BYTES) else b""
+        super().__init__(parse_header(start + rest, size))
+
+    def chunks(self, name: str) -> Iterator[bytes]:
+        """Yields the tensor's bytes in pieces of up to 1 MiB.
+
+        Raises:
+            InputError: code "source_changed", where the file has become shorter; "unreadable_source".
+        """
+        info = self._tensors[name]
+        position = info.start
+        while position < info.end:
+            try:
+                chunk = os.pread(self._descriptor, min(_READ_BYTES, info.end - position), position)
+            except OSError as error:
+                problem = f"{self.path} cannot be read ({error.strerror})"
+                raise InputError(problem, code="unreadable_source") from error
+            if not chunk:
+                remedy = "Run it again when nothing writes to it any more."
+                raise InputError(f"{self.path} became shorter", code="source_changed", remedy=remedy)
+            position += len(chunk)
+            yield chunk
+
+
+@contextmanager
+def open_foreign(path: Path) -> Iterator[ForeignFile]:
+    """Opens a safetensors file for reading piece by piece.
+
+    Raises:
+        ModelError: code "bad_safetensors", where it cannot be read or its header does not hold.
+    """
+    with ExitStack() as stack:
+        try:
+            opened = ForeignFile(path, stack.enter_context(path.open("rb")))
+        except OSError as error:
+            raise _bad(f"{path.name} cannot be read ({error})") from error
+        yield opened
+
+
+def serialize(
+    specs: Iterable[TensorSpec], read: Callable[[str], Iterable[bytes | memoryview]]
+) -> Iterator[bytes | memoryview]:
+    """Yields the chunks of a safetensors file, tensors sorted by name; `read` gives one tensor's bytes, in pieces.
 
     The bytes depend on the tensors only, so that publishing the same model twice gives the same digests.
 
@@ -232,6 +296,9 @@ def serialize(specs: Iterable[TensorSpec], read: Callable[[str], bytes | memoryv
     text += b" " * (-(_PREFIX_BYTES + len(text)) % _ALIGNMENT)
     yield len(text).to_bytes(_PREFIX_BYTES, "little") + text
     for spec in ordered:
-        data = memoryview(read(spec.name)).cast("B")
-        _require(data.nbytes == spec.nbytes, f"tensor {spec.name!r} does not have the size of its shape")
-        yield data
+        left = spec.nbytes
+        for chunk in read(spec.name):
+            data = memoryview(chunk).cast("B")
+            left -= data.nbytes
+            yield data
+        _require(left == 0, f"tensor {spec.name!r} does not have the size of its shape")

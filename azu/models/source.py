@@ -39,7 +39,7 @@ class ModelSource:
         tensors: all tensors by their HF name.
         origin: the hub's id of the repository, "" where it comes from elsewhere.
         confirm: raises InputError, code "source_changed", where a file is not what it was when it was opened.
-        read: returns the raw little-endian bytes of a tensor, by name; the view lives until the next call.
+        read: yields the raw little-endian bytes of a tensor, by name, in pieces.
     """
 
     model_id: str
@@ -48,7 +48,7 @@ class ModelSource:
     files: Mapping[str, bytes]
     sources: Mapping[str, str]
     tensors: Mapping[str, TensorSpec]
-    read: Callable[[str], bytes | memoryview]
+    read: Callable[[str], Iterable[bytes | memoryview]]
     confirm: Callable[[], None]
     origin: str = ""
 

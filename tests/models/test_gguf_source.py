@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import pytest
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
-from azu.errors import ModelError
+from azu.errors import InputError, ModelError
 from azu.models.gguf_source import open_gguf
 from azu.models.gguf_tokenizer import tokenizer_files
 from azu.models.publish import publish
@@ -150,6 +152,16 @@ def test_damage(tmp_path: Path, smollm2_gguf: Path) -> None:
         (tmp_path / "cut.gguf").write_bytes(whole[:length])
         assert refusal(tmp_path / "cut.gguf").code == "bad_gguf"
     assert refusal(write_gguf(tmp_path / "bare.gguf")).code == "bad_gguf"  # lacks most of its metadata
+
+
+def test_a_file_that_gets_shorter_while_it_is_read(tmp_path: Path, smollm2_gguf: Path) -> None:
+    path = tmp_path / "x.gguf"
+    shutil.copyfile(smollm2_gguf, path)
+    with open_gguf(path) as source:
+        os.truncate(path, 1000)
+        with pytest.raises(InputError, match="became shorter") as caught:
+            next(iter(source.read("model.layers.29.mlp.up_proj.weight")))
+    assert caught.value.code == "source_changed"
 
 
 def vocabulary(**changes: Any) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -273,6 +274,19 @@ def test_a_source_that_changes_while_it_is_cut(save_tiny: SaveTiny, store: Layer
     again = publish(str(source), store)
     blobs = [*again.layers, *again.shared.values()]
     assert same(tensors_of([store.path(blob.digest) for blob in blobs]), tensors_of([weights]))
+
+
+def test_a_source_that_gets_shorter_while_it_is_cut(save_tiny: SaveTiny, store: LayerStore) -> None:
+    """Were it mapped, the process would end here."""
+    weights = save_tiny() / "model.safetensors"
+
+    def shorten(progress: Progress) -> None:
+        if progress.done == 2:
+            os.truncate(weights, 4096)
+
+    with pytest.raises(InputError, match="became shorter") as caught:
+        publish(str(weights.parent), store, report=shorten)
+    assert caught.value.code == "source_changed"
 
 
 def test_links_out_of_a_folder(save_tiny: SaveTiny, store: LayerStore, tmp_path: Path) -> None:

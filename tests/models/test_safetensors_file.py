@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,8 +16,15 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from azu.errors import ModelError
-from azu.models.safetensors_file import MAX_HEADER_BYTES, TensorSpec, open_tensors, parse_header, serialize
+from azu.errors import InputError, ModelError
+from azu.models.safetensors_file import (
+    MAX_HEADER_BYTES,
+    TensorSpec,
+    open_foreign,
+    open_tensors,
+    parse_header,
+    serialize,
+)
 
 
 @contextmanager
@@ -58,8 +67,8 @@ def test_the_reference_library_reads_what_we_write(shapes: dict[str, tuple[str, 
     rng = np.random.default_rng(0)
     values = {name: rng.integers(0, 100, shape).astype(dtype) for name, (dtype, shape) in shapes.items()}
     specs = [TensorSpec(name, SAFE_NAMES[v.dtype.str], v.shape) for name, v in values.items()]
-    data = b"".join(serialize(specs, lambda name: values[name].tobytes()))
-    assert data == b"".join(serialize(reversed(specs), lambda name: values[name].tobytes()))
+    data = b"".join(serialize(specs, lambda name: [values[name].tobytes()]))
+    assert data == b"".join(serialize(reversed(specs), lambda name: [values[name].tobytes()]))
     read = safetensors.numpy.load(data)
     assert read.keys() == values.keys()
     assert all(np.array_equal(read[name], values[name]) for name in values)
@@ -73,21 +82,52 @@ def test_we_read_what_the_reference_library_writes(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     value = np.arange(12, dtype=np.float32).reshape(3, 4)
     safetensors.numpy.save_file({"a": value, "b": value[0] * 2}, path, metadata={"format": "np"})
-    with open_tensors(path) as file:
+    with open_tensors(path) as file, open_foreign(path) as foreign:
         assert set(file) == {"a", "b"}
         assert file["a"].shape == (3, 4)
+        assert dict(foreign) == dict(file)
         with file.raw("a") as raw:
-            assert bytes(raw) == value.tobytes()
+            assert bytes(raw) == b"".join(foreign.chunks("a")) == value.tobytes()
+
+
+def test_a_foreign_file_is_read_piece_by_piece(tmp_path: Path) -> None:
+    path, size = tmp_path / "x.safetensors", 64 << 20
+    path.write_bytes(packed({"a": entry([size // 4], 0, size)}))
+    os.truncate(path, path.stat().st_size + size - 1)
+    with path.open("ab") as file:
+        file.write(b"z")
+    tracemalloc.start()
+    try:
+        with open_foreign(path) as opened:
+            lengths = [len(chunk) for chunk in opened.chunks("a")]
+            assert sum(lengths) == size
+            assert max(lengths) <= tracemalloc.get_traced_memory()[1] < 4 << 20, "however large the tensor"
+            assert list(opened.chunks("a"))[-1].endswith(b"z")
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_foreign_file_that_gets_shorter(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    safetensors.numpy.save_file({"a": np.zeros(1 << 20, dtype=np.float32)}, path)
+    with open_foreign(path) as opened:
+        chunks = opened.chunks("a")
+        next(chunks)
+        os.truncate(path, 1000)
+        with pytest.raises(InputError) as caught:
+            next(chunks)
+    assert caught.value.code == "source_changed"
 
 
 def test_data_is_aligned_and_buffers_must_fit() -> None:
     specs = [TensorSpec("a", "F32", (2,))]
-    data = b"".join(serialize(specs, lambda _: bytes(8)))
+    data = b"".join(serialize(specs, lambda _: [bytes(3), bytes(5)]))
     assert parse_header(data, len(data))["a"].start % 64 == 0
+    for size in (0, 7, 9):
+        with pytest.raises(ModelError):
+            list(serialize(specs, lambda _, size=size: [bytes(size)]))  # type: ignore[misc]
     with pytest.raises(ModelError):
-        list(serialize(specs, lambda _: bytes(7)))
-    with pytest.raises(ModelError):
-        list(serialize(specs * 2, lambda _: bytes(8)))
+        list(serialize(specs * 2, lambda _: [bytes(8)]))
 
 
 @given(st.binary(max_size=200))
@@ -152,8 +192,9 @@ def test_lengths_are_checked_before_anything_is_read() -> None:
     assert "shorter" in refused(b"\0\0")
 
 
-def test_files_that_cannot_be_mapped(tmp_path: Path) -> None:
+def test_files_that_cannot_be_opened(tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
     for name in ("empty", "absent"):
-        with pytest.raises(ModelError), open_tensors(tmp_path / name):
-            pass
+        for opened in (open_tensors, open_foreign):
+            with pytest.raises(ModelError), opened(tmp_path / name):
+                pass
