@@ -20,7 +20,7 @@ from coordinator.generation import GenerationRequest
 from coordinator.job import RunningJob
 from coordinator.meter import Meter
 from coordinator.placement import layers_text, missing_layers, views_for
-from coordinator.planner import Placement, route
+from coordinator.planning import Placement, route
 from coordinator.swarm import SwarmView
 
 __all__ = ["JobRunner"]

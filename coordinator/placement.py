@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import suppress
 from functools import lru_cache, partial
 
 import trio
@@ -18,10 +20,10 @@ from azu.models.memory import stage_memory
 from azu.records import HeldRange, WorkerRecord
 from azu.tickets import Assignment, sign_assignment
 from azu.wire.tensors import WeightFormat
-from coordinator.planner import ModelShape, Placement, WorkerView, place, uncovered
+from coordinator.planning import ModelShape, Placement, WorkerView, place, uncovered
 from coordinator.swarm import SwarmView
 
-__all__ = ["Placer", "layers_text", "missing_layers", "shape_of", "views_for", "with_spares_free"]
+__all__ = ["Placer", "layers_text", "missing_layers", "network_of", "shape_of", "views_for", "with_spares_free"]
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +35,9 @@ _AFTER_ASSIGNMENT_S = 2 * _TICK_S
 _AFTER_REFUSAL_S = 15.0
 
 
-def views_for(manifest: Manifest, workers: Iterable[WorkerRecord]) -> list[WorkerView]:
+def views_for(
+    manifest: Manifest, workers: Iterable[WorkerRecord], faults: Callable[[str], int] = lambda _: 0
+) -> list[WorkerView]:
     """Workers as the planner sees them for one model; those busy with another model are left out."""
     views: list[WorkerView] = []
     for worker in workers:
@@ -41,18 +45,37 @@ def views_for(manifest: Manifest, workers: Iterable[WorkerRecord]) -> list[Worke
         if any(held.manifest != manifest.digest for held in active):
             continue
         held = next(((held.start, held.end) for held in active), None)
+        ours = [each for each in worker.ranges if each.manifest == manifest.digest]
         views.append(
             WorkerView(
                 peer_id=worker.peer_id,
                 vram=worker.vram_total,
                 held=held,
-                ready=worker.range_in("loaded", manifest.digest) is not None,
-                cached=worker.range_in("cached", manifest.digest),
+                ready=any(each.state == "loaded" for each in ours),
+                cached=tuple((each.start, each.end) for each in ours if each.state == "cached"),
                 jobs=worker.jobs,
                 kv_tokens_free=worker.kv_tokens_free,
+                network=network_of(worker.addrs),
+                decode_s=worker.layer_us / 1e6,
+                faults=faults(worker.peer_id),
+                relayed=bool(worker.addrs) and all("/p2p-circuit" in addr for addr in worker.addrs),
             )
         )
     return views
+
+
+def network_of(addrs: Iterable[str]) -> str:
+    """The /16 (IPv6: /48) of the first public address: an outage often takes all of it. "" where there is none."""
+    for addr in addrs:
+        parts = addr.split("/")
+        if len(parts) < 3 or parts[1] not in ("ip4", "ip6") or "p2p-circuit" in parts:
+            continue
+        with suppress(ValueError):
+            address = ipaddress.ip_address(parts[2])
+            if address.is_global:
+                size = 16 if address.version == 4 else 48
+                return str(ipaddress.ip_network((address, size), strict=False))
+    return ""
 
 
 def _active(worker: WorkerRecord) -> list[HeldRange]:

@@ -15,8 +15,8 @@ from azu.models.manifest import Blob, LayerCache, Manifest, Weights
 from azu.records import WorkerRecord
 from azu.tickets import open_assignment
 from azu.wire.messages import Refused
-from coordinator.placement import Placer, missing_layers, shape_of, views_for
-from coordinator.planner import ModelShape, place
+from coordinator.placement import Placer, missing_layers, network_of, shape_of, views_for
+from coordinator.planning import ModelShape, place
 
 
 def blob(number: int) -> Blob:
@@ -75,13 +75,13 @@ OURS = MANIFEST.digest
 @pytest.mark.parametrize(
     ("ranges", "held", "ready", "cached"),
     [
-        ([], None, False, None),
-        ([(OURS, 0, 4, "loaded")], (0, 4), True, None),
-        ([(OURS, 0, 4, "loading")], (0, 4), False, None),
-        ([(OURS, 0, 4, "cached")], None, False, (0, 4)),
-        ([(OURS, 0, 4, "cached"), (OURS, 2, 3, "loaded")], (2, 3), True, (0, 4)),
-        ([(OTHER, 0, 4, "cached")], None, False, None),
-        ([(OTHER, 0, 4, "cached"), (OURS, 5, 9, "loaded")], (5, 9), True, None),
+        ([], None, False, ()),
+        ([(OURS, 0, 4, "loaded")], (0, 4), True, ()),
+        ([(OURS, 0, 4, "loading")], (0, 4), False, ()),
+        ([(OURS, 0, 4, "cached")], None, False, ((0, 4),)),
+        ([(OURS, 0, 4, "cached"), (OURS, 2, 3, "loaded")], (2, 3), True, ((0, 4),)),
+        ([(OTHER, 0, 4, "cached")], None, False, ()),
+        ([(OTHER, 0, 4, "cached"), (OURS, 5, 9, "loaded")], (5, 9), True, ()),
     ],
 )
 def test_what_a_worker_holds_of_a_model(
@@ -90,6 +90,31 @@ def test_what_a_worker_holds_of_a_model(
     (view,) = views_for(MANIFEST, [worker(1, *ranges)])
     assert (view.held, view.ready, view.cached) == (held, ready, cached)
     assert (view.vram, view.jobs, view.kv_tokens_free) == (100, 3, 7)
+
+
+def test_what_a_worker_measured_and_where_it_is() -> None:
+    relayed = "/ip4/198.18.0.1/tcp/4001/p2p/12D3KooWRelay/p2p-circuit"
+    record = worker(1, layer_us=1_500, addrs=("/ip4/192.168.1.2/tcp/4001", relayed, "/ip4/8.8.4.4/tcp/4001"))
+    (view,) = views_for(MANIFEST, [record], lambda peer_id: 3 if peer_id == record.peer_id else 0)
+    assert (view.decode_s, view.network, view.faults, view.relayed) == (0.0015, "8.8.0.0/16", 3, False)
+    (view,) = views_for(MANIFEST, [worker(1, addrs=(relayed,))])
+    assert (view.decode_s, view.network, view.relayed) == (0.0, "", True)
+
+
+@pytest.mark.parametrize(
+    ("addr", "network"),
+    [
+        ("/ip6/2606:4700:1:2::3/tcp/1", "2606:4700:1::/48"),
+        ("/ip4/127.0.0.1/tcp/1", ""),
+        ("/dns4/example.org/tcp/1", ""),
+        ("/ip4/999.1.1.1/tcp/1", ""),
+        ("garbage", ""),
+        ("/ip4", ""),
+        ("", ""),
+    ],
+)
+def test_a_network_is_that_of_a_public_address(addr: str, network: str) -> None:
+    assert network_of([addr]) == network
 
 
 @pytest.mark.parametrize("state", ["loaded", "loading"])

@@ -1,0 +1,19 @@
+"""Deciding who holds which layers, which workers run a job, and whose turn it is. Pure: no IO, no clock, no chance."""
+
+from coordinator.planning.coverage import holes, uncovered
+from coordinator.planning.placement import place
+from coordinator.planning.routing import route
+from coordinator.planning.snapshot import Link, Links, ModelShape, Placement, WorkerView, layered
+
+__all__ = [
+    "Link",
+    "Links",
+    "ModelShape",
+    "Placement",
+    "WorkerView",
+    "holes",
+    "layered",
+    "place",
+    "route",
+    "uncovered",
+]

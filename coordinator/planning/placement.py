@@ -1,0 +1,266 @@
+"""Who should hold which layers. Pure: a snapshot goes in, assignments come out; for one snapshot always the same.
+
+**The chain.** Layers 0..L are covered by a chain (see `chain`). What is loaded stays where it is, unless the holes
+cannot be filled by idle workers but a plan from scratch would cover the model; holes are filled one by one, the largest
+first.
+
+**Replicas.** Workers left over go where they help most: first to stages that hang on one worker, or on workers of one
+network that may fail together; then to the stage with the fewest tokens per second, which is all that the model gives.
+What a worker has cached is preferred to a stage that is up to a quarter slower. One that is too small for a stage
+holds halves of it together with others (see `stages`), and stays idle where there are none.
+
+**Moves.** A worker that has layers is moved only where the gain clearly exceeds the cost: it runs no job, speeds were
+measured, its stage is faster than the slowest by a quarter and by another tenth for each minute that the layers take to
+load, and is not the slower one afterwards; or the slowest hangs on one worker alone, and its own on more than two. Each
+move makes the slowest stages faster or safer, and planning again on the result changes nothing.
+
+Complexity: O(W K + W log W) for W workers and a chain of K stages, after what `chain` takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from itertools import product
+
+from coordinator.planning.chain import CACHED_IS_WORTH, cover
+from coordinator.planning.coverage import best_chain, holes
+from coordinator.planning.snapshot import ModelShape, Placement, Range, WorkerView, is_range, speeds
+from coordinator.planning.stages import SPREAD, Stage
+
+__all__ = ["place"]
+
+# A move's gain has to be so large, and so much larger for each second of loading.
+_CLEARLY = 1.25
+_PER_SECOND = 0.1 / 60
+_FETCH = 25e6  # bytes per second, from other peers
+_READ = 400e6  # bytes per second, from a disk
+# More moves than this wait for the next plan.
+_MOST_MOVES = 64
+_ROUNDS = 8
+# Changes among workers that have nothing yet are free: they end where they are hardly worth it, or too many to look at.
+_NOTICEABLY = 1.001
+_UNEVEN = 1.01
+_MOST_PAIRS = 400
+
+
+def place(shape: ModelShape, workers: Sequence[WorkerView]) -> tuple[Placement, ...]:
+    """The assignments to give now; empty when there is nothing to change or nothing that would help."""
+    workers = sorted(
+        (worker for worker in workers if worker.held is None or is_range(worker.held, shape.n_layers)),
+        key=lambda worker: worker.peer_id,
+    )
+    speed = speeds(workers)
+    plan = _chain(shape, workers, speed)
+    if plan is None:
+        return ()
+    chain, taken = plan
+    return (*taken, *_Replicas(shape, chain, _carried_out(workers, taken), speed).plan())
+
+
+def _chain(
+    shape: ModelShape, workers: Sequence[WorkerView], speed: Mapping[str, float]
+) -> tuple[list[Range], list[Placement]] | None:
+    """The ranges of the chain and what has to be loaded for it, or None where the model cannot be covered."""
+    kept = [worker.held for worker in best_chain(shape.n_layers, workers) if worker.held]
+    idle = [worker for worker in workers if worker.held is None]
+    taken: list[Placement] = []
+    for start, end in sorted(holes(shape.n_layers, kept), key=lambda range_: range_[0] - range_[1]):
+        used = {placement.peer_id for placement in taken}
+        filled = cover(shape, [worker for worker in idle if worker.peer_id not in used], speed, start, end)
+        if filled is None:
+            return _from_scratch(shape, workers, speed)
+        taken += filled
+    return sorted([*kept, *((p.start, p.end) for p in taken)]), taken
+
+
+def _from_scratch(
+    shape: ModelShape, workers: Sequence[WorkerView], speed: Mapping[str, float]
+) -> tuple[list[Range], list[Placement]] | None:
+    plan = cover(shape, workers, speed, 0, shape.n_layers)
+    if plan is None:
+        return None
+    held = {worker.peer_id: worker.held for worker in workers}
+    return [(p.start, p.end) for p in plan], [p for p in plan if held[p.peer_id] != (p.start, p.end)]
+
+
+def _carried_out(workers: Iterable[WorkerView], plan: Iterable[Placement]) -> list[WorkerView]:
+    given = {placement.peer_id: (placement.start, placement.end) for placement in plan}
+    return [replace(worker, held=given.get(worker.peer_id, worker.held)) for worker in workers]
+
+
+class _Replicas:
+    """The stages of a chain that is complete, and who is put to them."""
+
+    def __init__(
+        self, shape: ModelShape, chain: Iterable[Range], workers: Sequence[WorkerView], speed: Mapping[str, float]
+    ) -> None:
+        self._speed = speed
+        self._stages = [Stage(shape, start, end) for start, end in chain]
+        self._at: dict[str, Stage] = {}  # where each worker is, by peer id
+        self._idle: dict[str, WorkerView] = {}
+        self._strays: dict[str, WorkerView] = {}  # what these hold fits no chain
+        self._hopeless: set[Stage] = set()  # there are not enough workers to make these safer
+        self._given: dict[str, Placement] = {}
+        self._had = {worker.peer_id: worker.held for worker in workers}
+        for worker in workers:
+            stage = self._find(worker.held) if worker.held else None
+            if stage is not None:
+                self._put(worker, stage)
+            else:
+                (self._strays if worker.held else self._idle)[worker.peer_id] = worker
+
+    def plan(self) -> tuple[Placement, ...]:
+        """What changes."""
+        for _ in range(_ROUNDS):
+            moves = 0
+            placed = self._place_idle()
+            if placed:
+                self._even_out_all()
+            while moves < _MOST_MOVES and self._move():
+                moves += 1
+            if not placed and not moves:
+                break
+        return tuple(p for p in self._given.values() if self._had.get(p.peer_id) != (p.start, p.end))
+
+    def _find(self, range_: Range) -> Stage | None:
+        around = (s for s in self._stages if s.start <= range_[0] and range_[1] <= s.end)
+        return next((found for stage in around if (found := stage.find(range_))), None)
+
+    def _put(self, worker: WorkerView, stage: Stage) -> None:
+        stage.add(worker, self._speed[worker.peer_id])
+        self._at[worker.peer_id] = stage
+
+    def _give(self, worker: WorkerView, stage: Stage) -> None:
+        self._put(worker, stage)
+        self._given[worker.peer_id] = Placement(worker.peer_id, *stage.range)
+
+    def _place_idle(self) -> int:
+        """Put every idle worker where it helps; how many found a place."""
+        for worker in sorted(self._idle.values(), key=self._turn):
+            # One that is too small for all of them may have to wait for others; the rest is of use at once.
+            is_small = all(stage.need > worker.vram for stage in self._stages)
+            for stage in sorted(self._stages, key=lambda stage: self._preference(stage, worker)):
+                spot = stage.spot(worker, self._speed[worker.peer_id])
+                if spot is not None and (spot[0] > 0 or is_small):
+                    self._give(worker, spot[1])
+                    break
+        found = [peer for peer in self._idle if peer in self._at]
+        for stage in self._stages:
+            for part in list(stage.useless()):
+                self._withdraw(part)
+                self._hopeless.add(stage)
+        self._idle = {peer: worker for peer, worker in self._idle.items() if peer not in self._at}
+        return sum(peer in self._at for peer in found)
+
+    def _withdraw(self, part: Stage) -> None:
+        """Leave those idle who were put where they help nobody."""
+        for worker in [worker for worker in part.workers.values() if worker.peer_id in self._idle]:
+            part.remove(worker)
+            del self._at[worker.peer_id], self._given[worker.peer_id]
+
+    def _even_out_all(self) -> None:
+        """Let who was idle change places until that gains nothing, first in the smallest stages."""
+        for stage in self._stages:
+            for part in list(stage.whole_tree())[::-1]:
+                while (halves := part.existing_halves()) and self._even_out(halves):
+                    pass
+        while self._even_out(self._stages):
+            pass
+
+    def _even_out(self, stages: Sequence[Stage]) -> bool:
+        """Make the slowest of these stages faster: one worker comes from another stage, or two change places."""
+        weak = min(stages, key=lambda stage: (stage.rate, stage.start))
+        if max(stage.rate for stage in stages) < weak.rate * _UNEVEN:
+            return False
+        new = [None, *self._new(weak)]
+        best: tuple[float, WorkerView, WorkerView | None, Stage] | None = None
+        for stage in stages:
+            comers = [worker for worker in self._new(stage) if stage is not weak and weak.need <= worker.vram]
+            goers = [worker for worker in new if worker is None or stage.need <= worker.vram]
+            if len(comers) * len(goers) > _MOST_PAIRS:
+                goers = [None]
+            for comer, goer in product(comers, goers):
+                weaker = weak.rate + self._share(comer, weak) - (self._share(goer, weak) if goer else 0.0)
+                other = stage.rate - self._share(comer, stage) + (self._share(goer, stage) if goer else 0.0)
+                if min(weaker, other) > (best[0] if best else weak.rate * _NOTICEABLY):
+                    best = min(weaker, other), comer, goer, stage
+        if best is None:
+            return False
+        _, comer, goer, stage = best
+        self._take(comer, stage, weak)
+        if goer is not None:
+            self._take(goer, weak, stage)
+        return True
+
+    def _new(self, stage: Stage) -> list[WorkerView]:
+        """Who was put to a stage by this plan, and had nothing, not even on disk."""
+        return [
+            worker
+            for peer, worker in stage.workers.items()
+            if peer in self._given and self._had[peer] is None and not worker.has_cached(stage.range)
+        ]
+
+    def _turn(self, worker: WorkerView) -> tuple[int, float, str]:
+        """Who chooses first: those who have the fewest places, then the fastest, as the last ones even out the rest."""
+        fitting = sum(stage.need <= worker.vram for stage in self._stages)
+        return fitting, -self._speed[worker.peer_id], worker.peer_id
+
+    def _preference(self, stage: Stage, worker: WorkerView) -> tuple[int, bool, float, int]:
+        """The lower, the better is it for the worker to be there."""
+        helps = stage not in self._hopeless and stage.would_be_safer(worker)
+        worth = CACHED_IS_WORTH if worker.has_cached(stage.range) else 1.0
+        is_neighbour = helps and not stage.is_new_network(worker)
+        return stage.safety if helps else SPREAD, is_neighbour, stage.rate * worth, stage.start
+
+    def _move(self) -> bool:
+        """Move one worker, if there is one whose move pays."""
+        weak = min(self._stages, key=lambda stage: (stage.rate, stage.start))
+        single = [stage for stage in self._stages if stage.is_single]
+        return any(self._relieve(stage) for stage in single) or self._balance(weak)
+
+    def _relieve(self, weak: Stage) -> bool:
+        """Move a worker to a stage that hangs on one alone, from the fastest stage that keeps two."""
+        for stage in sorted(self._stages, key=lambda stage: (-stage.rate, stage.start)):
+            able = [w for w in stage.workers.values() if stage.can_spare(w) and self._may_move(w, weak)]
+            if able:
+                self._take(max(able, key=lambda w: (w.has_cached(weak.range), -self._speed[w.peer_id])), stage, weak)
+                return True
+        return False
+
+    def _balance(self, weak: Stage) -> bool:
+        """Move a worker to the slowest stage, if that is slower than another by more than the move costs."""
+        for worker in self._strays.values():
+            if self._may_move(worker, weak) and self._gains(weak, weak.rate + self._share(worker, weak), worker):
+                self._take(worker, None, weak)
+                return True
+        for stage in sorted(self._stages, key=lambda stage: (-stage.rate, stage.start))[:2]:
+            moves = []
+            for worker in stage.workers.values():
+                left, gained = stage.rate - self._share(worker, stage), weak.rate + self._share(worker, weak)
+                # The other stage must not become the slower one: else they would change places for ever.
+                pays = left >= gained and self._gains(weak, stage.rate, worker)
+                if pays and stage.can_spare(worker) and self._may_move(worker, weak):
+                    moves.append((gained, worker))
+            if moves:
+                self._take(max(moves, key=lambda move: move[0])[1], stage, weak)
+                return True
+        return False
+
+    def _share(self, worker: WorkerView, stage: Stage) -> float:
+        return stage.share(self._speed[worker.peer_id])
+
+    def _may_move(self, worker: WorkerView, stage: Stage) -> bool:
+        is_free = not worker.jobs and (worker.ready or worker.peer_id in self._given)
+        return is_free and worker.decode_s > 0 and stage.need <= worker.vram
+
+    def _gains(self, weak: Stage, rate: float, worker: WorkerView) -> bool:
+        seconds = weak.need / (_READ if worker.has_cached(weak.range) else _FETCH)
+        return rate > weak.rate * (_CLEARLY + seconds * _PER_SECOND)
+
+    def _take(self, worker: WorkerView, stage: Stage | None, weak: Stage) -> None:
+        if stage is None:
+            del self._strays[worker.peer_id]
+        else:
+            stage.remove(worker)
+        self._give(worker, weak)

@@ -1,0 +1,267 @@
+"""Placement by measured speeds: the fastest chain against brute force, replicas where they help, and moves that pay."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import permutations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from coordinator.planning import ModelShape, Placement, WorkerView, holes, layered, place
+from coordinator.planning.snapshot import speeds
+from coordinator.planning.stages import Stage
+from tests.coordinator.planning.swarms import (
+    LAYER,
+    Range,
+    after,
+    assert_covers_once,
+    assert_fits,
+    cuts,
+    primary,
+    ranges,
+    uniform,
+)
+
+GIB = 2**30
+
+
+def measured(peer_id: str, vram: int, seconds: float, **changes: object) -> WorkerView:
+    return WorkerView(peer_id, vram, decode_s=seconds, **changes)  # type: ignore[arg-type]
+
+
+def loaded(peer_id: str, start: int, end: int, seconds: float = 0.01, **changes: object) -> WorkerView:
+    return measured(peer_id, 10_000, seconds, held=(start, end), ready=True, **changes)
+
+
+def flow(n_layers: int, workers: Sequence[WorkerView]) -> float:
+    """The largest flow of tokens from layer 0 to the end, each worker an edge over the layers that it holds."""
+    speed = speeds(workers)
+    room: dict[tuple[int, int], float] = {}
+    for worker in workers:
+        if worker.held:
+            start, end = worker.held
+            room[start, end] = room.get((start, end), 0.0) + speed[worker.peer_id] / (end - start)
+            room.setdefault((end, start), 0.0)
+    total = 0.0
+    while True:
+        before: dict[int, int] = {0: 0}
+        queue = deque([0])
+        while queue and n_layers not in before:
+            here = queue.popleft()
+            for (one, other), left in room.items():
+                if one == here and left > 1e-12 and other not in before:
+                    before[other] = here
+                    queue.append(other)
+        if n_layers not in before:
+            return total
+        path, at = [], n_layers
+        while at:
+            path.append((before[at], at))
+            at = before[at]
+        more = min(room[edge] for edge in path)
+        for one, other in path:
+            room[one, other] -= more
+            room[other, one] += more
+        total += more
+
+
+def fastest_by_brute_force(shape: ModelShape, workers: Sequence[WorkerView]) -> tuple[int, float] | None:
+    """(fewest stages, then the most tokens per second of the slowest), or None if the model cannot be covered."""
+    speed = speeds(workers)
+    for stages in range(1, min(len(workers), shape.n_layers) + 1):
+        rates = [
+            min(speed[w.peer_id] / (end - start) for w, (start, end) in zip(chosen, chain, strict=True))
+            for chain in cuts(shape.n_layers, stages)
+            for chosen in permutations(workers, stages)
+            if all(shape.stage_bytes(*part) <= worker.vram for part, worker in zip(chain, chosen, strict=True))
+        ]
+        if rates:
+            return stages, max(rates)
+    return None
+
+
+@settings(max_examples=300)
+@given(
+    n_layers=st.integers(1, 7),
+    embedding=st.integers(0, 35),
+    head=st.integers(0, 35),
+    machines=st.lists(st.tuples(st.integers(0, 85), st.sampled_from([0.0, 1.0, 1.3, 2.0, 3.0, 7.0])), max_size=5),
+)
+def test_the_chain_has_the_fewest_stages_and_the_fastest_slowest_one(
+    n_layers: int, embedding: int, head: int, machines: list[tuple[int, float]]
+) -> None:
+    shape = uniform(n_layers, embedding, head)
+    workers = [measured(f"w{index}", vram, seconds) for index, (vram, seconds) in enumerate(machines)]
+    plan = place(shape, workers)
+    best = fastest_by_brute_force(shape, workers)
+    if best is None:
+        assert plan == ()
+        return
+    chain = primary(shape, plan)
+    assert_fits(shape, workers, plan)
+    assert_covers_once(n_layers, chain)
+    speed = speeds(workers)
+    assert len(chain) == best[0]
+    assert min(speed[p.peer_id] / (p.end - p.start) for p in chain) == pytest.approx(best[1], rel=1e-5)
+
+
+@st.composite
+def snapshots(draw: st.DrawFn) -> tuple[ModelShape, list[WorkerView]]:
+    """Swarms in any state: idle workers, held and cached ranges that may fit nothing, networks, jobs."""
+    n_layers = draw(st.integers(1, 16))
+    shape = uniform(n_layers, draw(st.integers(0, 20)), draw(st.integers(0, 20)))
+    pairs = st.tuples(st.integers(0, n_layers - 1), st.integers(1, n_layers)).filter(lambda pair: pair[0] < pair[1])
+    workers = []
+    for index in range(draw(st.integers(0, 12))):
+        held = draw(st.none() | st.none() | pairs)
+        workers.append(
+            WorkerView(
+                f"w{index:02}",
+                max(draw(st.integers(0, 200)), shape.stage_bytes(*held) if held else 0),
+                held=held,
+                ready=draw(st.booleans()),
+                cached=tuple(draw(st.lists(pairs, max_size=2))),
+                jobs=draw(st.sampled_from([0, 0, 2])),
+                network=draw(st.sampled_from(["", "a", "b"])),
+                decode_s=draw(st.sampled_from([0.0, 0.01, 0.013, 0.02, 0.08])),
+            )
+        )
+    return shape, workers
+
+
+@settings(max_examples=200)
+@given(snapshots())
+def test_any_plan_covers_the_model_fits_and_is_the_last(snapshot: tuple[ModelShape, list[WorkerView]]) -> None:
+    """Planning on the result changes nothing, and the order of the workers does not matter."""
+    shape, workers = snapshot
+    plan = place(shape, workers)
+    assert_fits(shape, workers, plan)
+    assert place(shape, workers[::-1]) == plan
+    given_out = {p.peer_id for p in plan}
+    done = [then if w.peer_id in given_out else w for w, then in zip(workers, after(workers, plan), strict=True)]
+    if plan:
+        assert not holes(shape.n_layers, [worker.held for worker in done if worker.held])
+        assert flow(shape.n_layers, done) > 0
+    assert place(shape, done) == ()
+    for placement in plan:
+        worker = next(worker for worker in workers if worker.peer_id == placement.peer_id)
+        assert worker.held != (placement.start, placement.end)
+        assert not (worker.held and worker.jobs and flow(shape.n_layers, workers) > 0), "it ran jobs, and had to move"
+
+
+@given(snapshots())
+def test_no_plan_makes_a_covered_model_slower(snapshot: tuple[ModelShape, list[WorkerView]]) -> None:
+    shape, workers = snapshot
+    workers = [replace(worker, held=worker.held or (0, shape.n_layers), vram=10_000) for worker in workers]
+    assert flow(shape.n_layers, after(workers, place(shape, workers))) >= flow(shape.n_layers, workers) * (1 - 1e-9)
+
+
+@given(st.data())
+def test_what_a_stage_gives_is_the_largest_flow_through_it(data: st.DataObject) -> None:
+    n_layers = data.draw(st.integers(1, 9))
+    stage = Stage(uniform(n_layers), 0, n_layers)
+    workers: list[WorkerView] = []
+    for index in range(data.draw(st.integers(0, 8))):
+        worker = WorkerView(f"w{index}", data.draw(st.integers(LAYER, n_layers * LAYER)))  # of speed 1
+        found = stage.spot(worker, 1.0)
+        assert found is not None
+        found[1].add(worker, 1.0)
+        workers.append(replace(worker, held=found[1].range))
+    assert stage.rate == pytest.approx(flow(n_layers, workers))
+
+
+# --- replicas
+
+
+@given(st.integers(1, 20), st.integers(2, 8), st.data())
+def test_no_layer_hangs_on_one_worker_or_one_network_where_there_are_enough(
+    n_layers: int, most: int, data: st.DataObject
+) -> None:
+    """Eight times the workers that one chain needs, in two networks; each holds `most` layers."""
+    count = 8 * -(-n_layers // most)
+    networks = data.draw(st.permutations(["a", "b"] * (count // 2)))
+    seconds = st.floats(0.01, 0.1)
+    workers = [
+        measured(f"w{index:03}", most * LAYER, data.draw(seconds), network=network)
+        for index, network in enumerate(networks)
+    ]
+    plan = place(uniform(n_layers), workers)
+    network = {worker.peer_id: worker.network for worker in workers}
+    for layer in range(n_layers):
+        assert {network[p.peer_id] for p in plan if p.start <= layer < p.end} == {"a", "b"}
+
+
+def test_a_replica_goes_where_no_neighbour_of_it_is() -> None:
+    running = [loaded("a", 0, 10, network="east"), loaded("b", 10, 20, network="west")]
+    assert place(uniform(20), [*running, measured("w", 100, 0.01, network="east")]) == (Placement("w", 10, 20),)
+    assert place(uniform(20), [*running, measured("w", 100, 0.01, network="west")]) == (Placement("w", 0, 10),)
+
+
+def test_the_slowest_stage_gets_the_replica() -> None:
+    running = [loaded("a", 0, 10, 0.01), loaded("b", 0, 10, 0.01), loaded("c", 10, 20, 0.01), loaded("d", 10, 20, 0.05)]
+    assert place(uniform(20), [*running, measured("w", 100, 0.01)]) == (Placement("w", 10, 20),)
+
+
+def test_what_is_cached_is_preferred_until_it_is_clearly_slower() -> None:
+    running = [loaded(name, *part, 0.01) for name, part in (("a", (0, 10)), ("b", (0, 10)), ("c", (10, 20)))]
+    spare = measured("w", 100, 0.01, cached=((0, 10),))
+    for seconds, start in ((0.011, 0), (0.05, 10)):
+        workers = [*running, loaded("d", 10, 20, seconds), spare]
+        assert place(uniform(20), workers) == (Placement("w", start, start + 10),)
+
+
+def test_small_workers_hold_halves_of_a_stage_together() -> None:
+    running = [loaded("a", 0, 10)]
+    assert place(uniform(10), [*running, measured("w1", 60, 0.01)]) == ()  # alone it would help nobody
+    plan = place(uniform(10), [*running, measured("w1", 60, 0.01), measured("w2", 60, 0.02)])
+    assert ranges(plan) == [(0, 5), (5, 10)]
+
+
+def test_a_machine_that_boasts_does_not_keep_its_stage_without_replicas() -> None:
+    workers = [loaded("liar", 0, 10, 1e-6), *(loaded(f"w{index}", 0, 10) for index in range(3)), loaded("z", 10, 20)]
+    assert max(speeds(workers).values()) <= 16 * min(speeds(workers).values())
+
+
+# --- moves
+
+
+def crowd(count: int, start: int, end: int, seconds: float = 0.01, **changes: object) -> list[WorkerView]:
+    return [loaded(f"crowd{index}", start, end, seconds, **changes) for index in range(count)]
+
+
+def test_a_worker_moves_from_a_crowd_to_a_stage_that_hangs_on_one() -> None:
+    workers = [*crowd(3, 0, 10), loaded("alone", 10, 20)]
+    (move,) = place(uniform(20), workers)
+    assert (move.start, move.end) == (10, 20)
+    assert place(uniform(20), [*crowd(2, 0, 10), loaded("alone", 10, 20)]) == (), "it would only change places"
+
+
+def test_a_crowd_evens_out_and_then_rests() -> None:
+    workers = [*crowd(10, 0, 10), loaded("a", 10, 20), loaded("b", 10, 20)]
+    plan = place(uniform(20), workers)
+    assert ranges(plan) == [(10, 20)] * 4
+    assert place(uniform(20), after(workers, plan)) == ()
+    five = [loaded(f"other{index}", 10, 20) for index in range(5)]
+    assert place(uniform(20), [*crowd(6, 0, 10), *five]) == (), "a fifth faster is not worth a move"
+
+
+@pytest.mark.parametrize("changes", [{"jobs": 1}, {"ready": False}, {"decode_s": 0.0}])
+def test_nobody_moves_who_is_busy_loading_or_not_measured(changes: dict[str, object]) -> None:
+    workers = [replace(worker, **changes) for worker in crowd(6, 0, 10)]  # type: ignore[arg-type]
+    assert place(uniform(20), [*workers, loaded("a", 10, 20)]) == ()
+
+
+def test_the_longer_the_layers_take_to_load_the_more_a_move_must_gain() -> None:
+    """At 25 MB/s a stage of 60 GiB takes 43 minutes: five times as fast a stage is not enough, and a disk is quick."""
+    shape = layered([6 * GIB] * 20)
+    workers = [
+        replace(worker, vram=80 * GIB) for worker in [*crowd(6, 0, 10), loaded("a", 10, 20), loaded("b", 10, 20)]
+    ]
+    assert place(shape, workers) == ()
+    cached: tuple[Range, ...] = ((10, 20),)
+    plan = place(shape, [replace(worker, cached=cached if worker.peer_id == "crowd3" else ()) for worker in workers])
+    assert plan == (Placement("crowd3", 10, 20),)
