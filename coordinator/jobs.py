@@ -16,11 +16,12 @@ from azu.identity import Identity
 from azu.overlay import Overlay
 from azu.records import WorkerRecord
 from azu.tickets import JobTicket
+from azu.wire.tensors import ACTIVATIONS, ITEMSIZE, WeightFormat
 from coordinator.generation import GenerationRequest
 from coordinator.job import RunningJob
 from coordinator.meter import Meter
 from coordinator.placement import layers_text, missing_layers, views_for
-from coordinator.planning import Placement, route
+from coordinator.planning import Links, Placement, Route, find_route
 from coordinator.swarm import SwarmView
 
 __all__ = ["JobRunner"]
@@ -69,7 +70,8 @@ class JobRunner:
     @asynccontextmanager
     async def _started(self, request: GenerationRequest, deadline: float) -> AsyncIterator[RunningJob]:
         """The job in a chain of workers that has room for it."""
-        chain, dtype = await self._admit(request, deadline)
+        route, dtype = await self._admit(request, deadline)
+        chain = route.stages
         ticket = self._ticket(request, chain, dtype)
         job = RunningJob(
             self._identity,
@@ -89,7 +91,7 @@ class JobRunner:
                     async with self._freed:
                         self._freed.notify_all()
 
-    async def _admit(self, request: GenerationRequest, deadline: float) -> tuple[tuple[Placement, ...], str]:
+    async def _admit(self, request: GenerationRequest, deadline: float) -> tuple[Route, WeightFormat]:
         """A chain of workers with room for the job, waiting for one to get room if need be."""
         while (found := self._route(request)) is None:
             manifest = request.model.manifest
@@ -111,10 +113,8 @@ class JobRunner:
                 self._waiting -= 1
         return found
 
-    def _route(
-        self, request: GenerationRequest, *, when_empty: bool = False
-    ) -> tuple[tuple[Placement, ...], str] | None:
-        """A chain for the job and its dtype, or None; of the chains that have room, one with the fewest faults.
+    def _route(self, request: GenerationRequest, *, when_empty: bool = False) -> tuple[Route, WeightFormat] | None:
+        """The fastest chain for the job and its dtype, or None; of the chains that have room, with the fewest faults.
 
         Args:
             when_empty: as if no job were running.
@@ -124,11 +124,17 @@ class JobRunner:
         workers = [self._adjusted(worker, when_empty=when_empty) for worker in self._swarm.workers()]
         faults = {worker.peer_id: self._swarm.faults(worker.peer_id) for worker in workers}
         for most in sorted(set(faults.values())):
+            routes: list[tuple[float, WeightFormat, Route]] = []
             # Activations travel in the stages' own dtype, so a chain is of one dtype throughout.
             for dtype in sorted({worker.dtype for worker in workers}):
                 alike = [worker for worker in workers if worker.dtype == dtype and faults[worker.peer_id] <= most]
-                if (chain := route(manifest.n_layers, views_for(manifest, alike), tokens)) is not None:
-                    return chain, dtype
+                views = views_for(manifest, alike, self._swarm.faults)
+                links = Links(hop_bytes=manifest.hidden_size * ITEMSIZE[ACTIVATIONS[dtype]])
+                if (route := find_route(manifest.n_layers, views, tokens, links=links)) is not None:
+                    routes.append((route.seconds, dtype, route))
+            if routes:
+                _, best, route = min(routes, key=lambda each: each[:2])
+                return route, best
         return None
 
     def _adjusted(self, worker: WorkerRecord, *, when_empty: bool) -> WorkerRecord:

@@ -2,7 +2,7 @@
 
 from coordinator.planning.coverage import holes, uncovered
 from coordinator.planning.placement import place
-from coordinator.planning.routing import route
+from coordinator.planning.routing import Route, find_route, stand_in
 from coordinator.planning.snapshot import Link, Links, ModelShape, Placement, WorkerView, layered
 
 __all__ = [
@@ -10,10 +10,12 @@ __all__ = [
     "Links",
     "ModelShape",
     "Placement",
+    "Route",
     "WorkerView",
+    "find_route",
     "holes",
     "layered",
     "place",
-    "route",
+    "stand_in",
     "uncovered",
 ]

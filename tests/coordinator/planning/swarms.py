@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import combinations
 
-from coordinator.planning import ModelShape, Placement, WorkerView, holes
+from coordinator.planning import ModelShape, Placement, WorkerView, find_route, holes
 
 Range = tuple[int, int]
 
@@ -30,6 +30,11 @@ def sized(layers: Sequence[int], embedding: int = 0, head: int = 0) -> ModelShap
 
 def idle(*vrams: int) -> list[WorkerView]:
     return [WorkerView(f"w{index}", vram) for index, vram in enumerate(vrams)]
+
+
+def route(n_layers: int, workers: Sequence[WorkerView], tokens: int) -> tuple[Placement, ...] | None:
+    found = find_route(n_layers, workers, tokens)
+    return found.stages if found else None
 
 
 def holding(peer_id: str, start: int, end: int, *, vram: int = 10_000, **changes: object) -> WorkerView:

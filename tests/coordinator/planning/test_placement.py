@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator.planning import ModelShape, Placement, WorkerView, holes, place, route
+from coordinator.planning import ModelShape, Placement, WorkerView, holes, place
 from tests.coordinator.planning.swarms import (
     Range,
     after,
@@ -20,6 +20,7 @@ from tests.coordinator.planning.swarms import (
     idle,
     primary,
     ranges,
+    route,
     sized,
     uniform,
 )

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from itertools import permutations
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import pairwise, permutations
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from azu.models.memory import MAX_JOBS
-from coordinator.planning import Placement, WorkerView, route
-from tests.coordinator.planning.swarms import Range, assert_covers_once, holding
+from coordinator.planning import Link, Links, Placement, WorkerView, find_route, stand_in
+from tests.coordinator.planning.swarms import Range, assert_covers_once, cuts, holding, route
 
 
 @settings(max_examples=200)
@@ -71,3 +74,149 @@ def test_jobs_are_spread_over_replicas() -> None:
     held = [("a", (0, 5), 3), ("b", (0, 5), 1), ("c", (5, 9), 0), ("d", (5, 9), 2)]
     workers = [holding(name, *range_, ready=True, kv_tokens_free=10, jobs=jobs) for name, range_, jobs in held]
     assert route(9, workers, 1) == (Placement("b", 0, 5), Placement("c", 5, 9))
+
+
+# --- the time that a token takes
+
+
+@st.composite
+def swarms(draw: st.DrawFn, n_layers: int = 5, most: int = 6) -> list[WorkerView]:
+    """Workers that hold ranges, with measured speeds, jobs, and a few behind relays."""
+    ends = st.tuples(st.integers(0, n_layers - 1), st.integers(1, n_layers)).filter(lambda pair: pair[0] < pair[1])
+    return [
+        WorkerView(
+            f"w{index}",
+            0,
+            held=draw(ends),
+            ready=True,
+            kv_tokens_free=10,
+            jobs=draw(st.integers(0, 3)),
+            decode_s=draw(st.sampled_from([0.0, 0.001, 0.01, 0.05, 0.2])),
+            decode_job_s=draw(st.sampled_from([0.0, 0.004])),
+            relayed=draw(st.booleans()),
+        )
+        for index in range(draw(st.integers(1, most)))
+    ]
+
+
+def measured(data: st.DataObject, workers: Sequence[WorkerView]) -> Links:
+    """Lines of which some were measured, faster or slower than the default."""
+    pairs = [(one.peer_id, other.peer_id) for one in workers for other in workers if one is not other]
+    chosen = data.draw(st.lists(st.sampled_from(pairs), max_size=6, unique=True)) if pairs else []
+    links = {pair: Link(data.draw(st.sampled_from([0.001, 0.02, 0.4])), 1e9) for pair in chosen}
+    return Links(links, hop_bytes=1_000)
+
+
+def seconds_of(chain: Sequence[tuple[WorkerView, Range]], workers: Sequence[WorkerView], links: Links) -> float:
+    """A token's way round the ring, added up by hand."""
+    typical = statistics.median([w.decode_s for w in workers if w.decode_s] or [0.0])
+    total = 0.0
+    for worker, (start, end) in chain:
+        alone = worker.decode_s or typical
+        total += (end - start) * (alone + worker.jobs * (worker.decode_job_s or 0.15 * alone))
+    if len(chain) > 1:
+        ring = [*chain, chain[0]]
+        total += sum(links.hop_s(one[0], other[0]) for one, other in pairwise(ring))
+    return total
+
+
+def all_chains(
+    n_layers: int, workers: Sequence[WorkerView], *, parts: bool
+) -> Iterator[list[tuple[WorkerView, Range]]]:
+    for stages in range(1, min(n_layers, len(workers)) + 1):
+        for chain in cuts(n_layers, stages):
+            for chosen in permutations(workers, stages):
+                if all(may_run(worker, part, parts) for worker, part in zip(chosen, chain, strict=True)):
+                    yield list(zip(chosen, chain, strict=True))
+
+
+def may_run(worker: WorkerView, part: Range, parts: bool) -> bool:
+    start, end = worker.held or (0, 0)
+    return (start <= part[0] and part[1] <= end) if parts else (start, end) == part
+
+
+@pytest.mark.parametrize("parts", [False, True])
+@settings(max_examples=250)
+@given(st.data())
+def test_the_route_is_the_fastest_of_all_chains(parts: bool, data: st.DataObject) -> None:
+    """Objective: seconds per token, whatever lines were measured; with parts, any borders, and no worker twice."""
+    workers = data.draw(swarms())
+    links = measured(data, workers)
+    chains = [seconds_of(chain, workers, links) for chain in all_chains(5, workers, parts=parts)]
+    found = find_route(5, workers, 10, links=links, parts=parts)
+    if not chains:
+        assert found is None
+        return
+    assert found is not None
+    by_id = {worker.peer_id: worker for worker in workers}
+    chain = [(by_id[p.peer_id], (p.start, p.end)) for p in found.stages]
+    assert_covers_once(5, found.stages)
+    assert len({p.peer_id for p in found.stages}) == len(found.stages)
+    assert all(may_run(worker, part, parts) for worker, part in chain)
+    assert found.seconds == pytest.approx(seconds_of(chain, workers, links), abs=1e-6)
+    assert found.seconds == pytest.approx(min(chains), abs=1e-6)
+    assert find_route(5, workers[::-1], 10, links=links, parts=parts) == found
+
+
+@given(st.data(), st.booleans())
+def test_a_runner_up_can_take_over_its_stage(data: st.DataObject, parts: bool) -> None:
+    workers = data.draw(swarms())
+    found = find_route(5, workers, 10, parts=parts)
+    if found is None:
+        return
+    chosen = {p.peer_id for p in found.stages}
+    for stage, runner_up in zip(found.stages, found.runners_up, strict=True):
+        able = {w.peer_id for w in workers if may_run(w, (stage.start, stage.end), parts)} - chosen
+        assert runner_up in able if able else runner_up is None
+        other = stand_in(workers, stage.start, stage.end, 10, without=chosen, parts=parts)
+        assert (other.peer_id if other else None) == runner_up
+
+
+def test_a_stand_in_has_few_faults_room_and_speed() -> None:
+    common = {"held": (0, 5), "ready": True, "kv_tokens_free": 10}
+    workers = [
+        WorkerView("fast but faulty", 0, **common, decode_s=0.001, faults=2),  # type: ignore[arg-type]
+        WorkerView("full", 0, **common | {"kv_tokens_free": 9}, decode_s=0.001),  # type: ignore[arg-type]
+        WorkerView("slow", 0, **common, decode_s=0.2),  # type: ignore[arg-type]
+        WorkerView("good", 0, **common, decode_s=0.1),  # type: ignore[arg-type]
+    ]
+    found = stand_in(workers, 0, 5, 10)
+    assert found is not None
+    assert found.peer_id == "good"
+    assert stand_in(workers, 0, 4, 10) is None
+    assert stand_in(workers, 0, 4, 10, parts=True) == found
+    assert stand_in(workers, 0, 5, 10, without=[worker.peer_id for worker in workers]) is None
+
+
+def test_a_loaded_worker_is_avoided_when_it_is_slower_for_it() -> None:
+    fast = WorkerView("fast", 0, held=(0, 5), ready=True, kv_tokens_free=10, decode_s=0.01, decode_job_s=0.005)
+    slow = WorkerView("slow", 0, held=(0, 5), ready=True, kv_tokens_free=10, decode_s=0.03)
+    assert route(5, [fast, slow], 10) == (Placement("fast", 0, 5),)
+    assert route(5, [replace(fast, jobs=5), slow], 10) == (Placement("slow", 0, 5),)
+
+
+def test_a_worker_may_be_joined_in_the_middle_of_its_range() -> None:
+    workers = [
+        WorkerView("a", 0, held=(0, 12), ready=True, kv_tokens_free=10, decode_s=0.05),
+        WorkerView("b", 0, held=(4, 16), ready=True, kv_tokens_free=10, decode_s=0.01),
+        WorkerView("c", 0, held=(14, 20), ready=True, kv_tokens_free=10, decode_s=0.01),
+    ]
+    found = find_route(20, workers, 10, parts=True)
+    assert found is not None
+    assert found.stages == (Placement("a", 0, 4), Placement("b", 4, 14), Placement("c", 14, 20))
+    assert find_route(20, workers, 10) is None
+
+
+def test_no_worker_has_two_stages_where_that_would_be_fastest() -> None:
+    """The layers in the middle run ten times faster elsewhere, but a job has one stage for each peer."""
+    links = Links(hop_bytes=0, direct=Link(0.002, 1e9))
+    slow = WorkerView("slow", 0, held=(0, 12), ready=True, kv_tokens_free=10, decode_s=0.1)
+    fast = WorkerView("fast", 0, held=(4, 8), ready=True, kv_tokens_free=10, decode_s=0.01)
+    ends = [WorkerView(name, 0, held=(8, 12), ready=True, kv_tokens_free=10, decode_s=0.11) for name in ("x", "y")]
+    found = find_route(12, [slow, fast], 10, links=links, parts=True)
+    assert found is not None
+    assert found.stages == (Placement("slow", 0, 12),)
+    found = find_route(12, [slow, fast, *ends], 10, links=links, parts=True)
+    assert found is not None
+    assert found.stages == (Placement("slow", 0, 4), Placement("fast", 4, 8), Placement("x", 8, 12))
+    assert found.runners_up == (None, None, "y")
