@@ -82,9 +82,19 @@ class ModelError(AzuError):
 
 
 class CapacityError(AzuError):
-    """Not enough memory, workers or coverage right now."""
+    """Not enough memory, workers or coverage right now.
+
+    Args:
+        retry_after_s: when to try again, in seconds; None where nothing is known.
+    """
 
     default_code = "no_capacity"
+
+    def __init__(
+        self, message: str, *, code: str | None = None, remedy: str = "", retry_after_s: float | None = None
+    ) -> None:
+        super().__init__(message, code=code, remedy=remedy)
+        self.retry_after_s = retry_after_s
 
 
 class InternalError(AzuError):

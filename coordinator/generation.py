@@ -53,13 +53,17 @@ class ModelHealth:
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """One job for the swarm. `len(prompt) + max_tokens` never exceeds the model's context length."""
+    """One job for the swarm. `len(prompt) + max_tokens` never exceeds the model's context length.
+
+    Jobs wait for room in turns of their accounts; "" is one account too.
+    """
 
     model: ServedModel
     prompt: tuple[int, ...]
     max_tokens: int
     sampling: Sampling
     stop_tokens: tuple[int, ...]
+    account: str = ""
 
 
 @dataclass(frozen=True, slots=True)

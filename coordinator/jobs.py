@@ -6,8 +6,8 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import trio
 
@@ -17,6 +17,7 @@ from azu.overlay import Overlay
 from azu.records import WorkerRecord
 from azu.tickets import JobTicket
 from azu.wire.tensors import ACTIVATIONS, ITEMSIZE, WeightFormat
+from coordinator.admission import Admission, Grant
 from coordinator.generation import GenerationRequest
 from coordinator.job import RunningJob
 from coordinator.meter import Meter
@@ -28,9 +29,8 @@ __all__ = ["JobRunner"]
 
 logger = logging.getLogger(__name__)
 
-# How long, and how many, requests may wait for KV cache to become free.
+# How long a request may wait for KV cache to become free.
 _WAIT_S = 30.0
-_MAX_WAITING = 256
 # Chains that are tried for a job which has not yet given a token.
 _TRIES = 3
 # A ticket lives this long, and for this much longer per token: a bound on what an orphaned job can hold on to.
@@ -50,8 +50,7 @@ class JobRunner:
         self._price = price
         self._reserved: Counter[str] = Counter()  # positions of KV cache that our running jobs hold, by peer id
         self._running: Counter[str] = Counter()
-        self._waiting = 0
-        self._freed = trio.Condition()
+        self._admission = Admission(self._find_room, self._refusal, self._free_room)
 
     @asynccontextmanager
     async def generate(self, request: GenerationRequest) -> AsyncIterator[RunningJob]:
@@ -70,48 +69,51 @@ class JobRunner:
     @asynccontextmanager
     async def _started(self, request: GenerationRequest, deadline: float) -> AsyncIterator[RunningJob]:
         """The job in a chain of workers that has room for it."""
-        route, dtype = await self._admit(request, deadline)
-        chain = route.stages
-        ticket = self._ticket(request, chain, dtype)
-        job = RunningJob(
-            self._identity,
-            self._overlay,
-            ticket,
-            request.prompt,
-            self._meter,
-            pace=self._pace(chain),
-            on_lost=self._swarm.blame,
-        )
-        with self._reserve(ticket):
-            try:
-                async with job.running():
-                    yield job
-            finally:
-                with trio.CancelScope(shield=True):
-                    async with self._freed:
-                        self._freed.notify_all()
+        grant = await self._admission.admit(request, deadline)
+        try:
+            ticket = self._ticket(request, grant)
+            job = RunningJob(
+                self._identity,
+                self._overlay,
+                ticket,
+                request.prompt,
+                self._meter,
+                pace=self._pace(grant.chain),
+                on_lost=self._swarm.blame,
+            )
+            async with job.running():
+                yield job
+        finally:
+            self._admission.release(grant)
 
-    async def _admit(self, request: GenerationRequest, deadline: float) -> tuple[Route, WeightFormat]:
-        """A chain of workers with room for the job, waiting for one to get room if need be."""
-        while (found := self._route(request)) is None:
-            manifest = request.model.manifest
-            if missing := missing_layers(manifest, self._swarm.workers()):
-                raise not_covered(manifest.model_id, missing)
-            if self._route(request, when_empty=True) is None:
-                raise too_large(len(request.prompt) + request.max_tokens)
-            if self._waiting >= _MAX_WAITING or trio.current_time() >= deadline:
-                raise CapacityError(
-                    "all workers' KV caches are full",
-                    remedy="Try again in a moment, send a smaller max_tokens, or let more workers join",
-                )
-            self._waiting += 1
-            try:
-                with trio.move_on_after(1.0):
-                    async with self._freed:
-                        await self._freed.wait()
-            finally:
-                self._waiting -= 1
-        return found
+    def _find_room(self, request: GenerationRequest) -> Grant | None:
+        """Room for the job in a chain of workers, taken for it."""
+        found = self._route(request)
+        if found is None:
+            return None
+        route, dtype = found
+        grant = Grant(route.stages, dtype, len(request.prompt) + request.max_tokens)
+        self._count(grant, 1)
+        return grant
+
+    def _free_room(self, grant: Grant) -> None:
+        self._count(grant, -1)
+
+    def _count(self, grant: Grant, jobs: int) -> None:
+        for stage in grant.chain:
+            self._reserved[stage.peer_id] += jobs * grant.tokens
+            self._running[stage.peer_id] += jobs
+            if not self._running[stage.peer_id]:
+                del self._running[stage.peer_id], self._reserved[stage.peer_id]
+
+    def _refusal(self, request: GenerationRequest) -> CapacityError | None:
+        """Why the job would wait in vain, if it would."""
+        manifest = request.model.manifest
+        if missing := missing_layers(manifest, self._swarm.workers()):
+            return not_covered(manifest.model_id, missing)
+        if self._route(request, when_empty=True) is None:
+            return too_large(len(request.prompt) + request.max_tokens)
+        return None
 
     def _route(self, request: GenerationRequest, *, when_empty: bool = False) -> tuple[Route, WeightFormat] | None:
         """The fastest chain for the job and its dtype, or None; of the chains that have room, with the fewest faults.
@@ -149,31 +151,17 @@ class JobRunner:
         layer_us = {worker.peer_id: worker.layer_us for worker in self._swarm.workers()}
         return sum((p.end - p.start) * layer_us.get(p.peer_id, 0) for p in chain) / 1e6
 
-    @contextmanager
-    def _reserve(self, ticket: JobTicket) -> Iterator[None]:
-        peers = [stage.peer_id for stage in ticket.stages]
-        for peer_id in peers:
-            self._reserved[peer_id] += ticket.total_tokens
-            self._running[peer_id] += 1
-        try:
-            yield
-        finally:
-            for peer_id in peers:
-                self._reserved[peer_id] -= ticket.total_tokens
-                self._running[peer_id] -= 1
-
-    def _ticket(self, request: GenerationRequest, chain: tuple[Placement, ...], dtype: str) -> JobTicket:
+    def _ticket(self, request: GenerationRequest, grant: Grant) -> JobTicket:
         now = int(time.time())
-        tokens = len(request.prompt) + request.max_tokens
-        life = min(_TICKET_LIFE_S + _TICKET_LIFE_PER_TOKEN_S * tokens, _TICKET_MAX_LIFE_S)
+        life = min(_TICKET_LIFE_S + _TICKET_LIFE_PER_TOKEN_S * grant.tokens, _TICKET_MAX_LIFE_S)
         return JobTicket.model_validate(
             {
                 "job_id": os.urandom(16),
                 "epoch": 0,
                 "manifest": request.model.manifest.digest,
                 "n_layers": request.model.manifest.n_layers,
-                "stages": [{"peer_id": p.peer_id, "start": p.start, "end": p.end} for p in chain],
-                "dtype": dtype,
+                "stages": [{"peer_id": p.peer_id, "start": p.start, "end": p.end} for p in grant.chain],
+                "dtype": grant.dtype,
                 "prompt_tokens": len(request.prompt),
                 "max_tokens": request.max_tokens,
                 "stop_tokens": request.stop_tokens,

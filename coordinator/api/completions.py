@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ipaddress
 import secrets
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from typing import TypeVar
 
@@ -21,7 +23,7 @@ from coordinator.api.stream import BUFFERED_EVENTS, EventBody, EventEncoder, pro
 from coordinator.chat import ChatFormat
 from coordinator.generation import GenerationRequest, GenerationService, ServedModel
 
-__all__ = ["Completions", "find_model"]
+__all__ = ["Completions", "account_of", "find_model"]
 
 T = TypeVar("T")
 
@@ -51,18 +53,18 @@ class Completions:
             ApiError: there is no answer.
         """
         with self._bodies.lease() as lease:
-            job, asked = await self._plan(await self._bodies.read(request, lease))
+            job, asked = await self._plan(await self._bodies.read(request, lease), account_of(request.remote_addr))
         if asked.stream:
             include_usage = asked.stream_options is not None and asked.stream_options.include_usage
             return await self._stream(job, nursery, include_usage=include_usage)
         return await self._whole(job)
 
-    async def _plan(self, body: bytes) -> tuple[ChatJob, ChatRequest]:
+    async def _plan(self, body: bytes, account: str) -> tuple[ChatJob, ChatRequest]:
         asked = await self._in_thread(lambda: parse_chat_request(body, max_choices=self._settings.max_choices))
         model = find_model(self._service, asked.model)
         chat = await self._format(model)
         prompt = await self._in_thread(lambda: chat.encode(asked.template_messages()))
-        return plan_job(asked, model, chat, prompt, self._settings), asked
+        return plan_job(asked, model, chat, prompt, self._settings, account), asked
 
     async def _whole(self, job: ChatJob) -> dict[str, object]:
         texts = [""] * len(job.requests)
@@ -96,6 +98,17 @@ class Completions:
         return await trio.to_thread.run_sync(work, abandon_on_cancel=True, limiter=self._limiter)
 
 
+def account_of(address: str | None) -> str:
+    """Whose turn a request is: its client's address, of IPv6 the /64, which is one home's.
+
+    API keys are not checked yet: who made up a new one for each request would always be first.
+    """
+    with suppress(ValueError):
+        client = ipaddress.ip_address((address or "").split("%")[0])
+        return str(client if client.version == 4 else ipaddress.ip_network((client, 64), strict=False))
+    return ""
+
+
 def find_model(service: GenerationService, model_id: str) -> ServedModel:
     """The served model of that name.
 
@@ -116,7 +129,12 @@ def find_model(service: GenerationService, model_id: str) -> ServedModel:
 
 
 def plan_job(
-    asked: ChatRequest, model: ServedModel, chat: ChatFormat, prompt: tuple[int, ...], settings: ApiSettings
+    asked: ChatRequest,
+    model: ServedModel,
+    chat: ChatFormat,
+    prompt: tuple[int, ...],
+    settings: ApiSettings,
+    account: str,
 ) -> ChatJob:
     """What to ask of the swarm.
 
@@ -133,6 +151,7 @@ def plan_job(
         max_tokens=wanted or min(settings.default_max_tokens, context - len(prompt)),
         sampling=asked.sampling(seed),
         stop_tokens=chat.stop_tokens,
+        account=account,
     )
     # Choices differ by their seed alone.
     requests = tuple(replace(request, sampling=asked.sampling(seed + index)) for index in range(asked.n))

@@ -7,6 +7,7 @@ and not to the client.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from http import HTTPStatus
 from typing import Any
@@ -110,8 +111,8 @@ def _from_azu_error(error: AzuError, settings: ApiSettings) -> ApiError:
         status = 400
     elif isinstance(error, CapacityError):
         status = 503
-        uncovered = error.code == "model_not_covered"
-        headers["Retry-After"] = str(settings.uncovered_retry_s if uncovered else settings.busy_retry_s)
+        usual_s = settings.uncovered_retry_s if error.code == "model_not_covered" else settings.busy_retry_s
+        headers["Retry-After"] = str(max(1, math.ceil(usual_s if error.retry_after_s is None else error.retry_after_s)))
     elif isinstance(error, ModelError):
         status = 400 if error.code == "no_chat_template" else 500
     else:  # a peer was out of reach, broke a protocol or is not to be trusted: to the client a bad gateway

@@ -20,7 +20,7 @@ class ApiSettings:
         body_timeout_s: how long a client may take to send its request.
         drain_s: how long the rest of a refused body is read, so that the client gets to see the refusal.
         uncovered_retry_s: Retry-After where no worker has a layer; a worker needs about that long to load some.
-        busy_retry_s: Retry-After where all workers are busy.
+        busy_retry_s: Retry-After where all workers are busy, and it is not known for how long.
         cpu_threads: how many prompts are parsed and tokenised at once, off the event loop.
     """
 

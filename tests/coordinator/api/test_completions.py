@@ -10,6 +10,7 @@ from openai.types.chat import ChatCompletionChunk, ChatCompletionUserMessagePara
 from tokenizers import Tokenizer
 
 from coordinator.api import ApiSettings
+from coordinator.api.completions import account_of
 from tests.coordinator.api.conftest import in_thread
 from tests.coordinator.api.twin import CONTEXT, LAYERS, MODEL_ID, PEERS, Twin
 
@@ -49,6 +50,25 @@ async def test_plain_answer(client: openai.OpenAI, twin: Twin) -> None:
         "state": "credited",
     }
     assert (twin.entered, twin.left, twin.finished) == (1, 1, 1)
+
+
+async def test_requests_wait_in_turns_of_their_clients(client: openai.OpenAI, twin: Twin) -> None:
+    await in_thread(lambda: client.chat.completions.create(model=MODEL_ID, messages=QUESTION, n=2))
+    assert [request.account for request in twin.requests] == ["127.0.0.1"] * 2
+
+
+@pytest.mark.parametrize(
+    ("address", "account"),
+    [
+        ("203.0.113.7", "203.0.113.7"),
+        ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
+        ("fe80::1%eth0", "fe80::/64"),
+        (None, ""),
+        ("<local>", ""),
+    ],
+)
+def test_an_account_is_a_clients_address(address: str | None, account: str) -> None:
+    assert account_of(address) == account
 
 
 async def test_stream_begins_with_the_role_and_ends_with_the_reason(client: openai.OpenAI, twin: Twin) -> None:

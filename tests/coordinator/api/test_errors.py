@@ -176,6 +176,8 @@ async def test_unknown_routes(url: str, method: str, path: str, status: int, cod
     [
         (CapacityError("no live worker has layers 10-19", code="model_not_covered"), 503, "model_not_covered", "15"),
         (CapacityError("all workers are busy"), 503, "no_capacity", "2"),
+        (CapacityError("all workers are busy", retry_after_s=41.2), 503, "no_capacity", "42"),
+        (CapacityError("all workers are busy", retry_after_s=0.01), 503, "no_capacity", "1"),
         (NetworkError("the stage of layers 0-9 cannot be reached"), 502, "unreachable", None),
     ],
 )
