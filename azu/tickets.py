@@ -6,7 +6,7 @@ wrong with it comes back as a `Refusal`, since a refused ticket is an expected a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Self
 
@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 
 from azu.identity import Identity, Kind, open_envelope, seal
 from azu.wire.document import Digest, Document, PeerId, Tuple
-from azu.wire.messages import MAX_TOKENS, Count, JobId, TokenId
+from azu.wire.messages import MAX_TOKENS, Count, Epoch, JobId, TokenId
 from azu.wire.tensors import WeightFormat
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "Refusal",
     "Sampling",
     "StageEntry",
+    "check_amendment",
     "check_assignment",
     "check_receipt",
     "check_ticket",
@@ -88,7 +89,7 @@ class JobTicket(Document):
     """A coordinator's order to a chain of stages to run one job, at an agreed price."""
 
     job_id: JobId
-    epoch: Annotated[int, Field(ge=0, le=2**31)]
+    epoch: Epoch
     manifest: Digest
     n_layers: Annotated[int, Field(ge=1, le=MAX_STAGES)]
     stages: Annotated[Tuple[StageEntry], Field(min_length=1, max_length=MAX_STAGES)]
@@ -124,6 +125,16 @@ class JobTicket(Document):
         """The most positions that a stage's KV cache will hold for this job."""
         return self.prompt_tokens + self.max_tokens
 
+    def amended(self, peers: Mapping[int, str], now: int) -> JobTicket:
+        """The ticket of the next epoch, issued now, with other peers in the stages of these indices."""
+        stages = tuple(
+            stage.model_copy(update={"peer_id": peers.get(index, stage.peer_id)})
+            for index, stage in enumerate(self.stages)
+        )
+        life = self.expires_at - self.issued_at
+        times = {"issued_at": now, "expires_at": now + life}
+        return self.model_copy(update={"epoch": self.epoch + 1, "stages": stages, **times})
+
     def stage_of(self, peer_id: str) -> int | None:
         """The index of a peer's stage, or None. A peer has at most one stage of a job (see check_ticket)."""
         return next((index for index, stage in enumerate(self.stages) if stage.peer_id == peer_id), None)
@@ -147,7 +158,7 @@ class Receipt(Document):
     """A stage's statement of what it did for a job."""
 
     job_id: JobId
-    epoch: Annotated[int, Field(ge=0, le=2**31)]
+    epoch: Epoch
     stage: Annotated[int, Field(ge=0, le=MAX_STAGES)]
     peer_id: PeerId
     start: Layer
@@ -230,6 +241,25 @@ def check_ticket(
     if ticket.dtype != loaded[3]:
         return Refusal("wrong_dtype", f"this worker runs {loaded[3]}, the ticket wants {ticket.dtype}")
     return None
+
+
+def check_amendment(ticket: JobTicket, old: JobTicket, *, signer: str, me: str, now: float) -> Refusal | None:
+    """Whether the worker `me`, which runs a stage of the job by the ticket `old`, goes on by `ticket`; None means yes.
+
+    Peers of other stages, the epoch and the times may be others than before.
+    """
+    if signer != old.coordinator:
+        return Refusal("wrong_signer", "the amendment was not signed by the job's coordinator")
+    if ticket.epoch <= old.epoch:
+        return Refusal("stale_epoch", f"epoch {ticket.epoch} came, {old.epoch} is in force")
+    index = old.stage_of(me)
+    if index is None or [number for number, stage in enumerate(ticket.stages) if stage.peer_id == me] != [index]:
+        return Refusal("not_my_stage", f"the amendment does not leave {me} its stage")
+    fields = JobTicket.model_fields.keys() - {"epoch", "stages", "issued_at", "expires_at"}
+    ranges = [[(stage.start, stage.end) for stage in each.stages] for each in (ticket, old)]
+    if ranges[0] != ranges[1] or any(getattr(ticket, name) != getattr(old, name) for name in fields):
+        return Refusal("another_job", "the amendment changes more than the peers of other stages")
+    return _check_times(ticket.issued_at, ticket.expires_at, now)
 
 
 def check_assignment(

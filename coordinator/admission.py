@@ -23,9 +23,9 @@ _TICK_S = 1.0
 _MAX_WAITING = 256
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, slots=True)
 class Grant:
-    """Room for a job, held until it is released: `tokens` positions at each worker of the chain."""
+    """Room for a job, held until it is released: `tokens` positions at each worker of the chain as it is now."""
 
     chain: tuple[Placement, ...]
     dtype: str

@@ -1,43 +1,45 @@
-"""One running job as the coordinator sees it: a stream to each stage, token ids coming back, receipts at the end."""
+"""One running job as the coordinator sees it: a stream to each stage, token ids coming back, receipts at the end.
+
+A stage that is lost is replaced, and the client sees a pause:
+
+    stage lost ─► another peer found ─► ticket of the next epoch to all ─► all paused ─► told where to go on
+                        ▲                                                     │
+                        └────────────── another one lost meanwhile ◄──────────┘
+
+`coordinator/mending.py` says where each stage goes on. Before the first token, a job whose stages did not all take it
+up is left to `JobRunner`, which has other chains to try.
+"""
 
 from __future__ import annotations
 
 import logging
-import struct
-from collections.abc import AsyncIterator, Callable
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
+from typing import Literal
 
 import trio
 
-from azu.channel import Channel, RefusedError
-from azu.dialing import open_worker_stream
+from azu.channel import RefusedError
 from azu.errors import AzuError, NetworkError, ProtocolError, TrustError
 from azu.identity import Identity
 from azu.logs import log
+from azu.models.memory import MAX_CHUNK_ROWS
 from azu.overlay import Overlay
-from azu.tickets import JobTicket, Receipt, check_receipt, open_receipt, sign_ticket
-from azu.wire.messages import (
-    JOB,
-    JOB_PROTOCOL,
-    PING_S,
-    SILENCE_S,
-    End,
-    Failed,
-    Message,
-    Open,
-    Ping,
-    Prompt,
-    Ready,
-    ReceiptReply,
-    Refused,
-    Token,
-)
+from azu.tickets import JobTicket, sign_ticket
+from azu.wire.messages import Failed, Message, Paused, Ping, Ready, Token
+from coordinator.attendance import Attendance
 from coordinator.generation import JobReport, SampledToken
+from coordinator.mending import settle
 from coordinator.meter import Meter
 
-__all__ = ["RunningJob"]
+__all__ = ["RunningJob", "Substitutes"]
 
 logger = logging.getLogger(__name__)
+
+# Peers for the stages of these indices, for which those given last are not wanted; None while there are none.
+Substitutes = Callable[[JobTicket, Collection[int], Collection[str]], Mapping[int, str] | None]
 
 # Stages have this long to answer the end of a job with their receipt.
 _RECEIPT_S = 5.0
@@ -48,6 +50,15 @@ _STALL_SLACK = 10.0
 # How much a fault weighs against the peer that seems to be at fault, and against one that may be: its accuser, who may
 # lie, and everybody in a job that stalls.
 _AT_FAULT, _SUSPECT = 2, 1
+# So long a job waits for a worker that can take a lost stage over: one may come back, or have to load the layers first.
+_REPLACE_S = 120.0
+_LOOK_S = 0.5
+# Stages have this long to pause, beyond what a pass takes.
+_PAUSE_S = 20.0
+# A peer that was lost is not taken again for this long.
+_SHUN_S = 10.0
+# Amendments without a token between them.
+_MAX_AMENDMENTS = 8
 
 
 class RunningJob:
@@ -56,6 +67,7 @@ class RunningJob:
     Args:
         pace: seconds that a position takes through all stages, as their workers measured.
         on_lost: told a peer id, the weight of its fault and the error, as soon as a stage is lost.
+        substitutes: asked for peers that take stages over; it may count on their being used.
     """
 
     def __init__(
@@ -68,6 +80,7 @@ class RunningJob:
         *,
         pace: float,
         on_lost: Callable[[str, int, AzuError], None],
+        substitutes: Substitutes,
     ) -> None:
         self.ticket = ticket
         self._identity = identity
@@ -76,16 +89,23 @@ class RunningJob:
         self._meter = meter
         self._pace = pace
         self._on_lost = on_lost
-        self._receipts: dict[int, tuple[bytes, Receipt]] = {}
-        self._ended = trio.Event()
-        # Shielded: when a client hangs up, the stages shall hear the end and answer it with their receipts.
-        self._attendances = tuple(trio.CancelScope(shield=True) for _ in ticket.stages)
-        self._attending = len(ticket.stages)
-        self._all_done = trio.Event()
-        self._emitted = 0
-        self._moved_at = trio.current_time()
-        self._begun = trio.Event()
+        self._substitutes = substitutes
+        self._stages: list[Attendance] = []
+        self._attending = 0
+        self._is_ended = False
+        self._tokens: list[int] = []
         self._is_complete = False
+        self._begun = trio.Event()
+        self._moved_at = trio.current_time()
+        self._due = ticket.prompt_tokens  # positions that the next token takes
+        self.amendments = 0  # in all
+        self._in_vain = 0  # of them since the last token
+        self._known = 0  # tokens that had come at the last amendment
+        self._lost: dict[int, AzuError] = {}  # stages that have to be replaced
+        self._shunned: dict[str, float] = {}  # until when
+        self._accusers: Counter[str] = Counter()  # since the last token
+        self._is_mending = False
+        self._stirred = trio.Event()  # set when what the mender waits for may have come, and then replaced
         self.loss: AzuError | None = None
         self._report: JobReport | None = None
         # Bounded by the ticket: at most max_tokens tokens and one error are ever put in.
@@ -100,9 +120,10 @@ class RunningJob:
     async def running(self) -> AsyncIterator[None]:
         """Have the job run in all stages for as long as the context lasts."""
         async with trio.open_nursery() as nursery:
-            for index in range(len(self.ticket.stages)):
-                nursery.start_soon(self._attend, index)
+            envelope = sign_ticket(self._identity, self.ticket)
+            self._stages = [self._attend(nursery, index, envelope) for index in range(len(self.ticket.stages))]
             nursery.start_soon(self._watch)
+            nursery.start_soon(self._mend, nursery)
             try:
                 yield
             finally:
@@ -111,13 +132,13 @@ class RunningJob:
                         await self.finish()
                 finally:
                     nursery.cancel_scope.cancel()
-                    for scope in self._attendances:
-                        scope.cancel()
+                    for stage in self._stages:
+                        stage.leave()
 
     async def begins(self) -> bool:
         """Wait for the first token; False where a stage is lost before it comes, see `loss`."""
         await self._begun.wait()
-        return self._emitted > 0
+        return bool(self._tokens)
 
     async def tokens(self) -> AsyncIterator[SampledToken]:
         """Token ids as they are sampled; see `Generation.tokens`."""
@@ -131,121 +152,17 @@ class RunningJob:
     async def finish(self) -> JobReport:
         """End the job in every stage, collect the receipts, and write down who did what. May be called again."""
         if self._report is None:
-            emitted = self._emitted
-            self._ended.set()
+            emitted = len(self._tokens)
+            self._is_ended = True
+            self._stir()
+            for stage in self._stages:
+                stage.end()
             with trio.move_on_after(_RECEIPT_S):
-                await self._all_done.wait()
-            self._report = await self._meter.settle(self.ticket, emitted, self._receipts)
+                while self._attending:
+                    await self._stirred.wait()
+            receipts = {stage.index: stage.receipt for stage in self._stages if stage.receipt is not None}
+            self._report = await self._meter.settle(self.ticket, emitted, receipts)
         return self._report
-
-    async def _attend(self, index: int) -> None:
-        """One stage, from its ticket to its receipt."""
-        try:
-            with self._attendances[index]:
-                stream = await open_worker_stream(self._overlay, self.ticket.stages[index].peer_id, JOB_PROTOCOL)
-                async with stream:
-                    await self._converse(index, Channel(stream, JOB))
-        except AzuError as error:
-            self._lose(index, error)
-        finally:
-            self._attending -= 1
-            if not self._attending:
-                self._all_done.set()
-
-    async def _converse(self, index: int, channel: Channel) -> None:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._speak, index, channel)
-            try:
-                await self._listen(index, channel)
-            except AzuError as error:  # kept out of the nursery, which would wrap it in a group
-                self._lose(index, error)
-            nursery.cancel_scope.cancel()
-
-    async def _watch(self) -> None:
-        """Give the job up where its tokens stop coming."""
-        while True:
-            await trio.sleep(1)
-            positions = 1 if self._emitted else self.ticket.prompt_tokens
-            patience = _STALL_S + _STALL_SLACK * self._pace * positions
-            if self._is_complete or self.loss is not None or self._ended.is_set():
-                return
-            if trio.current_time() > self._moved_at + patience:
-                error = NetworkError(
-                    f"no token came for {patience:.0f} s", code="job_stalled", remedy="Send the request again"
-                )
-                for stage in self.ticket.stages:
-                    self._on_lost(stage.peer_id, _SUSPECT, error)
-                self._give_up(error)
-                return
-
-    async def _speak(self, index: int, channel: Channel) -> None:
-        try:
-            await channel.send(Open(), sign_ticket(self._identity, self.ticket))
-            if index == 0 or (index == len(self.ticket.stages) - 1 and self.ticket.sampling.repetition_penalty != 1.0):
-                await channel.send(Prompt(), struct.pack(f"<{len(self._prompt)}I", *self._prompt))
-            while True:
-                with trio.move_on_after(PING_S):
-                    await self._ended.wait()
-                if self._ended.is_set():
-                    return await channel.send(End())
-                await channel.send(Ping())
-        except NetworkError as error:
-            log(logger, logging.DEBUG, "stage does not read", job=self.job_id, reason=error.message)
-
-    async def _listen(self, index: int, channel: Channel) -> None:
-        peer_id = channel.peer_id
-        while True:
-            with trio.move_on_after(SILENCE_S) as silence:
-                received = await channel.receive()
-            if silence.cancelled_caught:
-                raise NetworkError(f"silent for {SILENCE_S:g} s")
-            if received is None:
-                raise NetworkError("it closed the stream")
-            message, body = received
-            if isinstance(message, ReceiptReply) and self._ended.is_set():
-                self._take_receipt(index, bytes(body))
-                return
-            self._take(index, peer_id, message)
-
-    def _take(self, index: int, peer_id: str, message: Message) -> None:
-        if isinstance(message, Token):
-            self._take_token(index, message)
-        elif isinstance(message, Failed):
-            blamed = self._stage_of(message.peer_id, index)
-            error = NetworkError(message.message, code=message.code)
-            if blamed != index and not self._is_over:
-                self._on_lost(peer_id, _SUSPECT, error)
-            self._lose(blamed, error)
-        elif isinstance(message, Refused):
-            raise RefusedError(peer_id, message)
-        elif not isinstance(message, Ready | Ping):
-            raise ProtocolError(f"it sent {type(message).__name__}", code="unexpected_message")
-
-    def _take_token(self, index: int, token: Token) -> None:
-        if self._ended.is_set() or self.loss is not None:
-            return
-        finish = "stop" if token.token in self.ticket.stop_tokens else ""
-        if not finish and self._emitted + 1 == self.ticket.max_tokens:
-            finish = "length"
-        is_last = index == len(self.ticket.stages) - 1
-        if self._is_complete or not is_last or (token.index, token.finish) != (self._emitted, finish):
-            raise ProtocolError("a token came out of turn", code="bad_token")
-        self._emitted += 1
-        self._is_complete = bool(finish)
-        self._moved_at = trio.current_time()
-        self._begun.set()
-        self._events_in.send_nowait(SampledToken(token.token, token.finish))
-
-    def _take_receipt(self, index: int, envelope: bytes) -> None:
-        signer, receipt = open_receipt(envelope)
-        if (refusal := check_receipt(receipt, signer=signer, ticket=self.ticket, stage=index)) is not None:
-            raise ProtocolError(refusal.message, code=refusal.code)
-        self._receipts[index] = (envelope, receipt)
-
-    def _stage_of(self, peer_id: str, fallback: int) -> int:
-        """The stage that a peer blames; itself if it names a stranger."""
-        index = self.ticket.stage_of(peer_id)
-        return fallback if index is None else index
 
     @property
     def is_turned_away(self) -> bool:
@@ -256,27 +173,213 @@ class RunningJob:
     @property
     def _is_over(self) -> bool:
         """Whether nothing that goes wrong from now on matters to the client."""
-        return self._ended.is_set() or self._is_complete or self.loss is not None
+        return self._is_ended or self._is_complete or self.loss is not None
 
-    def _lose(self, index: int, error: AzuError) -> None:
-        """Note that a stage cannot go on. The first such error ends the token stream; the rest is logged."""
-        stage = self.ticket.stages[index]
+    # --- the stages
+
+    def _attend(self, nursery: trio.Nursery, index: int, envelope: bytes) -> Attendance:
+        is_penalised_last = index == len(self.ticket.stages) - 1 and self.ticket.sampling.repetition_penalty != 1.0
+        prompt = self._prompt if index == 0 or is_penalised_last else None
+        stage = Attendance(self._overlay, self.ticket, index, envelope, prompt)
+        self._attending += 1
+        nursery.start_soon(self._attended, stage)
+        return stage
+
+    async def _attended(self, stage: Attendance) -> None:
+        try:
+            await stage.run(self)
+        finally:
+            self._attending -= 1
+            self._stir()
+
+    def hear(self, stage: Attendance, message: Message) -> None:
+        """Take a stage's message; see `Audience`."""
+        if self._is_left(stage):
+            return
+        if isinstance(message, Token):
+            self._take_token(stage, message)
+        elif isinstance(message, Failed):
+            self._take_failure(stage, message)
+        elif isinstance(message, Paused):
+            self._stir()
+        elif not isinstance(message, Ready | Ping):
+            raise ProtocolError(f"it sent {type(message).__name__}", code="unexpected_message")
+
+    def _take_token(self, stage: Attendance, token: Token) -> None:
+        if self._is_ended or self.loss is not None:
+            return
+        finish = self._finish(token.token)
+        is_last = stage.index == len(self.ticket.stages) - 1
+        if self._is_complete or not is_last or (token.index, token.finish) != (len(self._tokens), finish):
+            raise ProtocolError("a token came out of turn", code="bad_token")
+        self._emit(token.token)
+
+    def _finish(self, token: int) -> Literal["", "stop", "length"]:
+        """What ends with the next token, if this is it."""
+        if token in self.ticket.stop_tokens:
+            return "stop"
+        return "length" if len(self._tokens) + 1 == self.ticket.max_tokens else ""
+
+    def _emit(self, token: int) -> None:
+        sampled = SampledToken(token, self._finish(token))
+        self._tokens.append(token)
+        self._is_complete = bool(sampled.finish)
+        self._moved_at, self._due = trio.current_time(), 1
+        self._in_vain = 0
+        self._accusers.clear()
+        self._begun.set()
+        self._events_in.send_nowait(sampled)
+
+    def _take_failure(self, stage: Attendance, failed: Failed) -> None:
+        error = NetworkError(failed.message, code=failed.code)
+        is_of_an_earlier_ring = self._is_mending and stage.held is None
+        index = self.ticket.stage_of(failed.peer_id)
+        if failed.peer_id == stage.peer_id:
+            self.lose(stage, error)
+        elif self._is_over or is_of_an_earlier_ring or index in self._lost:
+            return
+        elif index is None:  # it blames a stranger
+            self.lose(stage, error)
+        else:
+            self._on_lost(stage.peer_id, _SUSPECT, error)
+            self._accusers[stage.peer_id] += 1
+            self.lose(self._stages[index], error)
+            if self._accusers[stage.peer_id] > 1:  # whom it accused first is gone: it seems to be its own fault
+                self.lose(stage, error)
+
+    def lose(self, stage: Attendance, error: AzuError) -> None:
+        """Note that a stage cannot go on. It is replaced, or else ends the token stream."""
         if isinstance(error, ProtocolError | TrustError):
             self._overlay.count_violation(stage.peer_id)
-        if self._is_over:
+        if self._is_over or self._is_left(stage):
             log(logger, logging.DEBUG, "stage ended", job=self.job_id, peer=stage.peer_id, reason=error.message)
             return
         log(logger, logging.WARNING, "stage lost", job=self.job_id, peer=stage.peer_id, reason=error.message)
         self._on_lost(stage.peer_id, _AT_FAULT, error)
+        if not self._tokens and not (stage.is_up or self.amendments):
+            self._give_up(self._loss_of(stage, error))
+            return
+        self._lost[stage.index] = error
+        self._shunned[stage.peer_id] = trio.current_time() + _SHUN_S
+        stage.leave()
+        self._stir()
+
+    def _is_left(self, stage: Attendance) -> bool:
+        """Whether the job goes on without it."""
+        return stage.index in self._lost or self._stages[stage.index] is not stage
+
+    def _loss_of(self, stage: Attendance, error: AzuError) -> AzuError:
+        entry = self.ticket.stages[stage.index]
         lost = NetworkError(
-            f"the worker {stage.peer_id} with layers {stage.start}-{stage.end - 1} failed: {error.message}",
+            f"the worker {stage.peer_id} with layers {entry.start}-{entry.end - 1} failed: {error.message}",
             code="stage_lost",
             remedy="Send the request again; another worker takes its place where there is one",
         )
         lost.__cause__ = error
-        self._give_up(lost)
+        return lost
 
     def _give_up(self, error: AzuError) -> None:
         self.loss = error
         self._begun.set()
         self._events_in.send_nowait(error)
+
+    # --- mending
+
+    async def _watch(self) -> None:
+        """Pause and resume the job where its tokens stop coming, and give it up where that does not help."""
+        was_stirred_at = -1
+        while True:
+            await trio.sleep(1)
+            patience = _STALL_S + _STALL_SLACK * self._pace * self._due
+            if self._is_over:
+                return
+            if self._is_mending or trio.current_time() <= self._moved_at + patience:
+                continue
+            if was_stirred_at != len(self._tokens) and all(stage.is_up for stage in self._stages):
+                log(logger, logging.WARNING, "job stalls", job=self.job_id)
+                was_stirred_at = len(self._tokens)
+                self._is_mending = True
+                self._stir()
+                continue
+            error = NetworkError(
+                f"no token came for {patience:.0f} s", code="job_stalled", remedy="Send the request again"
+            )
+            for stage in self.ticket.stages:
+                self._on_lost(stage.peer_id, _SUSPECT, error)
+            self._give_up(error)
+            return
+
+    def _stir(self) -> None:
+        self._stirred.set()
+        self._stirred = trio.Event()
+
+    async def _mend(self, nursery: trio.Nursery) -> None:
+        while not self._is_over:
+            if not self._lost and not self._is_mending:
+                await self._stirred.wait()
+                continue
+            self._is_mending = True
+            await self._amend(nursery)
+            self._is_mending = False
+            self._moved_at, self._due = trio.current_time(), self.ticket.prompt_tokens + len(self._tokens)
+
+    async def _amend(self, nursery: trio.Nursery) -> None:
+        """Bring the job to a ring that runs; it is over afterwards where there is none to be had."""
+        deadline = trio.current_time() + (_REPLACE_S if self._tokens else 0.0)
+        while not self._is_over:
+            peers = self._substitutes(self.ticket, self._lost.keys(), self._unwanted())
+            is_hopeless = self._in_vain >= _MAX_AMENDMENTS or (peers is None and trio.current_time() >= deadline)
+            if self._lost and is_hopeless:
+                index, error = next(iter(self._lost.items()))
+                self._give_up(self._loss_of(self._stages[index], error))
+            elif peers is None:
+                with trio.move_on_after(_LOOK_S):
+                    await self._stirred.wait()
+            else:
+                self._lost.clear()
+                self._begin_epoch(nursery, peers)
+                await self._until_paused()
+                if not self._lost:
+                    self._resume()
+                    return
+
+    def _unwanted(self) -> set[str]:
+        now = trio.current_time()
+        return {peer_id for peer_id, until in self._shunned.items() if until > now}
+
+    def _begin_epoch(self, nursery: trio.Nursery, peers: Mapping[int, str]) -> None:
+        self.amendments += 1
+        self._in_vain += 1
+        self._known = len(self._tokens)
+        self.ticket = self.ticket.amended(peers, int(time.time()))
+        log(logger, logging.INFO, "job amended", job=self.job_id, epoch=self.ticket.epoch, peers=list(peers.values()))
+        envelope = sign_ticket(self._identity, self.ticket)
+        for index, stage in enumerate(self._stages):
+            if index in peers:
+                self._stages[index] = self._attend(nursery, index, envelope)
+            else:
+                stage.amend(self.ticket, envelope, len(self._tokens))
+
+    async def _until_paused(self) -> None:
+        """Wait until all stages are paused, or one is lost; those that take too long are."""
+        with trio.move_on_after(_PAUSE_S + _STALL_SLACK * self._pace * MAX_CHUNK_ROWS) as patience:
+            while not self._lost and not self._is_over and any(stage.held is None for stage in self._stages):
+                await self._stirred.wait()
+        if patience.cancelled_caught:
+            for stage in self._stages:
+                if stage.held is None:
+                    self.lose(stage, NetworkError("it did not pause in time", code="stage_stalled"))
+
+    def _resume(self) -> None:
+        """Tell all stages where to go on, now that they are paused."""
+        if self._is_over:
+            return
+        held = [stage.held for stage in self._stages if stage.held is not None]
+        came = self._tokens[self._known :]
+        tokens, starts = settle(self.ticket.prompt_tokens, self._known, came, held)
+        for token in tokens[len(came) :]:
+            self._emit(token)
+            if self._is_complete:
+                return
+        for stage, start in zip(self._stages, starts, strict=True):
+            stage.resume(start, self._tokens)

@@ -6,13 +6,16 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
+from dataclasses import replace
+from functools import partial
 
 import trio
 
 from azu.errors import CapacityError
 from azu.identity import Identity
+from azu.models.manifest import Manifest
 from azu.overlay import Overlay
 from azu.records import WorkerRecord
 from azu.tickets import JobTicket
@@ -22,7 +25,7 @@ from coordinator.generation import GenerationRequest
 from coordinator.job import RunningJob
 from coordinator.meter import Meter
 from coordinator.placement import layers_text, missing_layers, views_for
-from coordinator.planning import Links, Placement, Route, find_route
+from coordinator.planning import Links, Placement, Route, find_route, stand_in
 from coordinator.swarm import SwarmView
 
 __all__ = ["JobRunner"]
@@ -80,6 +83,7 @@ class JobRunner:
                 self._meter,
                 pace=self._pace(grant.chain),
                 on_lost=self._swarm.blame,
+                substitutes=partial(self._substitutes, request.model.manifest, grant),
             )
             async with job.running():
                 yield job
@@ -150,6 +154,29 @@ class JobRunner:
         """Seconds that a position takes through the chain, as its workers measured."""
         layer_us = {worker.peer_id: worker.layer_us for worker in self._swarm.workers()}
         return sum((p.end - p.start) * layer_us.get(p.peer_id, 0) for p in chain) / 1e6
+
+    def _substitutes(
+        self, manifest: Manifest, grant: Grant, ticket: JobTicket, lost: Collection[int], unwanted: Collection[str]
+    ) -> dict[int, str] | None:
+        """Peers that take the lost stages over, and count as running the job from then on, or None."""
+        alike = [worker for worker in self._swarm.workers() if worker.dtype == ticket.dtype]
+        adjusted = [self._adjusted(worker, when_empty=False) for worker in alike]
+        views = views_for(manifest, adjusted, self._swarm.faults)
+        without = {*unwanted, *(each.peer_id for index, each in enumerate(grant.chain) if index not in lost)}
+        found: dict[int, str] = {}
+        for index in lost:
+            stage = ticket.stages[index]
+            chosen = stand_in(views, stage.start, stage.end, ticket.total_tokens, without=without)
+            if chosen is None:
+                return None
+            found[index] = chosen.peer_id
+            without.add(chosen.peer_id)
+        self._count(grant, -1)
+        grant.chain = tuple(
+            replace(stage, peer_id=found.get(index, stage.peer_id)) for index, stage in enumerate(grant.chain)
+        )
+        self._count(grant, 1)
+        return found
 
     def _ticket(self, request: GenerationRequest, grant: Grant) -> JobTicket:
         now = int(time.time())

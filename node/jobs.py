@@ -21,8 +21,10 @@ from azu.tickets import JobTicket, Refusal, check_ticket, open_ticket
 from azu.wire.messages import JOB, RING, Failed, Hello, Open, ReceiptReply, Refused
 from node.engine.device import DeviceThread
 from node.engine.stage import LoadedStage
+from node.history import HistoryBudget
 from node.instruments import RingMeter
 from node.job import StageJob
+from node.leg import Surroundings
 
 __all__ = ["Jobs", "Loaded"]
 
@@ -30,8 +32,11 @@ logger = logging.getLogger(__name__)
 
 # A peer that opened a stream has this long to say why.
 _FIRST_MESSAGE_S = 10.0
-# A ring stream may come before its job's ticket does, by the difference of two peers' distance from the coordinator.
+# A ring stream may come before its job's ticket does, by the difference of two peers' distance from the coordinator;
 _TICKET_LAG_S = 10.0
+# and before the leg that it is for begins, since the step that is being computed is waited for.
+_LEG_LAG_S = 60.0
+_HISTORY_BYTES = 512 << 20
 _MAX_TICKET_BYTES = 65_536
 # Ended jobs that are remembered so that their tickets are not honoured twice; 160 bytes each.
 _MAX_ENDED = 65_536
@@ -63,18 +68,20 @@ class Jobs:
         *,
         is_trusted: Callable[[str], bool],
         meter: RingMeter | None = None,
+        history: int = _HISTORY_BYTES,
     ) -> None:
         self.loaded: Loaded | None = None
         self.admitted = 0  # jobs since the start
         self.meter = meter or RingMeter()
+        self.history = HistoryBudget(history)
         self._identity = identity
         self._overlay = overlay
         self._device = device
         self._is_trusted = is_trusted
         self._jobs: dict[bytes, StageJob] = {}
-        self._ended: OrderedDict[tuple[bytes, int], None] = OrderedDict()  # job id and epoch, the oldest first
+        self._ended: OrderedDict[bytes, int] = OrderedDict()  # the last epoch by job id, the oldest first
         self._reserved = 0
-        self._arrived = trio.Condition()
+        self._changed = trio.Event()  # set when a job or a leg begins, and then replaced
 
     @property
     def count(self) -> int:
@@ -109,24 +116,14 @@ class Jobs:
             log(logger, logging.INFO, "job refused", job=ticket.job_id.hex(), code=refusal.code)
             await channel.send(Refused(code=refusal.code, message=refusal.message, remedy=refusal.remedy))
             return
-        channel.limit_body(4 * ticket.prompt_tokens)
-        job = StageJob(
-            ticket,
-            index,
-            identity=self._identity,
-            overlay=self._overlay,
-            device=self._device,
-            stage=loaded.stage,
-            coordinator=channel,
-            meter=self.meter,
-        )
+        channel.limit_body(max(4 * ticket.prompt_tokens, 4 * ticket.max_tokens, _MAX_TICKET_BYTES))
+        around = Surroundings(self._identity, self._overlay, self._device, loaded.stage, channel, self.meter)
+        job = StageJob(ticket, index, around, history=self.history, on_leg=self._wake)
         with self._admitted(job):
-            async with self._arrived:
-                self._arrived.notify_all()
-            with trio.move_on_after(max(0.0, ticket.expires_at - time.time())) as expiry:
-                await job.run()
+            self._wake()
+            await job.run()
         # Only now, with its room free again: the coordinator may send the next job as soon as it reads this.
-        if expiry.cancelled_caught:
+        if job.expiry.cancelled_caught:
             log(logger, logging.WARNING, "job expired", job=ticket.job_id.hex())
             await channel.send(Failed(code="job_expired", message="its ticket expired", peer_id=self._identity.peer_id))
         else:
@@ -137,18 +134,25 @@ class Jobs:
         channel = Channel(stream, RING, max_body=0)
         with _deadline(_FIRST_MESSAGE_S, stream.peer_id):
             hello, _ = await channel.expect(Hello)
-        job = await self._job(hello.job_id)
+        job = await self._job(hello)
         if job is None:
             await channel.send(Refused(code="unknown_job", message="no ticket for this job came here"))
-            return
-        await job.receive_from(channel, hello)
+        elif hello.epoch < job.epoch:  # no fault of a peer that was stopped for a while
+            await channel.send(Refused(code="stale_epoch", message="other peers have taken this job over"))
+        else:
+            await job.receive_from(channel, hello)
 
-    async def _job(self, job_id: bytes) -> StageJob | None:
-        with trio.move_on_after(_TICKET_LAG_S):
-            async with self._arrived:
-                while job_id not in self._jobs:
-                    await self._arrived.wait()
-        return self._jobs.get(job_id)
+    async def _job(self, hello: Hello) -> StageJob | None:
+        """The job that a ring stream is for, once it has got to the stream's epoch."""
+        with trio.move_on_after(_LEG_LAG_S if hello.job_id in self._jobs else _TICKET_LAG_S):
+            while (job := self._jobs.get(hello.job_id)) is None or job.epoch < hello.epoch:
+                await self._changed.wait()
+            return job
+        return None
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()
 
     def _check(self, ticket: JobTicket, signer: str, sender: str) -> Refusal | None:
         loaded = self.loaded
@@ -165,7 +169,7 @@ class Jobs:
             return refusal
         if ticket.job_id in self._jobs:
             return Refusal("duplicate_job", "this job is already running here")
-        if (ticket.job_id, ticket.epoch) in self._ended:
+        if ticket.epoch <= self._ended.get(ticket.job_id, -1):
             return Refusal("duplicate_job", "this job has ended here; its ticket is worth one job")
         if loaded is not None and ticket.total_tokens > loaded.context_length:
             return Refusal(
@@ -194,7 +198,7 @@ class Jobs:
         finally:
             del self._jobs[job.ticket.job_id]
             self._reserved -= tokens
-            self._ended[job.ticket.job_id, job.ticket.epoch] = None
+            self._ended[job.ticket.job_id] = job.ticket.epoch
             if len(self._ended) > _MAX_ENDED:
                 self._ended.popitem(last=False)
 

@@ -5,6 +5,9 @@
 A stage runs positions 0, 1, 2, ... of its job without gap or repetition: first those of the prompt, in chunks, then one
 for each sampled token but the last. The last stage samples after the prompt's last chunk and after every position
 that follows.
+
+When other peers have taken stages over, a session begins in the middle: where the tokens of the first `known` samples
+are known, they count as the prompt does. Their positions come in chunks, and the first sample is after the last one.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from collections.abc import Iterator
 from azu.errors import ProtocolError
 from azu.models.memory import chunk_rows
 from azu.tickets import JobTicket
-from azu.wire.messages import Chunk, Next, Token
+from azu.wire.messages import Chunk, Next, Resume, Token
 from azu.wire.tensors import ACTIVATIONS, ITEMSIZE
 
 __all__ = ["StageSession"]
@@ -27,9 +30,13 @@ class StageSession:
     Args:
         hidden_size: width of the hidden states.
         vocab_size: token ids are below this.
+        known: tokens that were sampled before.
+        position: positions that this stage holds already.
     """
 
-    def __init__(self, ticket: JobTicket, index: int, *, hidden_size: int, vocab_size: int) -> None:
+    def __init__(
+        self, ticket: JobTicket, index: int, *, hidden_size: int, vocab_size: int, known: int = 0, position: int = 0
+    ) -> None:
         self.ticket = ticket
         self.index = index
         self.is_first = index == 0
@@ -38,9 +45,10 @@ class StageSession:
         self.vocab_size = vocab_size
         self.dtype = ACTIVATIONS[ticket.dtype]  # what hidden states travel in
         self.rows = chunk_rows(hidden_size, ticket.dtype)
-        self.position = 0  # positions accepted so far
-        self._sampled = 0  # tokens that this stage, as the last, sampled
-        self._received = 0  # sampled tokens that this stage, as the first, was told
+        self.base = ticket.prompt_tokens + known  # positions whose tokens are known from the start
+        self.position = position  # positions accepted so far
+        self._sampled = known  # tokens that were sampled, as far as this stage knows as the last
+        self._received = known  # sampled tokens that this stage, as the first, was told
 
     @property
     def max_body(self) -> int:
@@ -65,12 +73,14 @@ class StageSession:
             raise ProtocolError("a token id is outside the vocabulary", code="bad_prompt")
         return prompt
 
-    def prompt_chunks(self, prompt: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], bool]]:
-        """First stage: the prompt in chunks, each with whether the last stage has to sample after it."""
-        for start in range(0, len(prompt), self.rows):
-            ids = prompt[start : start + self.rows]
+    def id_chunks(self, known: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], bool]]:
+        """First stage: what it has not run of prompt and known tokens, in chunks, each with whether the last stage has
+        to sample after it.
+        """
+        while self.position < len(known):
+            ids = known[self.position : self.position + self.rows]
             self.position += len(ids)
-            yield ids, start + len(ids) == len(prompt)
+            yield ids, self.position == len(known)
 
     def accept_chunk(self, chunk: Chunk, body_length: int) -> int:
         """Later stages: check a chunk from the previous stage and return its rows.
@@ -82,13 +92,11 @@ class StageSession:
             raise ProtocolError("the first stage takes no hidden states", code="unexpected_message")
         rows = chunk.tensor.check(body_length, dtype=self.dtype, width=self.hidden_size, max_rows=self.rows)
         end = self.position + rows
-        prompt = self.ticket.prompt_tokens
         if chunk.position != self.position:
             raise ProtocolError(f"position {chunk.position} came, {self.position} is next", code="bad_position")
-        in_prompt = end <= prompt
-        if not in_prompt and (self.position < prompt or rows != 1 or end > self.ticket.total_tokens - 1):
+        if end > self.base and (self.position < self.base or rows != 1 or end > self.ticket.total_tokens - 1):
             raise ProtocolError("a chunk reaches past the ticket's tokens", code="bad_position")
-        if chunk.sample != (end >= prompt):
+        if chunk.sample != (end >= self.base):
             raise ProtocolError("a chunk asks to sample where the ticket does not", code="bad_position")
         self.position = end
         return rows
@@ -110,6 +118,28 @@ class StageSession:
         self._received += 1
         self.position += 1
         return message.token
+
+    def accept_resume(self, message: Resume, body: bytearray, held: int) -> tuple[int, ...]:
+        """The known tokens with which a session is to begin, in the first and the last stage; none in the others.
+
+        Args:
+            held: positions in this stage's cache.
+
+        Raises:
+            ProtocolError: this stage cannot begin so.
+        """
+        base = self.ticket.prompt_tokens + message.known
+        if message.position not in (0, held) or message.position > base or message.send_from > base:
+            raise ProtocolError("a job is to go on where this stage cannot", code="bad_resume")
+        if message.known >= self.ticket.max_tokens:
+            raise ProtocolError("a job that has all its tokens does not go on", code="bad_resume")
+        count = message.known if self.is_first or self.is_last else 0
+        if len(body) != 4 * count:
+            raise ProtocolError(f"{len(body)} bytes of tokens came, not {4 * count}", code="bad_resume")
+        tokens = struct.unpack(f"<{count}I", body)
+        if max(tokens, default=0) >= self.vocab_size:
+            raise ProtocolError("a token id is outside the vocabulary", code="bad_resume")
+        return tokens
 
     def sampled(self, token: int) -> Token:
         """Last stage: note a sampled token and return the message for the coordinator."""

@@ -33,6 +33,7 @@ __all__ = [
     "RING_PROTOCOL",
     "SILENCE_S",
     "Accepted",
+    "Amend",
     "Assign",
     "BlobRange",
     "Chunk",
@@ -50,11 +51,13 @@ __all__ = [
     "Moved",
     "Next",
     "Open",
+    "Paused",
     "Ping",
     "Prompt",
     "Ready",
     "ReceiptReply",
     "Refused",
+    "Resume",
     "Status",
     "Token",
     "Welcome",
@@ -86,6 +89,7 @@ _MAX_FILE_BYTES = 2**44
 Count = Annotated[int, Field(ge=0, le=MAX_TOKENS)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Part = Annotated[int, Field(ge=0, le=MAX_PART)]
+Epoch = Annotated[int, Field(ge=0, le=2**31)]
 JobId = Annotated[bytes, Field(min_length=16, max_length=16)]
 Text = Annotated[str, Field(max_length=2_000)]
 Code = Annotated[str, Field(pattern=r"^[a-z0-9_]{1,64}$")]
@@ -206,6 +210,45 @@ class Token(Message):
     finish: Literal["", "stop", "length"] = ""
 
 
+class Amend(Message):
+    """Other peers run some of the job's stages. Body: the ticket with a higher epoch, signed anew.
+
+    `known` is how many sampled tokens the coordinator has.
+    """
+
+    max_body: ClassVar[int] = _MAX_SIGNED_BYTES
+    t: Literal["amend"] = "amend"
+    known: Count
+
+
+class Paused(Message):
+    """A stage computes nothing until it is told to resume in this epoch.
+
+    It has `position` positions in its cache, and can send on what it made of all of them where `can_replay` is set.
+    Body: the sampled tokens that it knows beyond those that the coordinator has, as Prompt's.
+    """
+
+    max_body: ClassVar[int] = 4 * MAX_TOKENS
+    t: Literal["paused"] = "paused"
+    epoch: Epoch
+    position: Count
+    can_replay: bool
+
+
+class Resume(Message):
+    """Go on from position `position` (0: afresh), and send what comes of position `send_from` and later ones.
+
+    `known` tokens have been sampled. Body: these, for the first and the last stage, as Prompt's; else empty.
+    """
+
+    max_body: ClassVar[int] = 4 * MAX_TOKENS
+    t: Literal["resume"] = "resume"
+    epoch: Epoch
+    position: Count
+    send_from: Count
+    known: Count
+
+
 class Ping(Message):
     """A sign of life, sent by both ends of a job stream."""
 
@@ -242,7 +285,7 @@ class Hello(Message):
 
     t: Literal["hello"] = "hello"
     job_id: JobId
-    epoch: Annotated[int, Field(ge=0, le=2**31)]
+    epoch: Epoch
     stage: Annotated[int, Field(ge=0, le=1_000)]
     part: Part = 0
 
@@ -323,5 +366,5 @@ def encode_message(message: Message, body: Buffer = b"") -> tuple[Buffer, ...]:
 
 CONTROL = Codec("control", GetStatus, Status, Assign, Accepted, Refused)
 LAYERS = Codec("layers", GetManifest, ManifestReply, WhichBlobs, HaveBlobs, GetBlob, BlobRange, Refused)
-JOB = Codec("job", Open, Prompt, Ping, End, Ready, Token, Failed, ReceiptReply, Refused)
+JOB = Codec("job", Open, Prompt, Ping, Amend, Resume, End, Ready, Paused, Token, Failed, ReceiptReply, Refused)
 RING = Codec("ring", Hello, Welcome, Chunk, Next, Credit, Moved, Refused)

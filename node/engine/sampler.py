@@ -31,14 +31,16 @@ class Sampler:
     Args:
         sampling: the ticket's parameters.
         prompt: the prompt's token ids; only a repetition penalty looks at them.
+        output: tokens that were sampled before, by whichever worker.
     """
 
-    def __init__(self, sampling: Sampling, prompt: Iterable[int] = ()) -> None:
+    def __init__(self, sampling: Sampling, prompt: Iterable[int] = (), output: Iterable[int] = ()) -> None:
         self.sampling = sampling
         self._prompt = tuple(prompt)
+        self._output = tuple(output)
         self._counts: torch.Tensor | None = None  # [vocab] float32, how often each token was sampled
         self._seen: torch.Tensor | None = None  # [vocab] bool, tokens of prompt and output
-        self._index = 0
+        self._index = len(self._output)
 
     def sample(self, logits: torch.Tensor) -> int:
         """Pick the next token of this job alone.
@@ -63,7 +65,7 @@ class Sampler:
         if sampling.repetition_penalty != 1.0:
             if self._seen is None:
                 self._seen = torch.zeros_like(logits, dtype=torch.bool)
-                known = torch.tensor(self._prompt, dtype=torch.int64, device=logits.device)
+                known = torch.tensor(self._prompt + self._output, dtype=torch.int64, device=logits.device)
                 self._seen[known[known < len(logits)]] = True
             factor = sampling.repetition_penalty
             penalised = torch.where(logits > 0, logits / factor, logits * factor)
@@ -71,6 +73,8 @@ class Sampler:
         if sampling.presence_penalty != 0.0 or sampling.frequency_penalty != 0.0:
             if self._counts is None:
                 self._counts = torch.zeros_like(logits)
+                before = torch.tensor(self._output, dtype=torch.int64, device=logits.device)
+                self._counts += torch.bincount(before, minlength=len(logits))[: len(logits)]
             logits = logits - self._counts * sampling.frequency_penalty
             logits = logits - (self._counts > 0).float() * sampling.presence_penalty
         return logits

@@ -110,12 +110,20 @@ class LoadedStage:
             head: Any = stage.model.get_output_embeddings()  # type: ignore[no-untyped-call]  # upstream
             head.register_forward_pre_hook(_plain_strides)
 
-    def open_job(self, sampling: Sampling, prompt: tuple[int, ...] = (), tokens: int = 0) -> JobState:
+    def open_job(
+        self, sampling: Sampling, prompt: tuple[int, ...] = (), tokens: int = 0, output: tuple[int, ...] = ()
+    ) -> JobState:
         """The state of a new job, with KV cache for `tokens` (it grows where more come).
 
-        `prompt` is needed only for a repetition penalty in the last stage.
+        `prompt` is needed only for a repetition penalty in the last stage, `output` (tokens that were sampled before)
+        only in the last stage.
         """
-        return JobState(self._stage.new_cache(tokens), Sampler(sampling, prompt) if self.is_last else None)
+        return self.go_on(JobState(self._stage.new_cache(tokens), None), sampling, prompt, output)
+
+    def go_on(self, job: JobState, sampling: Sampling, prompt: tuple[int, ...], output: tuple[int, ...]) -> JobState:
+        """The same job, after whose prompt `output` was sampled."""
+        job.sampler = Sampler(sampling, prompt, output) if self.is_last else None
+        return job
 
     @property
     def can_pack(self) -> bool:

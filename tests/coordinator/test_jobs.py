@@ -172,7 +172,10 @@ async def dies(worker: FakeWorker, channel: Channel, ticket: JobTicket) -> None:
     await trio.sleep(0.05)
 
 
-async def test_a_stage_lost_in_the_middle_ends_the_stream_with_an_error(tmp_path: Path) -> None:
+async def test_a_stage_that_nobody_takes_over_ends_the_stream_with_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job_module, "_REPLACE_S", 0.2)
     tokens: list[int] = []
     async with swarm_of(tmp_path, (0, 4, dies)) as swarm:
 

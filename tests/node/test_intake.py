@@ -108,7 +108,7 @@ async def test_a_newer_stream_takes_the_place_of_one_that_its_sender_has_given_u
 
 
 # What a third stream may say while a second is held, none of which is in order: of the previous stage.
-WRONG = ({"epoch": 1}, {"part": 0}, {"part": 1}, {"part": MAX_PART + 1})  # a fifth would ban it
+WRONG = ({"stage": 1}, {"part": 0}, {"part": 1}, {"part": MAX_PART + 1})  # a fifth would ban it
 
 
 async def test_a_stream_that_may_not_take_over_is_cut_off_alone(model: TinyModel) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
@@ -19,9 +20,9 @@ from azu.overlay.nat import circuits, reachability
 from azu.wire.messages import RING, RING_PROTOCOL, Chunk, Credit, Hello, Moved, Next, Refused
 from azu.wire.tensors import TensorHeader
 from node import ring
-from node.engine.stage import Output, Step
+from node.engine.stage import Step
 from node.intake import Intake
-from node.job import StageJob
+from node.leg import Leg
 from node.ring import GRANT, WINDOW, RingLink
 from tests.node.real_stages import (
     LIMIT,
@@ -257,14 +258,14 @@ async def relayed_stages(model: TinyModel) -> AsyncIterator[tuple[Overlay, Coord
 
 async def test_a_job_that_begins_on_a_relay_ends_without_it(model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
     prompt, count = prompt_of(1_300), 120  # six chunks, and many steps
-    unrelayed, run = trio.Event(), StageJob._run
+    unrelayed, run = trio.Event(), Leg._run
 
-    async def wait_half_way(self: StageJob, step: Step) -> Output:
+    async def wait_half_way(self: Leg, step: Step, *then: Any) -> None:
         if step.job.position >= len(prompt) + count // 2:
             await unrelayed.wait()
-        return await run(self, step)
+        await run(self, step, *then)
 
-    monkeypatch.setattr(StageJob, "_run", wait_half_way)
+    monkeypatch.setattr(Leg, "_run", wait_half_way)
     async with relayed_stages(model) as (hub, coordinator), trio.open_nursery() as nursery:
         first, last = coordinator.stages
         answers: list[list[int]] = []

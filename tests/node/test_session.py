@@ -90,7 +90,7 @@ def test_who_needs_the_prompt() -> None:
 def test_a_prompt_comes_through_in_chunks_without_gap(prompt: list[int]) -> None:
     stage = session(ticket(prompt_tokens=len(prompt)), 0)
     accepted = stage.accept_prompt(ids(*prompt))
-    chunks = list(stage.prompt_chunks(accepted))
+    chunks = list(stage.id_chunks(accepted))
     assert [token for part, _ in chunks for token in part] == prompt
     assert [sample for _, sample in chunks] == [False] * (len(chunks) - 1) + [True]
     assert all(1 <= len(part) <= stage.rows for part, _ in chunks)
@@ -126,7 +126,7 @@ class Ring:
         position = 0
         prompt = first.accept_prompt(ids(*[1] * self.ticket.prompt_tokens))
         told: Next | None = None
-        for part, sample in first.prompt_chunks(prompt):
+        for part, sample in first.id_chunks(prompt):
             told = self._pass_round(position, len(part), sample)
             position += len(part)
         while told is not None:
@@ -250,7 +250,7 @@ def test_each_end_refuses_the_others_messages() -> None:
 def started(max_tokens: int = 3) -> StageSession:
     """A first stage that has run its prompt."""
     stage = session(ticket(max_tokens=max_tokens), 0)
-    list(stage.prompt_chunks(stage.accept_prompt(ids(1, 2, 3, 4, 5))))
+    list(stage.id_chunks(stage.accept_prompt(ids(1, 2, 3, 4, 5))))
     return stage
 
 
@@ -275,7 +275,7 @@ def test_a_token_before_the_prompt_was_run_is_refused() -> None:
     stage = session(ticket(), 0)
     with pytest.raises(ProtocolError):
         stage.accept_next(Next(index=0, token=1))
-    chunks = stage.prompt_chunks((1,) * 5)
+    chunks = stage.id_chunks((1,) * 5)
     next(chunks)
     assert stage.accept_next(Next(index=0, token=1)) == 1
 
@@ -298,7 +298,7 @@ class Pipeline(RuleBasedStateMachine):
         self.first, self.last = session(self.ticket, 0, self.width), session(self.ticket, 1, self.width)
         self.to_last: deque[Chunk] = deque()
         self.to_first: deque[Next] = deque()
-        self.prompt = self.first.prompt_chunks((1,) * prompt)
+        self.prompt = self.first.id_chunks((1,) * prompt)
         self.tokens: list[Token] = []
 
     def _forward(self, position: int, rows: int, sample: bool) -> None:

@@ -22,6 +22,7 @@ from azu.wire.messages import (
     MAX_TOKENS,
     RING,
     Accepted,
+    Amend,
     Assign,
     BlobRange,
     Chunk,
@@ -39,11 +40,13 @@ from azu.wire.messages import (
     Moved,
     Next,
     Open,
+    Paused,
     Ping,
     Prompt,
     Ready,
     ReceiptReply,
     Refused,
+    Resume,
     Status,
     Token,
     Welcome,
@@ -71,8 +74,11 @@ EXAMPLES: dict[Codec, tuple[Message, ...]] = {
         Open(),
         Prompt(),
         Ping(),
+        Amend(known=7),
+        Resume(epoch=1, position=0, send_from=9, known=7),
         End(),
         Ready(),
+        Paused(epoch=2**31, position=MAX_TOKENS, can_replay=False),
         Token(index=MAX_TOKENS, token=2**31 - 1, finish="stop"),
         Failed(code="stage_lost", message="it went away", peer_id=PEER),
         ReceiptReply(),
@@ -90,7 +96,10 @@ EXAMPLES: dict[Codec, tuple[Message, ...]] = {
 }
 ALL = [(codec, message) for codec, group in EXAMPLES.items() for message in group]
 IDS = [f"{codec.name}-{message.t}" for codec, message in ALL]  # type: ignore[attr-defined]
-WITH_BODY = (Status, Assign, ManifestReply, WhichBlobs, HaveBlobs, BlobRange, Open, Prompt, ReceiptReply, Chunk)
+WITH_BODY = (
+    Status, Assign, ManifestReply, WhichBlobs, HaveBlobs, BlobRange, Open, Prompt, Amend, Paused, Resume, ReceiptReply,
+    Chunk,
+)  # fmt: skip
 
 
 def frame_of(message: Message, body: bytes = b"") -> Frame:

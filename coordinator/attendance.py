@@ -1,0 +1,186 @@
+"""The coordinator's end of one stage's job stream, from the ticket to the receipt."""
+
+from __future__ import annotations
+
+import logging
+import struct
+from collections import deque
+from collections.abc import Sequence
+from typing import Protocol
+
+import trio
+
+from azu.channel import Channel, RefusedError
+from azu.dialing import open_worker_stream
+from azu.errors import AzuError, NetworkError, ProtocolError
+from azu.logs import log
+from azu.overlay import Overlay
+from azu.tickets import JobTicket, Receipt, check_receipt, open_receipt
+from azu.wire.messages import (
+    JOB,
+    JOB_PROTOCOL,
+    PING_S,
+    SILENCE_S,
+    Amend,
+    End,
+    Message,
+    Open,
+    Paused,
+    Ping,
+    Prompt,
+    Ready,
+    ReceiptReply,
+    Refused,
+    Resume,
+)
+from coordinator.mending import Held, Start
+
+__all__ = ["Attendance", "Audience", "packed"]
+
+logger = logging.getLogger(__name__)
+
+# Messages that may wait to be written to one stage: an amendment and a resumption each for some epochs.
+_MAX_ORDERS = 32
+
+
+class Audience(Protocol):
+    """The job that a stage is attended for."""
+
+    def hear(self, stage: Attendance, message: Message) -> None:
+        """Take a message of the stage's; raises AzuError where it may not say that."""
+
+    def lose(self, stage: Attendance, error: AzuError) -> None:
+        """The stage cannot go on."""
+
+
+class Attendance:
+    """One stage of a job at one peer.
+
+    Args:
+        envelope: the ticket, signed.
+        prompt: where this stage has to know it.
+
+    Attributes:
+        ticket: the last that it was sent.
+        is_up: whether it has taken the job up.
+        held: what it holds, since it is paused for that ticket.
+        receipt: its envelope and content, once it has come.
+    """
+
+    def __init__(
+        self, overlay: Overlay, ticket: JobTicket, index: int, envelope: bytes, prompt: Sequence[int] | None
+    ) -> None:
+        self.ticket = ticket
+        self.index = index
+        self.peer_id = ticket.stages[index].peer_id
+        self.is_up = False
+        self.held: Held | None = None
+        self.receipt: tuple[bytes, Receipt] | None = None
+        self._overlay = overlay
+        # Shielded: when a client hangs up, the stages shall hear the end and answer it with their receipts.
+        self._scope = trio.CancelScope(shield=True)
+        self._orders: deque[tuple[Message, bytes]] = deque([(Open(), envelope)])
+        if prompt is not None:
+            self._orders.append((Prompt(), packed(prompt)))
+        self._ordered = trio.Event()
+        self._is_ended = False
+
+    async def run(self, audience: Audience) -> None:
+        """Attend the stage until it has given its receipt, or is lost, or is left."""
+        try:
+            with self._scope:
+                async with await open_worker_stream(self._overlay, self.peer_id, JOB_PROTOCOL) as stream:
+                    await self._converse(Channel(stream, JOB), audience)
+        except AzuError as error:
+            audience.lose(self, error)
+
+    def amend(self, ticket: JobTicket, envelope: bytes, known: int) -> None:
+        """Pause the stage, to go on by this ticket. known: tokens that have come."""
+        self.ticket, self.held = ticket, None
+        self._order(Amend(known=known), envelope)
+
+    def resume(self, start: Start, known: Sequence[int]) -> None:
+        """Let the stage go on after these sampled tokens."""
+        body = packed(known) if self.index in (0, len(self.ticket.stages) - 1) else b""
+        epoch, count = self.ticket.epoch, len(known)
+        self._order(Resume(epoch=epoch, position=start.position, send_from=start.send_from, known=count), body)
+
+    def end(self) -> None:
+        """End the job in this stage, which answers with its receipt."""
+        self._is_ended = True
+        self._ordered.set()
+
+    def leave(self) -> None:
+        """Attend it no more."""
+        self._scope.cancel()
+
+    def _order(self, message: Message, body: bytes) -> None:
+        if len(self._orders) >= _MAX_ORDERS:
+            return  # it does not read: it will be missed
+        self._orders.append((message, body))
+        self._ordered.set()
+
+    async def _converse(self, channel: Channel, audience: Audience) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._speak, channel)
+            try:
+                await self._listen(channel, audience)
+            except AzuError as error:  # kept out of the nursery, which would wrap it in a group
+                audience.lose(self, error)
+            nursery.cancel_scope.cancel()
+
+    async def _speak(self, channel: Channel) -> None:
+        try:
+            while True:
+                while self._orders:
+                    await channel.send(*self._orders.popleft())
+                if self._is_ended:
+                    return await channel.send(End())
+                self._ordered = trio.Event()
+                with trio.move_on_after(PING_S) as pause:
+                    await self._ordered.wait()
+                if pause.cancelled_caught:
+                    await channel.send(Ping())
+        except NetworkError as error:
+            log(logger, logging.DEBUG, "stage does not read", peer=self.peer_id, reason=error.message)
+
+    async def _listen(self, channel: Channel, audience: Audience) -> None:
+        while True:
+            with trio.move_on_after(SILENCE_S) as silence:
+                received = await channel.receive()
+            if silence.cancelled_caught:
+                raise NetworkError(f"silent for {SILENCE_S:g} s")
+            if received is None:
+                raise NetworkError("it closed the stream")
+            message, body = received
+            if isinstance(message, ReceiptReply) and self._is_ended:
+                self._take_receipt(bytes(body))
+                return
+            if isinstance(message, Refused):
+                raise RefusedError(self.peer_id, message)
+            if isinstance(message, Paused):
+                self._take_paused(message, body)
+            self.is_up = self.is_up or isinstance(message, Ready | Paused)
+            audience.hear(self, message)
+
+    def _take_paused(self, message: Paused, body: bytearray) -> None:
+        if message.epoch < self.ticket.epoch:
+            return  # a newer amendment is under way to it
+        if message.epoch > self.ticket.epoch or self.held is not None or self.ticket.epoch == 0:
+            raise ProtocolError("it paused when it was not asked to", code="unexpected_message")
+        if len(body) % 4 or len(body) > 4 * self.ticket.max_tokens or message.position > self.ticket.total_tokens:
+            raise ProtocolError("it holds what it cannot hold", code="bad_paused")
+        tokens = struct.unpack(f"<{len(body) // 4}I", body)
+        self.held = Held(message.position, message.can_replay, tokens)
+
+    def _take_receipt(self, envelope: bytes) -> None:
+        signer, receipt = open_receipt(envelope)
+        refusal = check_receipt(receipt, signer=signer, ticket=self.ticket, stage=self.index)
+        if refusal is not None:
+            raise ProtocolError(refusal.message, code=refusal.code)
+        self.receipt = (envelope, receipt)
+
+
+def packed(tokens: Sequence[int]) -> bytes:
+    """Token ids as they travel."""
+    return struct.pack(f"<{len(tokens)}I", *tokens)

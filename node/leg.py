@@ -1,0 +1,326 @@
+"""One leg of a job in one stage: its ring as one ticket names it, until a peer is replaced and the next leg begins.
+
+    previous ────ring streams─► receive    chunks (in the first stage: sampled tokens), checked, into a bounded inbox
+    inbox ────────────────────► compute    one step at a time on the device thread, results passed on
+    next ◄───────ring streams── link       what was computed; credit comes back
+
+A leg is paused between two steps: what the device thread has begun is waited for and noted, so that what the stage
+holds of the job stays whole. In a leg that is not the job's first, the coordinator says where to go on, and from which
+position on the next stage needs to be sent what it lacks: out of the history, or as it is computed anew.
+"""
+
+from __future__ import annotations
+
+import logging
+import struct
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+
+import trio
+
+from azu.channel import Channel
+from azu.errors import AzuError, InternalError, NetworkError, ProtocolError
+from azu.identity import Identity
+from azu.logs import log
+from azu.overlay import Overlay
+from azu.tickets import JobTicket
+from azu.wire.messages import Chunk, Credit, Failed, Hello, Message, Moved, Next, Ready, Resume, Token
+from azu.wire.tensors import ITEMSIZE, TensorHeader
+from node.engine.device import DeviceThread
+from node.engine.stage import JobState, LoadedStage, Output, Step
+from node.instruments import RingMeter
+from node.intake import Intake, Part
+from node.progress import Progress
+from node.ring import GRANT, WINDOW, RingLink
+from node.session import StageSession
+
+__all__ = ["Leg", "Surroundings"]
+
+logger = logging.getLogger(__name__)
+
+# A checked message of the ring, its body and its rows.
+Work = tuple[Chunk | Next, bytearray, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What a job runs with. coordinator: the job stream."""
+
+    identity: Identity
+    overlay: Overlay
+    device: DeviceThread
+    stage: LoadedStage
+    coordinator: Channel
+    meter: RingMeter
+
+
+class _PausedError(Exception):
+    """The leg ends here."""
+
+
+class Leg:
+    """Stage `index` of a ticket's job, with this ticket's neighbours."""
+
+    def __init__(self, ticket: JobTicket, index: int, around: Surroundings, progress: Progress) -> None:
+        self.ticket = ticket
+        self._index = index
+        self._around = around
+        self._progress = progress
+        self._session = self._new_session()
+        self._tokens: tuple[int, ...] = ()  # that were sampled before the leg began
+        self._send_from = 0
+        self._begun = trio.Event()
+        if ticket.epoch == 0:
+            self._begun.set()
+        self._paused = trio.Event()
+        self._wait = trio.CancelScope()  # what is waited for between two steps
+        self._has_failed = False
+        self._number = 0  # of the job, for the device thread
+        self._inbox_in, self._inbox = trio.open_memory_channel[Work](WINDOW)
+        self._taken = 0
+        hello = Hello(job_id=ticket.job_id, epoch=ticket.epoch, stage=index)
+        count = len(ticket.stages)
+        next_peer = ticket.stages[(index + 1) % count].peer_id
+        self._link = RingLink(around.overlay, next_peer, hello, around.meter) if count > 1 else None
+        theirs = hello.model_copy(update={"stage": (index - 1) % count})
+        self._intake = Intake(theirs, ticket.stages[index - 1].peer_id, self._session.max_body)
+
+    def _new_session(self, known: int = 0, position: int = 0) -> StageSession:
+        stage = self._around.stage
+        return StageSession(
+            self.ticket,
+            self._index,
+            hidden_size=stage.hidden_size,
+            vocab_size=stage.vocab_size,
+            known=known,
+            position=position,
+        )
+
+    # --- from the coordinator
+
+    def resume(self, message: Resume, body: bytearray) -> None:
+        """Begin, where the coordinator says.
+
+        Raises:
+            ProtocolError: the leg has begun, or cannot begin so.
+        """
+        if self._begun.is_set():
+            raise ProtocolError("a job was to go on that had not been paused", code="unexpected_message")
+        progress = self._progress
+        self._tokens = self._session.accept_resume(message, body, progress.positions)
+        if message.position == 0:
+            progress.clear()
+        elif message.send_from < message.position and not (progress.history.is_whole or self._session.is_last):
+            raise ProtocolError("what this stage sent before is not here any more", code="bad_resume")
+        progress.tokens = list(self._tokens)
+        self._send_from = message.send_from
+        self._session = self._new_session(message.known, message.position)
+        self._begun.set()
+
+    def pause(self) -> None:
+        """End `run` after the step that is being computed."""
+        self._paused.set()
+        self._wait.cancel()
+
+    # --- from the previous stage
+
+    async def receive_from(self, channel: Channel, hello: Hello) -> None:
+        """Take what the previous stage sends on a ring stream, until the leg ends or the ring moves to another one.
+
+        Raises:
+            NetworkError: the stream broke.
+            ProtocolError: the stream is not from this job's previous stage, or breaks the protocol.
+        """
+        part = self._intake.admit(channel, hello)
+        with part.scope:
+            await part.its_turn()
+            try:
+                await self._begun.wait()  # this stage may be told to go on later than the previous one
+                await self._receive(part)
+            except AzuError as error:
+                await self._fail(error, channel.peer_id)
+                raise
+
+    async def _receive(self, part: Part) -> None:
+        channel = part.channel
+        while (received := await channel.receive()) is not None:
+            message, body = received
+            if isinstance(message, Moved):
+                await self._intake.follow(message)
+                return
+            try:
+                self._inbox_in.send_nowait(self._accept(message, body))
+            except trio.WouldBlock:
+                raise ProtocolError(f"{channel.peer_id} sent more than it has credit for", code="no_credit") from None
+        raise NetworkError(f"{channel.peer_id} closed the ring", code="stage_lost")
+
+    def _accept(self, message: Message, body: bytearray) -> Work:
+        """Check a message as it comes: what is wrong with it is its sender's fault, and nobody else's."""
+        if isinstance(message, Next):
+            token = self._session.accept_next(message)
+            if not self._session.is_last:
+                self._progress.tokens.append(token)
+            return message, body, 1
+        if isinstance(message, Chunk):
+            return message, body, self._session.accept_chunk(message, len(body))
+        raise ProtocolError(f"{type(message).__name__} on the ring", code="unexpected_message")
+
+    # --- the leg itself
+
+    async def run(self) -> None:
+        """Run until paused."""
+        try:
+            async with trio.open_nursery() as nursery:
+                if self._link is not None:
+                    nursery.start_soon(self._guard, partial(self._link.run, self._ready), self._link.peer_id)
+                await self._guard(self._compute, self._around.identity.peer_id)
+                await self._paused.wait()
+                nursery.cancel_scope.cancel()
+        finally:
+            self._intake.close()
+            self._around.device.ended(self._number)
+
+    async def _ready(self) -> None:
+        await self._around.coordinator.send(Ready())
+
+    async def _guard(self, part: Callable[[], Awaitable[None]], blamed: str) -> None:
+        try:
+            with suppress(_PausedError):
+                await part()
+        except AzuError as error:
+            if isinstance(error, NetworkError) and self._link is not None:
+                blamed = self._link.peer_id  # to which alone a computation sends what the job depends on
+            if isinstance(error, ProtocolError):
+                self._around.overlay.count_violation(blamed)
+            await self._fail(error, blamed)
+
+    async def _fail(self, error: AzuError, peer_id: str) -> None:
+        # A neighbour that got the job's end first closes its stream first: only the coordinator knows if it is a loss.
+        level = logging.DEBUG if isinstance(error, NetworkError) else logging.WARNING
+        job = self.ticket.job_id.hex()
+        log(logger, level, "job cannot go on", job=job, code=error.code, reason=str(error))
+        if self._has_failed or self._paused.is_set():
+            return
+        self._has_failed = True
+        message = "internal error" if isinstance(error, InternalError) else error.message[:2_000]
+        try:
+            await self._around.coordinator.send(Failed(code=error.code, message=message, peer_id=peer_id))
+        except NetworkError:
+            log(logger, logging.DEBUG, "coordinator not told", job=job)
+
+    @contextmanager
+    def _pausable(self) -> Iterator[None]:
+        """What is waited for in here is given up when the leg is paused."""
+        with trio.CancelScope() as self._wait:
+            if self._paused.is_set():
+                self._wait.cancel()
+            yield
+        if self._wait.cancelled_caught:
+            raise _PausedError
+
+    async def _compute(self) -> None:
+        with self._pausable():
+            if self._link is None:
+                await self._ready()
+            await self._begun.wait()
+            if self._session.needs_prompt:
+                await self._progress.prompt_came.wait()
+        state = await self._take_up()
+        await self._replay()
+        if self._session.is_first:
+            for ids, sample in self._session.id_chunks(self._progress.prompt + self._tokens):
+                self._progress.note_input(struct.pack(f"<{len(ids)}I", *ids))
+                await self._run(Step(state, ids, len(ids), sample))
+        while True:
+            since = time.perf_counter()
+            with self._pausable():
+                message, body, rows = await self._inbox.receive()
+            self._around.meter.note_input(len(body), time.perf_counter() - since)
+            await self._step(state, message, body, rows)
+
+    async def _take_up(self) -> JobState:
+        """The state to compute with: as it was left, or a new one."""
+        ticket, progress, stage = self.ticket, self._progress, self._around.stage
+        if progress.state is None:
+            opening = partial(stage.open_job, ticket.sampling, progress.prompt, ticket.total_tokens, self._tokens)
+            progress.state = await self._around.device.run(opening)
+        else:
+            stage.go_on(progress.state, ticket.sampling, progress.prompt, self._tokens)
+        self._number = id(progress.state)
+        return progress.state
+
+    async def _replay(self) -> None:
+        """Send on what the next stage lacks of what this one computed before."""
+        if self._link is None or self._session.is_last:
+            return
+        session = self._session
+        for position, body in self._progress.history.replay(self._send_from, session.rows):
+            rows = len(body) // (session.hidden_size * ITEMSIZE[session.dtype])
+            header = TensorHeader(dtype=session.dtype, shape=(rows, session.hidden_size))
+            with self._pausable():
+                chunk = Chunk(position=position, tensor=header, sample=position + rows == session.base)
+                await self._link.send_chunk(chunk, body)
+
+    async def _step(self, state: JobState, message: Chunk | Next, body: bytearray, rows: int) -> None:
+        if isinstance(message, Next):
+            await self._run(Step(state, (message.token,), 1, sample=True))
+            return
+        self._progress.note_input(body)
+        await self._run(Step(state, body, rows, message.sample), self._give_credit)
+
+    async def _run(self, step: Step, then: Callable[[], Awaitable[None]] | None = None) -> None:
+        """Compute a step, and pass on what it gives."""
+        progress, position = self._progress, self._progress.positions
+        try:
+            returns_to = self._number if step.sample else 0
+            output: Output = await self._around.device.step(self._around.stage, step, step.rows, returns_to)
+        except AzuError:
+            progress.clear()  # a cache that a failed step may have touched is of no use to a later leg
+            raise
+        progress.positions += step.rows
+        if output.tensor is not None and self._link is not None:
+            progress.history.add(output.body)
+        if output.token is not None:
+            progress.tokens.append(output.token)
+        if then is not None:
+            await then()
+        await self._pass_on(output, position, step)
+
+    async def _give_credit(self) -> None:
+        self._taken += 1
+        if self._taken % GRANT == 0 and (channel := self._intake.channel) is not None:
+            try:
+                with self._pausable():
+                    await channel.send(Credit(frames=GRANT))
+            except NetworkError:
+                return  # receive_from() sees the same end and tells whose it is
+
+    async def _pass_on(self, output: Output, position: int, step: Step) -> None:
+        progress = self._progress
+        if output.tensor is not None and self._link is not None:
+            skipped = min(max(0, self._send_from - position), step.rows)  # rows that the next stage has
+            if skipped == step.rows:
+                return
+            rows = step.rows - skipped
+            progress.last_output = output.body[len(output.body) // step.rows * skipped :]
+            header = output.tensor.model_copy(update={"shape": (rows, self._session.hidden_size)})
+            with self._pausable():
+                chunk = Chunk(position=position + skipped, tensor=header, sample=step.sample)
+                await self._link.send_chunk(chunk, progress.last_output)
+        elif output.token is not None:
+            await self._pass_token(self._session.sampled(output.token))
+
+    async def _pass_token(self, token: Token) -> None:
+        """To the first stage first, since the next step waits for it there."""
+        self._progress.last_output = struct.pack("<I", token.token)
+        with self._pausable():
+            if not token.finish:
+                next_step = Next(index=token.index, token=token.token)
+                if self._link is None:
+                    self._inbox_in.send_nowait(self._accept(next_step, bytearray()))
+                else:
+                    await self._link.send_next(next_step)
+            await self._around.coordinator.send(token)

@@ -1,0 +1,41 @@
+"""What a stage holds of a job, whatever becomes of the ring around it."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+
+import trio
+
+from azu.wire.frames import Buffer
+from node.engine.stage import JobState
+from node.history import History
+
+__all__ = ["Progress"]
+
+
+@dataclass(eq=False, slots=True)
+class Progress:
+    """One job in one stage. Changed between steps only, on the event loop.
+
+    positions: that went through its layers. tokens: the sampled ones that it knows, as the first or the last stage.
+    """
+
+    history: History
+    state: JobState | None = None
+    positions: int = 0
+    prompt: tuple[int, ...] = ()
+    prompt_came: trio.Event = field(default_factory=trio.Event)
+    tokens: list[int] = field(default_factory=list)
+    first_input: str = hashlib.sha256().hexdigest()
+    last_output: Buffer = b""
+
+    def note_input(self, body: Buffer) -> None:
+        """Take note of what is computed on next."""
+        if self.positions == 0:
+            self.first_input = hashlib.sha256(body).hexdigest()
+
+    def clear(self) -> None:
+        """Begin at position 0 again."""
+        self.state, self.positions = None, 0
+        self.history.clear()
