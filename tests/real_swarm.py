@@ -110,9 +110,25 @@ class RealSwarm:
     nursery: trio.Nursery
     meter: Meter
     workers: list[Worker] = field(default_factory=list)
+    token: trio.lowlevel.TrioToken = field(default_factory=trio.lowlevel.current_trio_token)
 
-    async def add(self, start: int, end: int) -> Worker:
+    def soon(self, call: Callable[[], object]) -> None:
+        """Call on the event loop, from any thread; ahead of what that thread sends there later."""
+        self.token.run_sync_soon(call)
+
+    async def add(self, start: int, end: int) -> None:
         """Let a worker join, known to everybody."""
+        await self.join(start, end)
+        await self.until_known()
+
+    async def until_known(self) -> None:
+        """Wait until the coordinator has every living worker's record."""
+        living = {worker.peer_id for worker in self.workers if not worker.scope.cancel_called}
+        while not living <= {record.peer_id for record in self.view.workers()}:
+            await trio.sleep(0.01)
+
+    async def join(self, start: int, end: int) -> None:
+        """Let a worker join, known to its peers."""
         worker = Worker(self.model, len(self.workers) + 1, start, end)
         await self.nursery.start(worker.run)
         overlay = worker.real.overlay
@@ -120,9 +136,6 @@ class RealSwarm:
             await other.connect(worker.peer_id, overlay.addrs)
         self.workers.append(worker)
         self.view._meet(worker.peer_id)
-        while worker.peer_id not in {record.peer_id for record in self.view.workers()}:
-            await trio.sleep(0.01)
-        return worker
 
     def request(self, prompt: Sequence[int], count: int, sampling: Sampling | None = None) -> GenerationRequest:
         model = ServedModel(manifest=self.model.manifest, tokenizer_files={}, config={}, created=0)
@@ -150,8 +163,9 @@ async def real_swarm(model: TinyModel, folder: Path, *ranges: tuple[int, int]) -
             view, meter = SwarmView(me), Meter(folder / "meter.sqlite")
             runner = JobRunner(identity(COORDINATOR), me, view, meter, price=2)
             swarm = RealSwarm(model, me, view, runner, nursery, meter)
-            nursery.start_soon(view.run)
             for start, end in ranges:
-                await swarm.add(start, end)
+                await swarm.join(start, end)
+            nursery.start_soon(view.run)
+            await swarm.until_known()
             yield swarm
             nursery.cancel_scope.cancel()

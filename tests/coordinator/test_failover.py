@@ -8,11 +8,25 @@ from pathlib import Path
 
 import pytest
 import torch
+import trio
 
-from tests.node.real_stages import TinyModel, prompt_of, tiny_model
-from tests.real_swarm import real_swarm
+from azu.channel import Channel
+from azu.economics import split, token_layers
+from azu.tickets import Sampling
+from azu.wire.messages import RING, RING_PROTOCOL, Hello, Refused
+from coordinator import job as job_module
+from coordinator.job import RunningJob
+from tests.node.real_stages import TinyModel, next_of, prompt_of, tiny_model
+from tests.real_swarm import RealSwarm, Worker, real_swarm
 
 THREE = ((0, 1), (1, 3), (3, 4))
+STARTS = (0, 1, 3)
+PROMPT, COUNT = prompt_of(600), 24
+CHUNKS = 3  # of the prompt
+POSITIONS = len(PROMPT) + COUNT - 1  # that go through every layer
+DRAWN = Sampling(
+    temperature=1.0, top_p=0.9, repetition_penalty=1.3, presence_penalty=0.5, frequency_penalty=0.3, seed=7
+)
 
 
 @pytest.fixture(scope="module")
@@ -21,11 +35,159 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
     return tiny_model(tmp_path_factory.mktemp("tiny"))
 
 
-async def test_a_middle_stage_killed_in_decoding(model: TinyModel, tmp_path: Path) -> None:
-    prompt = prompt_of(300)
+def pair(swarm: RealSwarm, start: int) -> tuple[Worker, Worker]:
+    """Who runs jobs from layer `start` on, and its substitute."""
+    first, second = sorted(swarm.at(start), key=lambda worker: worker.peer_id)
+    return first, second
+
+
+def assert_nothing_was_run_twice(swarm: RealSwarm, lost: set[int]) -> None:
+    """Survivors ran each position once, and so did a substitute, in larger steps where the tokens were known."""
+    for start in STARTS:
+        first, second = pair(swarm, start)
+        assert sum((second if start in lost else first).rows) == POSITIONS
+        assert start in lost or not second.rows
+
+
+@pytest.mark.parametrize("steps", [2, CHUNKS + 8], ids=["in-prefill", "in-decode"])
+@pytest.mark.parametrize(
+    "lost", [{0}, {1}, {3}, {0, 1}, {1, 3}, {0, 3}, {0, 1, 3}], ids=lambda lost: "-".join(map(str, lost))
+)
+async def test_workers_that_die_cost_a_pause(model: TinyModel, tmp_path: Path, lost: set[int], steps: int) -> None:
+    """The last one dies with a token that it has sampled and told nobody."""
     async with real_swarm(model, tmp_path, *THREE, *THREE) as swarm:
-        first = min(swarm.at(1), key=lambda worker: worker.peer_id)
-        first.dies_after = 12
-        tokens, job = await swarm.ask(prompt, 40)
-        assert tokens == model.greedy(prompt, 40)
-        assert job.amendments == 1
+        victims = [pair(swarm, start)[0] for start in lost]
+
+        def kill_all(worker: Worker) -> None:
+            if len(worker.rows) == steps:
+                for victim in victims:
+                    swarm.soon(victim.kill)
+
+        victims[-1].hook = kill_all
+        tokens, job = await swarm.ask(PROMPT, COUNT)
+        assert tokens == model.greedy(PROMPT, COUNT)
+        assert job.amendments >= 1
+        assert_nothing_was_run_twice(swarm, lost)
+        report = await job.finish()
+        assert [stage.state for stage in report.stages] == ["credited"] * 3
+        assert {stage.peer_id for stage in report.stages} == {
+            pair(swarm, start)[start in lost].peer_id for start in STARTS
+        }
+        # Each position is paid once, to whoever had the stage at the end.
+        price = report.cost // report.token_layers
+        paid = [split(token_layers(POSITIONS, end - start) * price).worker for start, end in THREE]
+        assert sum(swarm.meter.earnings().values()) == sum(paid)
+
+
+async def test_sampling_goes_on_with_the_same_random_numbers_and_penalties(model: TinyModel, tmp_path: Path) -> None:
+    async with real_swarm(model, tmp_path, *THREE, *THREE) as swarm:
+        undisturbed, _ = await swarm.ask(PROMPT, COUNT, DRAWN)
+        first, _ = pair(swarm, 3)
+        first.dies_after = len(first.rows) + CHUNKS + 8
+        tokens, job = await swarm.ask(PROMPT, COUNT, DRAWN)
+        assert job.amendments >= 1
+        assert tokens == undisturbed
+        assert tokens != model.greedy(PROMPT, COUNT)
+
+
+async def test_a_single_stage_is_replaced(model: TinyModel, tmp_path: Path) -> None:
+    async with real_swarm(model, tmp_path, (0, 4), (0, 4)) as swarm:
+        pair(swarm, 0)[0].dies_after = CHUNKS + 8
+        tokens, _ = await swarm.ask(PROMPT, COUNT)
+        assert tokens == model.greedy(PROMPT, COUNT)
+
+
+async def test_one_substitute_after_the_other_dies(model: TinyModel, tmp_path: Path) -> None:
+    async with real_swarm(model, tmp_path, *THREE, (1, 3), (1, 3), (1, 3)) as swarm:
+        for number, worker in enumerate(sorted(swarm.at(1), key=lambda worker: worker.peer_id)[:3]):
+            worker.dies_after = 3 + 2 * number
+        tokens, job = await swarm.ask(PROMPT, COUNT)
+        assert tokens == model.greedy(PROMPT, COUNT)
+        assert job.amendments >= 3
+        for start in (0, 3):
+            assert sum(swarm.at(start)[0].rows) == POSITIONS
+
+
+async def test_where_the_history_is_too_small_the_stage_before_computes_again(model: TinyModel, tmp_path: Path) -> None:
+    """Nothing else does."""
+    async with real_swarm(model, tmp_path, *THREE, *THREE) as swarm:
+        (first, _), (middle, _), (last, substitute) = (pair(swarm, start) for start in STARTS)
+        middle.real.jobs.history.limit = 500 * 32 * 4
+        last.dies_after = CHUNKS + 8
+        tokens, _ = await swarm.ask(PROMPT, COUNT)
+        assert tokens == model.greedy(PROMPT, COUNT)
+        assert middle.real.jobs.history.dropped >= 1
+        assert sum(middle.rows) > POSITIONS
+        assert sum(first.rows) == sum(substitute.rows) == POSITIONS
+        assert all(worker.real.jobs.history.held == 0 for worker in (first, middle, substitute))
+
+
+async def test_a_job_waits_for_a_worker_that_takes_the_stage_over(model: TinyModel, tmp_path: Path) -> None:
+    async with real_swarm(model, tmp_path, *THREE) as swarm:
+        swarm.at(1)[0].dies_after = CHUNKS + 8
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_add_when_lost, swarm)
+            tokens, _ = await swarm.ask(PROMPT, COUNT)
+        assert tokens == model.greedy(PROMPT, COUNT)
+
+
+async def _add_when_lost(swarm: RealSwarm) -> None:
+    while not swarm.workers[1].scope.cancel_called:
+        await trio.sleep(0.05)
+    await trio.sleep(0.5)
+    await swarm.add(1, 3)
+
+
+async def test_a_worker_with_an_old_epoch_is_turned_away(model: TinyModel, tmp_path: Path) -> None:
+    """As one that was stopped for a while; and one with the new epoch that is none of the job's."""
+    async with real_swarm(model, tmp_path, *THREE, *THREE) as swarm:
+        (first, _), (stale, _), (last, _) = (pair(swarm, start) for start in STARTS)
+        async with swarm.runner.generate(swarm.request(PROMPT, 2_000)) as job:
+            await _still_runs(job)
+            job.lose(job._stages[1], job_module.NetworkError("silent for 15 s"))
+            while not job.amendments or job._is_mending:
+                await trio.sleep(0.01)
+            for epoch, code in ((0, "stale_epoch"), (1, "")):
+                async with await stale.real.overlay.open_stream(last.peer_id, RING_PROTOCOL) as stream:
+                    channel = Channel(stream, RING)
+                    await channel.send(Hello(job_id=bytes.fromhex(job.job_id), epoch=epoch, stage=1))
+                    assert getattr(await next_of(channel, Refused), "code", "") == code
+            assert last.real.overlay.statistics().violations == {stale.peer_id: 1}
+            await _still_runs(job)
+        assert first.real.overlay.statistics().violations == {}
+
+
+async def _still_runs(job: RunningJob) -> None:
+    before = len(job._tokens)
+    while len(job._tokens) < before + 5:
+        await trio.sleep(0.01)
+
+
+async def test_a_job_that_stalls_is_paused_and_goes_on(
+    model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last stage's token to the first one gets lost, and nobody notices."""
+    monkeypatch.setattr(job_module, "_STALL_S", 1.0)
+    async with real_swarm(model, tmp_path, *THREE) as swarm:
+        last = swarm.at(3)[0]
+
+        def lose_the_next(worker: Worker) -> None:
+            if len(worker.rows) == CHUNKS + 5:
+                swarm.soon(lambda: _forget_what_is_sent(last))
+
+        last.hook = lose_the_next
+        tokens, job = await swarm.ask(PROMPT, COUNT)
+        assert tokens == model.greedy(PROMPT, COUNT)
+        assert job.amendments >= 1
+        assert all(sum(worker.rows) == POSITIONS for worker in swarm.workers)
+
+
+def _forget_what_is_sent(worker: Worker) -> None:
+    [job] = worker.real.jobs._jobs.values()
+    link = job._leg._link
+    assert link is not None
+
+    async def nowhere(_: object) -> None:
+        await trio.lowlevel.checkpoint()
+
+    link.send_next = nowhere  # type: ignore[method-assign]
