@@ -20,6 +20,7 @@ from azu.tickets import (
     Receipt,
     Refusal,
     Sampling,
+    check_amendment,
     check_assignment,
     check_receipt,
     check_ticket,
@@ -213,6 +214,51 @@ def test_a_tickets_positions_fit_the_messages_that_carry_them() -> None:
     ticket(prompt_tokens=MAX_TOKENS - 7)
     with pytest.raises(ValidationError):
         ticket(prompt_tokens=MAX_TOKENS - 6)
+
+
+# --- amendments
+
+
+def amend(new: JobTicket, old: JobTicket, signer: Identity = COORDINATOR) -> str:
+    return _code(check_amendment(new, old, signer=signer.peer_id, me=BOB.peer_id, now=NOW))
+
+
+def test_an_amendment_puts_other_peers_into_other_stages() -> None:
+    old = ticket(expires_at=int(NOW) + 59)
+    new = old.amended({0: EVE.peer_id}, int(NOW))
+    assert amend(new, old) == ""
+    assert [stage.peer_id for stage in new.stages] == [EVE.peer_id, BOB.peer_id]
+    assert (new.epoch, new.issued_at, new.expires_at) == (1, int(NOW), int(NOW) + 60)
+    assert amend(old.model_copy(update={"epoch": 7}), old) == ""  # nobody was replaced
+
+
+@pytest.mark.parametrize(
+    ("code", "changes"),
+    [
+        ("stale_epoch", {"epoch": 4}),
+        ("stale_epoch", {"epoch": 3}),
+        ("not_my_stage", {"stages": (TICKET["stages"][0], TICKET["stages"][1] | {"peer_id": EVE.peer_id})}),
+        ("not_my_stage", {"stages": (TICKET["stages"][0] | {"peer_id": BOB.peer_id}, TICKET["stages"][1])}),
+        ("another_job", {"stages": (TICKET["stages"][0] | {"end": 5}, TICKET["stages"][1] | {"start": 5})}),
+        ("another_job", {"job_id": b"k" * 16}),
+        ("another_job", {"manifest": "d" * 64}),
+        ("another_job", {"dtype": "float32"}),
+        ("another_job", {"prompt_tokens": 4}),
+        ("another_job", {"max_tokens": 8}),
+        ("another_job", {"stop_tokens": ()}),
+        ("another_job", {"sampling": {"seed": 1}}),
+        ("another_job", {"price": 1}),
+        ("another_job", {"coordinator": EVE.peer_id}),
+        ("expired", {"expires_at": int(NOW) - 1}),
+        ("from_the_future", {"issued_at": int(NOW) + CLOCK_SKEW_S + 2}),
+    ],
+)
+def test_what_an_amendment_may_not_change(code: str, changes: dict[str, Any]) -> None:
+    assert amend(ticket(**({"epoch": 5} | changes)), ticket(epoch=4)) == code
+
+
+def test_an_amendment_that_somebody_else_signed() -> None:
+    assert amend(ticket(epoch=1), ticket(), EVE) == "wrong_signer"
 
 
 # --- sampling

@@ -15,7 +15,7 @@ from azu.errors import ProtocolError
 from azu.identity import Identity
 from azu.models.memory import chunk_rows
 from azu.tickets import JobTicket
-from azu.wire.messages import Chunk, Next, Token
+from azu.wire.messages import Chunk, Next, Resume, Token
 from azu.wire.tensors import ACTIVATIONS, ITEMSIZE, WEIGHT_FORMATS, DType, TensorHeader, WeightFormat
 from node.session import StageSession
 
@@ -177,6 +177,44 @@ def test_every_stage_runs_every_position_once_and_the_job_ends_when_it_should(
 
 def test_a_job_in_a_single_stage_goes_on_after_its_first_token() -> None:
     assert [token.finish for token in Ring(ticket(stages=1), [3, 4, 5, 6]).run()] == ["", "", "", "length"]
+
+
+# --- a job that goes on in the middle
+
+
+def test_known_tokens_are_run_as_the_prompt_is_and_the_next_is_sampled_after_them() -> None:
+    subject = ticket(stages=2, prompt_tokens=5, max_tokens=6)
+    first = StageSession(subject, 0, hidden_size=1_000_000, vocab_size=VOCABULARY, known=2, position=3)
+    last = StageSession(subject, 1, hidden_size=1_000_000, vocab_size=VOCABULARY, known=2, position=3)
+    parts = list(first.id_chunks((1, 2, 3, 4, 5, 6, 7)))
+    assert parts == [((4, 5), False), ((6, 7), True)]
+    for position, (part, sample) in zip((3, 5), parts, strict=True):
+        assert accept(last, chunk(position, len(part), sample, width=1_000_000)) == 2
+    assert last.sampled(9) == Token(index=2, token=9)
+    assert first.accept_next(Next(index=2, token=9)) == 9
+    assert accept(last, chunk(7, 1, True, width=1_000_000)) == 1
+    assert last.sampled(9) == Token(index=3, token=9)
+
+
+def resume(**changes: int) -> Resume:
+    return Resume.model_validate({"epoch": 1, "position": 6, "send_from": 7, "known": 2} | changes)
+
+
+def test_where_a_stage_may_be_told_to_go_on() -> None:
+    """Five tokens of prompt and at most four more; the stage holds six positions."""
+    first, middle, last = (session(ticket(stages=3), index) for index in range(3))
+    assert first.accept_resume(resume(), ids(7, 8), 6) == last.accept_resume(resume(), ids(7, 8), 6) == (7, 8)
+    assert middle.accept_resume(resume(), ids(), 6) == ()
+    assert middle.accept_resume(resume(position=0, send_from=0, known=3), ids(), 6) == ()
+    wrong = [{"position": 5}, {"position": 7}, {"position": 6, "known": 0}, {"send_from": 8}, {"known": 4}]
+    for changes in wrong:
+        with pytest.raises(ProtocolError) as raised:
+            middle.accept_resume(resume(**changes), ids(), 6)
+        assert raised.value.code == "bad_resume"
+    for stage, body in ((first, ids(7)), (first, ids(7, VOCABULARY)), (last, ids()), (middle, ids(7, 8))):
+        with pytest.raises(ProtocolError) as raised:
+            stage.accept_resume(resume(), body, 6)
+        assert raised.value.code == "bad_resume"
 
 
 # --- what is out of turn

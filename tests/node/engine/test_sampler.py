@@ -209,6 +209,16 @@ def test_the_repetition_penalty_is_transformers(seed: int, penalty: float, promp
         seen.append(token)
 
 
+@pytest.mark.parametrize("parameters", [{}, {"temperature": 1.0, "top_p": 0.9}])
+def test_a_sampler_that_takes_a_job_over_goes_on_as_the_one_before_would(parameters: dict[str, Any]) -> None:
+    penalties = {"repetition_penalty": 1.4, "presence_penalty": 0.6, "frequency_penalty": 0.3}
+    sampling = Sampling(seed=5, **penalties, **parameters)
+    whole = Sampler(sampling, (1, 2))
+    tokens = [whole.sample(logits_of(step)) for step in range(20)]
+    later = Sampler(sampling, (1, 2), tokens[:11])
+    assert [later.sample(logits_of(step)) for step in range(11, 20)] == tokens[11:]
+
+
 def test_prompt_tokens_past_the_vocabulary_do_no_harm() -> None:
     sampler = Sampler(Sampling(repetition_penalty=2.0), (0, VOCABULARY, 2**31 - 1))
     logits = torch.zeros(VOCABULARY)
