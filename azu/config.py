@@ -187,6 +187,12 @@ class NodeSettings(WorkerSettings, MemberSettings):
         "much as the disk has where omitted.",
         json_schema_extra=cli(metavar="SIZE"),
     )
+    failover_memory: Size = Field(
+        default=512 << 20,
+        description="Main memory that may hold what was sent on for running jobs, such as 2GiB, so that a worker which "
+        "takes the next stage over can be sent it again. Beyond that, this one computes it again.",
+        json_schema_extra=cli(metavar="SIZE"),
+    )
     no_hub: bool = Field(
         default=False,
         description="Never fetch from the model hub: without it, files that no peer has come from the repository that "

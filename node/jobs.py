@@ -26,7 +26,7 @@ from node.instruments import RingMeter
 from node.job import StageJob
 from node.leg import Surroundings
 
-__all__ = ["Jobs", "Loaded"]
+__all__ = ["HISTORY_BYTES", "Jobs", "Loaded"]
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ _FIRST_MESSAGE_S = 10.0
 _TICKET_LAG_S = 10.0
 # and before the leg that it is for begins, since the step that is being computed is waited for.
 _LEG_LAG_S = 60.0
-_HISTORY_BYTES = 512 << 20
+HISTORY_BYTES = 512 << 20  # of main memory, for what may have to be sent again
 _MAX_TICKET_BYTES = 65_536
 # Ended jobs that are remembered so that their tickets are not honoured twice; 160 bytes each.
 _MAX_ENDED = 65_536
@@ -68,7 +68,7 @@ class Jobs:
         *,
         is_trusted: Callable[[str], bool],
         meter: RingMeter | None = None,
-        history: int = _HISTORY_BYTES,
+        history: int = HISTORY_BYTES,
     ) -> None:
         self.loaded: Loaded | None = None
         self.admitted = 0  # jobs since the start

@@ -68,6 +68,8 @@ class WorkerReport(Reporter):
             Metric("kv_tokens", "Positions of KV cache.", "gauge", loaded.kv_tokens if loaded else 0),
             Metric("kv_tokens_reserved", "Of them reserved.", "gauge", _reserved(worker)),
             Metric("kv_tokens_filled", "Of those computed.", "gauge", jobs.kv_tokens_filled),
+            Metric("history_bytes", "What was sent for running jobs.", "gauge", jobs.history.held),
+            Metric("histories_dropped_total", "For lack of memory.", "counter", jobs.history.dropped),
             Metric("layer_files_sent_bytes_total", "Sent to other peers.", "counter", worker.layers.sent_bytes),
             *(Metric(name, text, "counter", value(start.sums)) for name, text, value in _COUNTERS),
             Metric("pass_largest_steps", "Steps in the fullest pass.", "gauge", largest),

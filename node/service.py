@@ -85,6 +85,7 @@ async def serve(settings: NodeSettings) -> None:
                 trust=Trust(settings.trust),
                 payout_address=settings.payout_address or "",
                 use_hub=not settings.no_hub,
+                failover_memory=settings.failover_memory,
             )
             await nursery.start(serve_report, worker, overlay, settings.metrics, settings.data_dir)
             nursery.start_soon(partial(stay_joined, overlay, settings.bootstrap, book=book))

@@ -33,7 +33,7 @@ from node.engine.device import DeviceThread
 from node.engine.stage import Device
 from node.idle import explain_idleness
 from node.instruments import Instruments
-from node.jobs import Jobs
+from node.jobs import HISTORY_BYTES, Jobs
 from node.loader import Loader
 from node.supply import Supply
 from node.trust import Trust
@@ -71,12 +71,15 @@ class Worker:
         trust: Trust,
         payout_address: str,
         use_hub: bool = True,
+        failover_memory: int = HISTORY_BYTES,
     ) -> None:
         self.dtype = dtype
         self.device = device
         self.layers = layers
         self.instruments = Instruments(thread.passes)
-        self.jobs = Jobs(identity, overlay, thread, is_trusted=trust, meter=self.instruments.ring)
+        self.jobs = Jobs(
+            identity, overlay, thread, is_trusted=trust, meter=self.instruments.ring, history=failover_memory
+        )
         self._identity = identity
         self._overlay = overlay
         self._library = library
