@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+from collections.abc import MutableMapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -46,7 +47,36 @@ class HeldWeights(QuantizationConfigMixin):
         self.device = device
         self.prepack = device.type == "cpu" and can_prepack(getattr(torch, ACTIVATIONS[wanted]))
         self.out_of_memory: torch.OutOfMemoryError | None = None
+        self.ready = _Ready()  # what was prepacked already, by parameter
         self._freed = 0
+
+    def take_head(self, model: Any, state: MutableMapping[str, Any]) -> None:
+        """Prepack the head before all else is read: it is held twice meanwhile, and with the layers that were too much.
+
+        The loader goes by the names' order, in which some families' layers come first.
+
+        Args:
+            model: the stage on the meta device.
+            state: what the loader reads; `tensor[...]` gives a tensor, cast already.
+        """
+        head = model.get_output_embeddings()
+        name = next((f"{path}.weight" for path, module in model.named_modules() if module is head), "")
+        if name in state and self.prepacks(model, name):
+            value = state[name][...]
+            state[name] = _Taken(value)
+            self.ready[name] = prepack(value)
+            del value
+            return_freed_memory()
+
+    def prepacks(self, model: Any, param_name: str) -> bool:
+        """Whether a parameter's weight is held as oneDNN's."""
+        tied = model.all_tied_weights_keys  # with an embedding, which looks rows up
+        if not self.prepack or param_name in {*tied, *tied.values()}:
+            return False
+        module_name, _dot, parameter = param_name.rpartition(".")
+        module = model.get_submodule(module_name)
+        is_linear = parameter == "weight" and type(module).__name__ in LINEAR
+        return is_linear and pays(module.weight.dtype, head=module is model.get_output_embeddings())
 
     def note_freed(self, size: int) -> None:
         """Called once a weight of `size` bytes is held otherwise: from time to time, gives its memory back."""
@@ -83,6 +113,23 @@ def return_freed_memory() -> None:
         trim(0)
 
 
+class _Ready(dict[str, torch.Tensor]):
+    """Transformers copies a model's whole config, and oneDNN's tensors cannot be copied."""
+
+    def __deepcopy__(self, _memo: object) -> _Ready:
+        return self
+
+
+class _Taken:
+    """Stands in the loader's hands for a tensor that was read already: of its shape and dtype, without its memory."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._shape, self._dtype = tensor.shape, tensor.dtype
+
+    def __getitem__(self, _everything: object) -> torch.Tensor:
+        return torch.zeros((), dtype=self._dtype).expand(self._shape)
+
+
 @register_quantizer(_METHOD)
 class _Quantizer(HfQuantizer):
     quantization_config: HeldWeights
@@ -95,7 +142,7 @@ class _Quantizer(HfQuantizer):
         full_precision = model._keep_in_fp32_modules | model._keep_in_fp32_modules_strict
         if not full_precision.isdisjoint(param_name.split(".")):
             return False
-        return self._to_integers(model, param_name) or self._to_prepack(model, param_name)
+        return self._to_integers(model, param_name) or self.quantization_config.prepacks(model, param_name)
 
     def _to_integers(self, model: Any, param_name: str) -> bool:
         if self.quantization_config.wanted not in _INTEGERS or not param_name.startswith(model.azu_container):
@@ -105,15 +152,6 @@ class _Quantizer(HfQuantizer):
         if parameter == "weight":
             return type(module).__name__ in LINEAR | {"Conv1D"} and not is_router(module_name)
         return parameter in _FUSED_EXPERTS and getattr(module, "is_transposed", True) is False
-
-    def _to_prepack(self, model: Any, param_name: str) -> bool:
-        tied = model.all_tied_weights_keys  # with an embedding, which looks rows up
-        if not self.quantization_config.prepack or param_name in {*tied, *tied.values()}:
-            return False
-        module_name, _dot, parameter = param_name.rpartition(".")
-        module = model.get_submodule(module_name)
-        is_linear = parameter == "weight" and type(module).__name__ in LINEAR
-        return is_linear and pays(module.weight.dtype, head=module is model.get_output_embeddings())
 
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
         if self.quantization_config.wanted in _INTEGERS:
@@ -146,7 +184,8 @@ class _Convert(ConversionOps):
         if value.shape != getattr(module, parameter).shape:
             raise ValueError(f"{full_layer_name} is {list(value.shape)}")
         if not self._to_integers(model, full_layer_name):
-            module.weight = self._parameter(value, prepack(value))
+            ready = self._config.ready.pop(full_layer_name, None)
+            module.weight = self._parameter(value, prepack(value) if ready is None else ready)
         elif value.ndim == 3:  # [experts, out, in]; the family's forward picks one by its index
             delattr(module, parameter)
             module.add_module(parameter, nn.ParameterList(self._integers(expert) for expert in value))

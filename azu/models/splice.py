@@ -97,6 +97,8 @@ def build_stage(
     try:
         with _state(outline, spec, paths, dtype) as state:
             _check_size(outline, state)
+            if held is not None:
+                held.take_head(outline, state)
             model, report = spliced(family, spec.start, spec.end, spec.n_layers).from_pretrained(
                 None,
                 config=config,
