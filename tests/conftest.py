@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
-# The same examples in every run, and no deadline for one of them: a loaded machine must not fail a test.
-settings.register_profile("azu", deadline=None, derandomize=True)
+# The same examples in every run, and no deadline for one of them or for making them: a loaded machine must fail no test.
+settings.register_profile("azu", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 # HYPOTHESIS_PROFILE=explore looks for new ones.
 settings.register_profile("explore", deadline=None, max_examples=2_000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "azu"))

@@ -127,6 +127,11 @@ class RealSwarm:
         while not living <= {record.peer_id for record in self.view.workers()}:
             await trio.sleep(0.01)
 
+    async def until_idle(self) -> None:
+        """Wait until the coordinator has read that no worker runs a job: the next one takes the same chain."""
+        while any(record.jobs for record in self.view.workers()):
+            await trio.sleep(0.01)
+
     async def join(self, start: int, end: int) -> None:
         """Let a worker join, known to its peers."""
         worker = Worker(self.model, len(self.workers) + 1, start, end)

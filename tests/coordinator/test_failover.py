@@ -82,6 +82,7 @@ async def test_workers_that_die_cost_a_pause(model: TinyModel, tmp_path: Path, l
 async def test_sampling_goes_on_with_the_same_random_numbers_and_penalties(model: TinyModel, tmp_path: Path) -> None:
     async with real_swarm(model, tmp_path, *THREE, *THREE) as swarm:
         undisturbed, _ = await swarm.ask(PROMPT, COUNT, DRAWN)
+        await swarm.until_idle()
         first, _ = pair(swarm, 3)
         first.dies_after = len(first.rows) + CHUNKS + 8
         tokens, job = await swarm.ask(PROMPT, COUNT, DRAWN)
