@@ -6,7 +6,7 @@ import os
 
 from hypothesis import HealthCheck, settings
 
-# The same examples in every run, and no deadline for one of them or for making them: a loaded machine must fail no test.
+# The same examples in every run, and no deadline for making or trying them: a loaded machine must fail no test.
 settings.register_profile("azu", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 # HYPOTHESIS_PROFILE=explore looks for new ones.
 settings.register_profile("explore", deadline=None, max_examples=2_000)
