@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Self
+from typing import Annotated, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
@@ -22,6 +22,7 @@ __all__ = [
     "MAX_STAGES",
     "Assignment",
     "JobTicket",
+    "LoadedLayers",
     "Receipt",
     "Refusal",
     "Sampling",
@@ -57,6 +58,16 @@ class Refusal:
     code: str
     message: str
     remedy: str = ""
+
+
+class LoadedLayers(NamedTuple):
+    """What a worker has in memory: layers [start, end) of a model of `n_layers`."""
+
+    manifest: str
+    start: int
+    end: int
+    n_layers: int
+    dtype: WeightFormat
 
 
 class Sampling(Document):
@@ -215,11 +226,11 @@ def check_ticket(
     me: str,
     now: float,
     is_trusted: Callable[[str], bool],
-    loaded: tuple[str, int, int, str] | None,
+    loaded: LoadedLayers | None,
 ) -> Refusal | None:
-    """Whether the worker `me` honours a ticket that `signer` signed and `sender` handed over.
+    """Whether the worker `me` honours a ticket that `signer` signed and `sender` handed over; None means yes.
 
-    `loaded` is what the worker has in memory: (manifest digest, start, end, dtype). None means accepted.
+    Its own entry may be any part of the layers that are loaded.
     """
     own = [stage for stage in ticket.stages if stage.peer_id == me]
     if signer != ticket.coordinator or sender != signer:
@@ -234,12 +245,18 @@ def check_ticket(
         return timing
     if len(own) != 1:
         return Refusal("not_my_stage", f"the ticket has {len(own)} stages for {me}, not one")
-    if loaded is None or loaded[0] != ticket.manifest:
+    if loaded is None or loaded.manifest != ticket.manifest:
         return Refusal("not_loaded", f"model {ticket.manifest[:12]} is not loaded here")
-    if (own[0].start, own[0].end) != loaded[1:3]:
-        return Refusal("wrong_range", f"layers {own[0].start}-{own[0].end - 1} are not what is loaded here")
-    if ticket.dtype != loaded[3]:
-        return Refusal("wrong_dtype", f"this worker runs {loaded[3]}, the ticket wants {ticket.dtype}")
+    if ticket.n_layers != loaded.n_layers:
+        return Refusal("wrong_range", f"the model has {loaded.n_layers} layers, the ticket counts {ticket.n_layers}")
+    if own[0].start < loaded.start or own[0].end > loaded.end:
+        return Refusal(
+            "wrong_range",
+            f"layers {own[0].start}-{own[0].end - 1} are not among {loaded.start}-{loaded.end - 1}, "
+            "which are loaded here",
+        )
+    if ticket.dtype != loaded.dtype:
+        return Refusal("wrong_dtype", f"this worker runs {loaded.dtype}, the ticket wants {ticket.dtype}")
     return None
 
 

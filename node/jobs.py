@@ -17,7 +17,7 @@ from azu.identity import Identity
 from azu.logs import log
 from azu.models.memory import MAX_JOBS
 from azu.overlay import Overlay, OverlayStream
-from azu.tickets import JobTicket, Refusal, check_ticket, open_ticket
+from azu.tickets import JobTicket, LoadedLayers, Refusal, check_ticket, open_ticket
 from azu.wire.messages import JOB, RING, Failed, Hello, Open, ReceiptReply, Refused
 from node.engine.device import DeviceThread
 from node.engine.stage import LoadedStage
@@ -55,6 +55,12 @@ class Loaded:
     layer_us: int
     context_length: int
     model_id: str = ""
+
+    @property
+    def layers(self) -> LoadedLayers:
+        """As tickets are held against it."""
+        stage = self.stage
+        return LoadedLayers(self.manifest, self.start, self.end, stage.model_layers, stage.dtype)
 
 
 class Jobs:
@@ -163,7 +169,7 @@ class Jobs:
             me=self._identity.peer_id,
             now=time.time(),
             is_trusted=self._is_trusted,
-            loaded=(loaded.manifest, loaded.start, loaded.end, loaded.stage.dtype) if loaded else None,
+            loaded=loaded.layers if loaded else None,
         )
         if refusal is not None:
             return refusal

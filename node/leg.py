@@ -245,7 +245,9 @@ class Leg:
         """The state to compute with: as it was left, or a new one."""
         ticket, progress, stage = self.ticket, self._progress, self._around.stage
         if progress.state is None:
-            opening = partial(stage.open_job, ticket.sampling, progress.prompt, ticket.total_tokens, self._tokens)
+            entry, tokens = ticket.stages[self._index], ticket.total_tokens
+            part = entry.start, entry.end
+            opening = partial(stage.open_job, ticket.sampling, progress.prompt, tokens, self._tokens, part)
             progress.state = await self._around.device.run(opening)
         else:
             stage.go_on(progress.state, ticket.sampling, progress.prompt, self._tokens)
@@ -276,7 +278,7 @@ class Leg:
         progress, position = self._progress, self._progress.positions
         try:
             returns_to = self._number if step.sample else 0
-            output: Output = await self._around.device.step(self._around.stage, step, step.rows, returns_to)
+            output: Output = await self._around.device.step(step.job.stage, step, step.rows, returns_to)
         except AzuError:
             progress.clear()  # a cache that a failed step may have touched is of no use to a later leg
             raise

@@ -17,6 +17,7 @@ from azu.tickets import (
     MAX_STAGES,
     Assignment,
     JobTicket,
+    LoadedLayers,
     Receipt,
     Refusal,
     Sampling,
@@ -80,7 +81,7 @@ RECEIPT: dict[str, Any] = {
     "last_output": "2" * 64,
     "issued_at": int(NOW),
 }
-LOADED = (MANIFEST, 6, 10, "float16")
+LOADED = LoadedLayers(MANIFEST, 6, 10, 10, "float16")
 
 
 def ticket(**changes: Any) -> JobTicket:
@@ -129,18 +130,21 @@ def test_a_good_ticket_is_accepted() -> None:
         ("from_the_future", {"now": TICKET["issued_at"] - CLOCK_SKEW_S - 1}),
         ("not_my_stage", {"me": EVE.peer_id}),
         ("not_loaded", {"loaded": None}),
-        ("not_loaded", {"loaded": ("d" * 64, 6, 10, "float16")}),
-        ("wrong_range", {"loaded": (MANIFEST, 0, 6, "float16")}),
-        ("wrong_range", {"loaded": (MANIFEST, 5, 10, "float16")}),
-        ("wrong_range", {"loaded": (MANIFEST, 0, 10, "float16")}),
-        ("wrong_dtype", {"loaded": (MANIFEST, 6, 10, "bfloat16")}),
-        ("wrong_dtype", {"loaded": (MANIFEST, 6, 10, "int4")}),
+        ("not_loaded", {"loaded": LOADED._replace(manifest="d" * 64)}),
+        ("wrong_range", {"loaded": LOADED._replace(n_layers=12)}),  # the tenth layer is not the model's last
+        ("wrong_dtype", {"loaded": LOADED._replace(dtype="bfloat16")}),
         ("", {"now": float(TICKET["expires_at"])}),
         ("", {"now": TICKET["issued_at"] - CLOCK_SKEW_S}),
     ],
 )
 def test_what_may_be_wrong_with_a_ticket(code: str, changes: dict[str, Any]) -> None:
     assert check(ticket(), **changes) == code
+
+
+@given(st.integers(0, 9), st.integers(1, 10))
+def test_a_stage_is_any_part_of_what_is_loaded(first: int, end: int) -> None:
+    expected = "" if first <= 6 and end >= 10 else "wrong_range"
+    assert check(ticket(), loaded=LOADED._replace(start=first, end=end)) == expected
 
 
 def test_a_peer_has_one_stage_at_most() -> None:

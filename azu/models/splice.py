@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from azu.models.cache import new_cache
 from azu.models.checkpoint import LayerNames, StoredTensor, open_stored
 from azu.models.packing import PACKED, Pack, can_pack
 from azu.models.quantize import HeldWeights
-from azu.models.surgery import LastLayerDone, spliced, state_names
+from azu.models.surgery import LastLayerDone, part_of, spliced, state_names
 
 __all__ = ["Part", "Stage", "StageSpec", "build_stage", "stage_tensor_names"]
 
@@ -159,7 +159,10 @@ class Part:
 
 
 class Stage:
-    """A loaded stage; made by `build_stage`. Not safe for concurrent use: one thread per device runs it."""
+    """A loaded stage, made by `build_stage`, or a part of one.
+
+    Not safe for concurrent use: one thread per device runs it and its parts.
+    """
 
     def __init__(self, spec: StageSpec, model: Any) -> None:
         self.spec = spec
@@ -171,6 +174,20 @@ class Stage:
         self._device = next(model.parameters()).device
         self._solo: str = model.config._attn_implementation
         self.can_pack = can_pack(model, self.new_cache())
+
+    def part(self, start: int, end: int) -> Stage:
+        """Returns layers start..end alone (as the whole model counts them), over the same tensors.
+
+        It is what `build_stage` makes of that range, and costs no memory but its modules'. Caches are its own.
+
+        Raises:
+            ModelError: code "bad_layer_range", where this stage does not hold them all.
+        """
+        first, last = self.spec.start, self.spec.end
+        if not first <= start < end <= last:
+            problem = f"layers {start}..{end} are no range of {first}..{last}, which are loaded"
+            raise ModelError(problem, code="bad_layer_range")
+        return Stage(replace(self.spec, start=start, end=end), part_of(self.model, start - first, end - first))
 
     def new_cache(self, tokens: int = 0) -> Cache:
         """Returns an empty KV cache for this stage's layers, with room for `tokens` and growing where more come."""

@@ -4,6 +4,8 @@ Steps of jobs that wait at the same time are computed in one pass (`scheduler`).
 as the pass before is done, so that nothing on the event loop stands between two passes. Steps that come in the same
 turn of the event loop, as those of a pass of the stage before do, are handed to it together. The first stage waits
 for more of them, as `gathering` says.
+
+A runner is a stage or a part of one: passes of different runners take turns.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import logging
 import queue
 import threading
 import time
+import weakref
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -27,6 +30,8 @@ from node.engine.scheduler import StepQueue
 __all__ = ["DeviceThread", "Runner", "open_device_thread"]
 
 T = TypeVar("T")
+# The group of all steps that are computed alone; where steps can share a pass, each runner's are a group.
+_ALONE = object()
 logger = logging.getLogger(__name__)
 
 
@@ -64,10 +69,12 @@ class DeviceThread:
 
     def __init__(self) -> None:
         self.passes = Passes()
-        self._queue: queue.SimpleQueue[_Work | list[_Work] | None] = queue.SimpleQueue()
+        # Calls, steps, and jobs that ended.
+        self._queue: queue.SimpleQueue[_Work | list[_Work] | int | None] = queue.SimpleQueue()
         self._arriving: list[_Work] = []  # steps of this turn of the event loop
-        self._steps: StepQueue[_Work] = StepQueue(lambda work: not work.abandoned)
-        self._gathering = Gathering()
+        self._steps: StepQueue[object, _Work] = StepQueue(lambda work: not work.abandoned)
+        # Of runners that are first stages, while somebody holds them.
+        self._gatherings: weakref.WeakKeyDictionary[Runner, Gathering] = weakref.WeakKeyDictionary()
         self._trio = trio.lowlevel.current_trio_token()
         # A daemon: a call that hangs in a driver must not keep the process from exiting.
         self._thread = threading.Thread(target=self._work, name="azu-device", daemon=True)
@@ -87,7 +94,7 @@ class DeviceThread:
     async def step(self, runner: Runner, step: Any, rows: int, returns_to: int = 0) -> Any:
         """Compute a step of `rows` rows, together with those of other jobs that wait; as `run` otherwise.
 
-        A job has one step at a time. All steps that wait have the same runner.
+        A job has one step at a time, and one runner.
 
         Args:
             returns_to: a number of the job's own where a token of it will come after this step; `ended` takes it back.
@@ -100,8 +107,7 @@ class DeviceThread:
 
     def ended(self, job: int) -> None:
         """No token of this job will come any more."""
-        self._gathering.forget(job)
-        self._queue.put([])  # whoever waits for it looks again
+        self._queue.put(job)
 
     def _hand_over(self) -> None:
         if self._arriving:
@@ -127,25 +133,38 @@ class DeviceThread:
 
     def _work(self) -> None:
         try:
-            while self._take_calls():
-                self._run_pass()
+            while self._work_on():
+                pass
         except trio.RunFinishedError:
             return
 
-    def _take_calls(self) -> bool:
-        """Run the calls that wait, and let steps join the queue. Waits until there are steps; False once closed."""
+    def _work_on(self) -> bool:
+        """Run calls, and then a pass; False once closed. Nothing of it is held over the next one's wait."""
+        group = self._next_group()
+        if group is not None:
+            self._run_pass(group)
+        return group is not None
+
+    def _next_group(self) -> Any:
+        """Run the calls that wait, and let steps join the queue, until the next pass is due. Returns whose it is; None
+        once closed.
+        """
         while True:
-            wait = self._patience() if len(self._steps) else None
+            waiting = ((self._patience(group), group) for group in self._steps.groups)
+            wait, group = min(waiting, key=_first, default=(None, None))
             try:
                 work = self._queue.get(timeout=wait)
             except queue.Empty:
                 if not wait:
-                    return True
+                    return group
                 continue
             if work is None:
-                return False
+                return None
             if isinstance(work, list):
                 self._add(work)
+            elif isinstance(work, int):
+                for gathering in self._gatherings.values():
+                    gathering.forget(work)
             elif work.call is not None and not work.abandoned:
                 result = outcome.capture(work.call)
                 self._trio.run_sync_soon(_deliver, [(work, result)])
@@ -154,26 +173,33 @@ class DeviceThread:
 
     def _add(self, works: list[_Work]) -> None:
         for work in works:
-            self._steps.add(work, work.rows)
-            if work.rows == 1 and work.returns_to:
-                self._gathering.came(work.returns_to, work.since)
+            runner: Any = work.runner  # a step has one
+            self._steps.add(runner if runner.can_pack else _ALONE, work, work.rows)
+            if runner.is_first and work.rows == 1 and work.returns_to:
+                self._gathering(runner).came(work.returns_to, work.since)
 
-    def _patience(self) -> float:
-        """Seconds for which the pass may wait for more steps."""
-        oldest = self._steps.oldest
-        runner: Any = oldest.runner  # only steps wait here, which have one
-        if not (runner.can_pack and runner.is_first) or self._steps.has_chunks:
+    def _gathering(self, runner: Runner) -> Gathering:
+        found = self._gatherings.get(runner)
+        if found is None:
+            found = self._gatherings[runner] = Gathering()
+        return found
+
+    def _patience(self, group: Any) -> float:
+        """Seconds for which the pass of a group, a runner or `_ALONE`, may wait for more steps."""
+        if group is _ALONE or not group.is_first or self._steps.has_chunks(group):
             return 0.0
-        return self._gathering.patience(oldest.since, time.perf_counter())
+        return self._gathering(group).patience(self._steps.oldest(group).since, time.perf_counter())
 
-    def _run_pass(self) -> None:
-        runner: Any = self._steps.oldest.runner  # only steps wait here, which have one
-        most = self._gathering.size if runner.is_first else None
-        works = self._steps.next_pass(most) if runner.can_pack else self._steps.next_alone()
+    def _run_pass(self, group: Any) -> None:
+        if group is _ALONE:
+            works = self._steps.next_alone(group)
+        else:
+            works = self._steps.next_pass(group, self._gathering(group).size if group.is_first else None)
         steps = [(work, work.step) for work in works]
         steps = [(work, step) for work, step in steps if step is not None]  # cancelled just now
         if not steps:
             return
+        runner: Any = steps[0][0].runner
         started = time.perf_counter()
         done = outcome.capture(runner.run_steps, [step for _, step in steps])
         results = done.value if isinstance(done, outcome.Value) else [done] * len(steps)
@@ -181,8 +207,12 @@ class DeviceThread:
         self.passes.note(started, ended, rows, [work.since for work, _ in steps])
         if runner.is_first:
             jobs = [work.returns_to for work, _ in steps if work.returns_to and not work.abandoned]
-            self._gathering.left(jobs, sum(each for each in rows if each > 1), ended)
+            self._gathering(runner).left(jobs, sum(each for each in rows if each > 1), ended)
         self._trio.run_sync_soon(_deliver, [(work, result) for (work, _), result in zip(steps, results, strict=True)])
+
+
+def _first(pair: tuple[float, object]) -> float:
+    return pair[0]
 
 
 def _deliver(done: list[tuple[_Work, outcome.Outcome[Any]]]) -> None:

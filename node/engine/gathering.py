@@ -83,9 +83,9 @@ class Gathering:
 
     def patience(self, since: float, now: float) -> float:
         """How long to wait for another token, in seconds, where the oldest that waits came at `since`."""
-        for job, when in list(self._away.items()):  # a job may end on another thread meanwhile
+        for job, when in list(self._away.items()):
             if now - when > _LOST * self._trip > 0:
-                self._away.pop(job, None)
+                del self._away[job]
         if len(self._here) >= self.size:
             return 0.0
         return max(0.0, since + self._trip - now)

@@ -4,12 +4,15 @@ Each job has at most one step waiting: a token to decode, or a chunk of its prom
 up to a bound, and with them as many chunks as fit a budget of rows; beside chunks it takes every token. So no chunk
 holds tokens up for longer than one pass, and tokens never hold up chunks. Both kinds go in the order in which they
 came, so that jobs take turns.
+
+Steps of different groups cannot share a pass: a group is a part of the loaded layers (or all of them), as a job's
+ticket names it. Groups take turns, a pass each, so that a token waits for one pass of each other group at most.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Generic, TypeVar
 
 from azu.models.memory import MAX_CHUNK_ROWS, MAX_JOBS
@@ -17,10 +20,11 @@ from azu.models.memory import MAX_CHUNK_ROWS, MAX_JOBS
 __all__ = ["StepQueue"]
 
 W = TypeVar("W")
+G = TypeVar("G", bound=Hashable)
 
 
-class StepQueue(Generic[W]):
-    """Steps that wait, the oldest first.
+class StepQueue(Generic[G, W]):
+    """Steps that wait, each group's oldest first.
 
     Args:
         is_wanted: asked when its turn comes; what nobody waits for any more is dropped.
@@ -34,35 +38,40 @@ class StepQueue(Generic[W]):
         self._is_wanted = is_wanted
         self._max_tokens = max_tokens
         self._max_chunk_rows = max_chunk_rows
-        self._waiting: deque[tuple[W, int]] = deque()
+        self._waiting: dict[G, deque[tuple[W, int]]] = {}  # the group whose turn it is comes first
 
     def __len__(self) -> int:
-        return len(self._waiting)
+        return sum(map(len, list(self._waiting.values())))  # a copy: other threads may ask
 
     @property
-    def oldest(self) -> W:
-        """The step that has waited for longest; there must be one."""
-        return self._waiting[0][0]
+    def groups(self) -> Iterator[G]:
+        """Those that have steps, in the order of their turns."""
+        return iter(self._waiting)
 
-    @property
-    def has_chunks(self) -> bool:
+    def oldest(self, group: G) -> W:
+        """The group's step that has waited for longest; there must be one."""
+        return self._waiting[group][0][0]
+
+    def has_chunks(self, group: G) -> bool:
         """Whether a step of several rows waits."""
-        return any(rows > 1 for _, rows in self._waiting)
+        return any(rows > 1 for _, rows in self._waiting.get(group, ()))
 
-    def add(self, step: W, rows: int) -> None:
+    def add(self, group: G, step: W, rows: int) -> None:
         """Let a step of so many rows wait."""
-        self._waiting.append((step, rows))
+        self._waiting.setdefault(group, deque()).append((step, rows))
 
-    def next_alone(self) -> list[W]:
-        """The oldest step, for a model whose jobs cannot share a pass; none if nobody waits."""
-        while self._waiting:
-            step, _ = self._waiting.popleft()
+    def next_alone(self, group: G) -> list[W]:
+        """The group's oldest step, for jobs that cannot share a pass; none if nobody waits."""
+        waiting = self._waiting.pop(group, deque())
+        while waiting:
+            step, _ = waiting.popleft()
             if self._is_wanted(step):
+                self._keep(group, waiting)
                 return [step]
         return []
 
-    def next_pass(self, tokens_alone: int | None = None) -> list[W]:
-        """The steps of the next pass; none if nobody waits.
+    def next_pass(self, group: G, tokens_alone: int | None = None) -> list[W]:
+        """The steps of the group's next pass; none if nobody waits. It is the other groups' turn then.
 
         Args:
             tokens_alone: the most tokens of a pass without chunks.
@@ -71,10 +80,10 @@ class StepQueue(Generic[W]):
         left: deque[tuple[W, int]] = deque()
         tokens = chunk_rows = 0
         most = self._max_tokens
-        if tokens_alone is not None and not self.has_chunks:
+        if tokens_alone is not None and not self.has_chunks(group):
             most = min(most, tokens_alone)
         has_room = True
-        for step, rows in self._waiting:
+        for step, rows in self._waiting.pop(group, ()):
             if not self._is_wanted(step):
                 continue
             if rows == 1 and tokens < most:
@@ -86,5 +95,9 @@ class StepQueue(Generic[W]):
                 left.append((step, rows))
                 continue
             chosen.append(step)
-        self._waiting = left
+        self._keep(group, left)
         return chosen
+
+    def _keep(self, group: G, left: deque[tuple[W, int]]) -> None:
+        if left:
+            self._waiting[group] = left  # behind the others

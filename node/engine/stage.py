@@ -34,6 +34,7 @@ _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch
 # Of a GPU's free memory, and of the free main memory where the CPU computes: the rest is for activations, the allocator
 # and whatever else the owner runs.
 _GPU_SHARE, _CPU_SHARE = 0.9, 0.6
+_MAX_PARTS = 8  # of a stage that are kept for the next job; the modules of one of 12 layers take about 600 KiB
 _CUDA_LIBRARIES = 64 << 20  # bytes: what cuBLAS takes for itself at its first product; the context is taken already
 
 
@@ -57,9 +58,10 @@ class Output:
 
 
 class JobState:
-    """One job's KV cache and sampler in one stage."""
+    """One job's KV cache and sampler, and the stage whose layers it goes through."""
 
-    def __init__(self, cache: Any, sampler: Sampler | None) -> None:
+    def __init__(self, stage: LoadedStage, cache: Any, sampler: Sampler | None) -> None:
+        self.stage = stage
         self.cache = cache
         self.sampler = sampler
         self.position = 0  # positions in the cache
@@ -95,35 +97,64 @@ def _plain_strides(_head: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> 
 class LoadedStage:
     """Layers [start, end) of a model, ready to run."""
 
-    def __init__(self, stage: Stage, spec: StageSpec, dtype: WeightFormat, device: Device, vocab_size: int) -> None:
+    def __init__(self, stage: Stage, dtype: WeightFormat, device: torch.device, vocab_size: int) -> None:
         self._stage = stage
-        self._device = torch.device(device.torch_name)
+        self._device = device
         self._activations = ACTIVATIONS[dtype]
         self._dtype = _DTYPES[self._activations]
+        self._parts: dict[tuple[int, int], LoadedStage] = {}  # the one that was asked for last comes last
         self.dtype = dtype  # of its weights
-        self.is_first = spec.start == 0
-        self.is_last = spec.end == spec.n_layers
+        self.is_first = stage.is_first
+        self.is_last = stage.is_last
         self.hidden_size = stage.hidden_size
         self.vocab_size = vocab_size
-        self.n_layers = spec.end - spec.start
-        if self.is_last and self._dtype != torch.float32:
-            head: Any = stage.model.get_output_embeddings()  # type: ignore[no-untyped-call]  # upstream
-            head.register_forward_pre_hook(_plain_strides)
+        self.n_layers = stage.spec.end - stage.spec.start
+        self.model_layers = stage.spec.n_layers
 
     def open_job(
-        self, sampling: Sampling, prompt: tuple[int, ...] = (), tokens: int = 0, output: tuple[int, ...] = ()
+        self,
+        sampling: Sampling,
+        prompt: tuple[int, ...] = (),
+        tokens: int = 0,
+        output: tuple[int, ...] = (),
+        part: tuple[int, int] | None = None,
     ) -> JobState:
         """The state of a new job, with KV cache for `tokens` (it grows where more come).
 
-        `prompt` is needed only for a repetition penalty in the last stage, `output` (tokens that were sampled before)
-        only in the last stage.
+        Args:
+            prompt: needed only for a repetition penalty in the last stage.
+            output: tokens that were sampled before; needed only in the last stage.
+            part: the layers [start, end) that it goes through, of those that are loaded; all where omitted.
+
+        Raises:
+            ModelError: code "bad_layer_range", where they are not loaded.
+            InternalError: code "stage_failed", for whatever else a family's code raises.
         """
-        return self.go_on(JobState(self._stage.new_cache(tokens), None), sampling, prompt, output)
+        try:
+            stage = self._part(*part) if part is not None else self
+            return self.go_on(JobState(stage, stage._stage.new_cache(tokens), None), sampling, prompt, output)
+        except AzuError:
+            raise
+        except Exception as error:  # a border, as in _run_alone
+            raise InternalError(f"the stage failed: {error}", code="stage_failed") from error
 
     def go_on(self, job: JobState, sampling: Sampling, prompt: tuple[int, ...], output: tuple[int, ...]) -> JobState:
         """The same job, after whose prompt `output` was sampled."""
-        job.sampler = Sampler(sampling, prompt, output) if self.is_last else None
+        job.sampler = Sampler(sampling, prompt, output) if job.stage.is_last else None
         return job
+
+    def _part(self, start: int, end: int) -> LoadedStage:
+        """Layers [start, end) alone, over the same weights. Jobs of a part get the same one, and so share passes."""
+        spec = self._stage.spec
+        if (start, end) == (spec.start, spec.end):
+            return self
+        part = self._parts.pop((start, end), None)
+        if part is None:
+            part = LoadedStage(self._stage.part(start, end), self.dtype, self._device, self.vocab_size)
+        self._parts[start, end] = part
+        if len(self._parts) > _MAX_PARTS:  # its jobs keep the one that is dropped
+            del self._parts[next(iter(self._parts))]
+        return part
 
     @property
     def can_pack(self) -> bool:
@@ -202,7 +233,7 @@ class LoadedStage:
 
     def measure_layer_us(self, steps: int = 4) -> int:
         """Microseconds per decoded token and layer: the fastest of a few steps after a warm-up."""
-        job = JobState(self._stage.new_cache(), None)
+        job = JobState(self, self._stage.new_cache(), None)
         size = self.hidden_size * self._dtype.itemsize
         step = Step(job, (1,) if self.is_first else bytearray(size), 1, sample=False)
         best = float("inf")
@@ -266,7 +297,10 @@ def load_stage(
         stage = build_stage(spec, _DTYPES[ACTIVATIONS[dtype]], computing, files, held_weights(dtype, computing))
         return_freed_memory()
         _check_vocabulary(stage, vocab_size)
-        return LoadedStage(stage, spec, dtype, device, vocab_size)
+        if stage.is_last and stage.model.dtype != torch.float32:
+            head: Any = stage.model.get_output_embeddings()  # type: ignore[no-untyped-call]  # upstream
+            head.register_forward_pre_hook(_plain_strides)
+        return LoadedStage(stage, dtype, computing, vocab_size)
     except torch.OutOfMemoryError as error:
         raise CapacityError("the stage does not fit in the device's memory", code="device_out_of_memory") from error
 

@@ -13,7 +13,7 @@ import transformers
 from azu.models.splice import Stage, StageSpec, build_stage, stage_tensor_names
 from tests.models.conftest import Published
 
-__all__ = ["build", "in_stages", "one_by_one", "step_by_step", "unsplit"]
+__all__ = ["build", "in_stages", "one_by_one", "step_by_step", "tensors_of", "unsplit"]
 
 
 def build(published: Published, start: int, end: int, dtype: torch.dtype = torch.float32) -> Stage:
@@ -62,3 +62,10 @@ def step_by_step(stages: list[Stage], parts: Iterable[torch.Tensor]) -> Iterator
             hidden = stage.forward(hidden, cache, position)
         yield hidden
         position += len(part)
+
+
+def tensors_of(stage: Stage) -> Iterator[torch.Tensor]:
+    """All that the stage's modules hold, as parameters, buffers or otherwise."""
+    for module in stage.model.modules():
+        for held in (vars(module), module._parameters, module._buffers):
+            yield from (value for value in held.values() if isinstance(value, torch.Tensor))

@@ -16,7 +16,7 @@ from azu.models.splice import Stage, StageSpec, build_stage, stage_tensor_names
 from azu.models.store import LayerStore
 from tests.models.conftest import Published
 from tests.models.families import FAMILIES, OTHERS, Family, save, table
-from tests.models.running import build, in_stages, one_by_one, step_by_step, unsplit
+from tests.models.running import build, in_stages, one_by_one, step_by_step, tensors_of, unsplit
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
 TOKENS = torch.randint(3, 64, (27,), generator=torch.Generator().manual_seed(1))
@@ -84,6 +84,29 @@ def test_every_cut_gives_the_same_bits(models: Models, family: Family) -> None:
 @pytest.mark.parametrize("family", OTHERS, ids=lambda family: family.name)
 def test_a_cut_at_each_layer_gives_the_same_bits(models: Models, family: Family) -> None:
     check(models, family.name, [(0, 1, 2, 3, 4)])
+
+
+@pytest.mark.parametrize("family", FAMILIES + OTHERS, ids=lambda family: family.name)
+def test_parts_of_a_stage_give_the_same_bits_while_the_whole_is_used(models: Models, family: Family) -> None:
+    """Of a stage that is the whole model, and of one that begins and ends inside of it."""
+    last = models.published(family.name).manifest.n_layers
+    whole, inner = models.stage(family.name, 0, last), models.stage(family.name, 1, last - 1)
+    chains = [
+        [whole],
+        [whole.part(start, end) for start, end in pairwise((0, 1, 3, last))],
+        [whole.part(0, 2), whole.part(2, last)],
+        [whole.part(0, 1), inner.part(1, 2), inner.part(2, last - 1), whole.part(last - 1, last)],
+    ]
+    held = {id(tensor) for stage in (whole, inner) for tensor in tensors_of(stage)}
+    for stage in (stage for chain in chains for stage in chain):
+        assert {id(tensor) for tensor in tensors_of(stage)} <= held, "a part has a tensor of its own"
+    one, other = one_by_one(PROMPT, ANSWER), one_by_one(TOKENS[13:20], TOKENS[4:20])
+    expected = unsplit(models.published(family.name).source, one)
+    jobs = [step_by_step(chain, one) for chain in chains]
+    others = [step_by_step(chain, other) for chain in chains]
+    for wanted, *turn in zip(expected, *jobs, *others, strict=True):
+        assert all(each.equal(wanted) for each in turn[:4])
+        assert all(each.equal(turn[4]) for each in turn[5:])
 
 
 @pytest.mark.parametrize("name", [*KINDS, "Llama, tied", "Phi-3"])  # rotary tables that grow with the job

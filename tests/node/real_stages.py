@@ -187,7 +187,9 @@ class Coordinator:
             while not done.is_set():
                 with trio.move_on_after(0.5):
                     await done.wait()
-                await channel.send(End() if done.is_set() else Ping())
+                if not done.is_set():
+                    await channel.send(Ping())
+            await channel.send(End())
 
         async with trio.open_nursery() as nursery:
             for index in range(len(self.stages)):

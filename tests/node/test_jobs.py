@@ -163,10 +163,14 @@ async def test_a_ring_stream_without_a_job_is_refused(model: TinyModel, monkeypa
             assert (await next_of(channel, Refused)).code == "unknown_job"
 
 
-STAGES = [
-    {"peer_id": identity(1).peer_id, "start": 0, "end": 3},
-    {"peer_id": identity(2).peer_id, "start": 3, "end": 4},
-]
+SHORTER = {"n_layers": 3, "stages": [{"peer_id": identity(1).peer_id, "start": 0, "end": 3}]}
+LONGER = {
+    "n_layers": 5,
+    "stages": [
+        {"peer_id": identity(1).peer_id, "start": 0, "end": 4},
+        {"peer_id": identity(2).peer_id, "start": 4, "end": 5},
+    ],
+}
 
 
 @pytest.mark.parametrize(
@@ -175,7 +179,8 @@ STAGES = [
         ("expired", {"expires_at": 1_000}),
         ("from_the_future", {"issued_at": 2**39}),
         ("not_loaded", {"manifest": "0" * 64}),
-        ("wrong_range", {"stages": STAGES}),
+        ("wrong_range", SHORTER),
+        ("wrong_range", LONGER),
         ("wrong_dtype", {"dtype": "float16"}),
         ("wrong_dtype", {"dtype": "int8"}),
         ("not_my_stage", {"stages": [{"peer_id": identity(7).peer_id, "start": 0, "end": 4}]}),

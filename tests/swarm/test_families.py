@@ -1,4 +1,4 @@
-"""Families other than the demo's, cut in three, through real worker processes: token for token the unsplit model's.
+"""Families other than the demo's, in stages, through real worker processes: token for token the unsplit model's.
 
 This process is the coordinator: it publishes, assigns layers to three workers, and gives them a job. The workers stay
 for all families, so each also has to let go of one model and take another.
@@ -36,8 +36,12 @@ pytestmark = [pytest.mark.swarm, pytest.mark.slow]
 
 # Between them every kind of cache: full, sliding window, latent attention, linear attention; three have experts.
 NAMES = ["GPT-2", "Gemma 2", "Qwen2-MoE", "DeepSeek-V2", "Qwen3-Next", "Falcon, new"]
+IN_PARTS = ["Gemma 2", "Qwen3-Next"]
 # A coordinator for each: a worker may still be closing its connections to the one before.
-COORDINATORS = {name: Identity(bytes([100 + number]) * 32) for number, name in enumerate(NAMES)}
+COORDINATORS = {
+    name: Identity(bytes([100 + number]) * 32)
+    for number, name in enumerate([*NAMES, *(f"{name} in parts" for name in IN_PARTS)])
+}
 TOKENS = 24
 
 
@@ -93,6 +97,40 @@ async def test_through_three_processes(name: str, addresses: list[tuple[str, lis
                 assert not end.failures
                 assert end.tokens == greedy(unsplit, prompt), name
                 assert {receipt.tokens for receipt in end.receipts.values()} == {length + TOKENS - 1}
+
+
+@pytest.mark.parametrize("name", IN_PARTS)
+async def test_parts_of_what_is_loaded(name: str, addresses: list[tuple[str, list[str]]], tmp_path: Path) -> None:
+    """Jobs of three chains at once, for which each process runs another part of its layers."""
+    identity = COORDINATORS[f"{name} in parts"]
+    unsplit = random_model(name, tmp_path / "source")
+    library = Library(tmp_path)
+    manifest = publish(str(tmp_path / "source"), library.store)
+    library.publish(identity, manifest)
+    one, two, three = (peer_id for peer_id, _ in addresses)
+    chains = [
+        [Worker(one, 0, 3), Worker(two, 3, 4)],
+        [Worker(three, 0, 1), Worker(one, 1, 2), Worker(two, 2, 4)],
+        [Worker(three, 0, 4)],
+    ]
+    answers: dict[int, list[int]] = {}
+    with trio.fail_after(PATIENCE_S):
+        async with coordinator(identity, library, addresses) as overlay:
+            async with trio.open_nursery() as nursery:
+                for worker in (Worker(one, 0, 3), Worker(two, 1, 4), Worker(three, 0, 4)):
+                    nursery.start_soon(load, identity, overlay, worker, manifest)
+
+            async def ask(number: int) -> None:
+                me = Coordinator(identity, overlay, chains[number % 3], manifest.digest)  # type: ignore[arg-type]  # as above
+                prompt = prompt_of(11, seed=number)
+                end = await me.answer(me.ticket(11, TOKENS, n_layers=4), prompt)
+                assert not end.failures
+                answers[number] = end.tokens
+
+            async with trio.open_nursery() as nursery:
+                for number in range(6):
+                    nursery.start_soon(ask, number)
+    assert answers == {number: greedy(unsplit, prompt_of(11, seed=number)) for number in range(6)}
 
 
 def random_model(name: str, folder: Path) -> Any:

@@ -301,7 +301,8 @@ async def test_the_first_stage_waits_for_tokens_that_are_away_and_not_for_jobs_t
         async with trio.open_nursery() as nursery:
             for job in (1, 2, 3):
                 nursery.start_soon(step, job)
-        device._gathering.groups, device._gathering._trip = 1, 1e9  # they may be away for long
+        gathering = device._gathering(adder)
+        gathering.groups, gathering._trip = 1, 1e9  # they may be away for long
         async with trio.open_nursery() as nursery:
             nursery.start_soon(step, 1)
             await settle()
@@ -310,6 +311,61 @@ async def test_the_first_stage_waits_for_tokens_that_are_away_and_not_for_jobs_t
             assert len(adder.passes) == 1
             device.ended(3)
     assert [sorted(steps) for steps in adder.passes] == [[[1], [2], [3]], [[1], [2]]]
+
+
+async def test_runners_take_turns_and_nobody_waits_for_anothers_tokens() -> None:
+    whole, part, odd = Adder(is_first=True), Adder(), Adder(can_pack=False)
+    order: list[str] = []
+
+    def note(name: str, runner: Adder) -> None:
+        run_steps = runner.run_steps
+
+        def noted(steps: Sequence[list[int]]) -> list[outcome.Outcome[int]]:
+            order.append(f"{name}{len(steps)}")
+            return run_steps(steps)
+
+        runner.run_steps = noted  # type: ignore[method-assign]
+
+    for name, runner in (("whole ", whole), ("part ", part), ("odd ", odd)):
+        note(name, runner)
+    async with open_device_thread() as device:
+        for job in (1, 2):
+            await device.step(whole, [job], 1, job)
+        gathering = device._gathering(whole)
+        gathering.groups, gathering._trip = 1, 1e9  # it waits for the second job's token
+        order.clear()
+        async with trio.open_nursery() as nursery:
+            gate = Gate()
+            nursery.start_soon(device.run, gate)
+            await gate.until_entered()
+            nursery.start_soon(device.step, whole, [1], 1, 1)
+            for _ in range(2):
+                for runner, rows in ((part, 1), (odd, 1), (part, 200), (part, 200)):
+                    nursery.start_soon(device.step, runner, [rows], rows)
+                    await trio.testing.wait_all_tasks_blocked()
+            gate.go_on.set()
+            await until(lambda: len(part.passes) == 4 and len(odd.passes) == 2)
+            await settle()
+            assert whole.passes == [[[1]], [[2]]]
+            device.ended(2)
+    assert order == ["part 3", "odd 1", "part 1", "odd 1", "part 1", "part 1", "whole 1"]
+
+
+async def test_an_idle_thread_holds_no_runner() -> None:
+    async with open_device_thread() as device:
+        adder = Adder(is_first=True)
+        seen = weakref.ref(adder)
+        for _ in range(2):
+            await device.step(adder, [1], 1, 1)
+        device.ended(1)
+        del adder
+
+        def is_gone() -> bool:
+            gc.collect()
+            return seen() is None
+
+        await until(is_gone)
+        assert not device._gatherings
 
 
 async def _cancelled_step(device: DeviceThread, adder: Adder, scope: trio.CancelScope) -> None:

@@ -68,6 +68,51 @@ def test_nothing_outlives_its_last_use(load: Load, start: int, end: int) -> None
     assert weight() is None
 
 
+@pytest.mark.usefixtures("no_collector")
+def test_jobs_of_one_part_share_it_and_nothing_outlives_the_stage(load: Load) -> None:
+    stage = load(0, 4)
+    parts = [(0, 4), (1, 3), (1, 3), (2, 4), (0, 2)]
+    jobs = [stage.open_job(Sampling(), (), 8, part=part) for part in parts]
+    assert jobs[0].stage is stage
+    assert jobs[1].stage is jobs[2].stage
+    assert [(job.stage.is_first, job.stage.is_last) for job in jobs] == [
+        *((True, True), (False, False), (False, False), (False, True), (True, False))
+    ]
+    assert [job.sampler is not None for job in jobs] == [True, False, False, True, False]
+    assert [stage.go_on(job, Sampling(), (), (5,)).sampler is not None for job in jobs] == [
+        True,
+        False,
+        False,
+        True,
+        False,
+    ]
+    assert [len(job.cache.layers) - 1 for job in jobs] == [4, 2, 2, 2, 2]  # and one for who asks where there is none
+    for job in jobs:
+        run(job.stage, job)
+    weight = weakref.ref(next(stage._stage.model.parameters()))
+    del job, jobs, stage
+    assert weight() is None
+
+
+def test_parts_that_are_kept_are_bounded(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("node.engine.stage._MAX_PARTS", 2)
+    stage = load(0, 4)
+    one, two = (stage.open_job(Sampling(), (), 8, part=part).stage for part in ((0, 1), (0, 2)))
+    assert stage.open_job(Sampling(), (), 8, part=(0, 1)).stage is one
+    running = stage.open_job(Sampling(), (), 8, part=(0, 2))
+    stage.open_job(Sampling(), (), 8, part=(0, 3))  # (0, 1) goes
+    assert stage.open_job(Sampling(), (), 8, part=(0, 2)).stage is two
+    assert stage.open_job(Sampling(), (), 8, part=(0, 1)).stage is not one
+    run(running.stage, running)
+
+
+@pytest.mark.parametrize("part", [(0, 3), (1, 5), (2, 2), (3, 2), (-1, 2)])
+def test_what_is_no_part_of_the_stage(load: Load, part: tuple[int, int]) -> None:
+    with pytest.raises(ModelError) as caught:
+        load(1, 4).open_job(Sampling(), (), 8, part=part)
+    assert caught.value.code == "bad_layer_range"
+
+
 def test_a_failure_inside_a_family_is_an_error_of_ours(load: Load) -> None:
     stage = load(0, 2)
     with pytest.raises(InternalError) as caught:  # torch raises an IndexError
