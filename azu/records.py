@@ -23,15 +23,18 @@ from azu.wire.tensors import WeightFormat
 __all__ = [
     "COORDINATORS_KEY",
     "COORDINATOR_NAMESPACE",
+    "MAX_LINKS",
     "MAX_RECORD_BYTES",
     "VALIDATORS",
     "WORKERS_KEY",
     "WORKER_NAMESPACE",
     "CoordinatorRecord",
     "HeldRange",
+    "Link",
     "ModelOffer",
     "Record",
     "SignedRecordValidator",
+    "Speed",
     "WorkerRecord",
     "coordinator_key",
     "is_live",
@@ -47,12 +50,14 @@ COORDINATOR_NAMESPACE = "azu-coordinator"
 # Provider keys (32 bytes) under which every worker and every coordinator can be found.
 WORKERS_KEY = hashlib.sha256(b"/azu/workers/1").digest()
 COORDINATORS_KEY = hashlib.sha256(b"/azu/coordinators/1").digest()
-# A record with 16 addresses and 64 ranges has about 8 KiB.
+# A record with 16 addresses, 48 ranges and 16 links has about 9 KiB.
 MAX_RECORD_BYTES = 12_288
+MAX_LINKS = 16
 
 Address = Annotated[str, Field(max_length=256)]
 Bytes = Annotated[int, Field(ge=0, lt=2**63)]
 Small = Annotated[int, Field(ge=0, lt=2**31)]
+Nanoseconds = Annotated[int, Field(ge=0, lt=2**40)]
 
 
 class HeldRange(Document):
@@ -80,8 +85,32 @@ class Record(Document):
     addrs: Annotated[Tuple[Address], Field(max_length=16)]
 
 
+class Speed(Document):
+    """What passes take per layer, as measured lately; 0 where nothing was.
+
+    Decoding a token of each of n jobs takes `decode_base_ns + n * decode_token_ns`, n tokens of prompts `n *
+    prefill_ns`. What only the first and last layers do counts as theirs and is spread over all.
+    """
+
+    decode_base_ns: Nanoseconds = 0
+    decode_token_ns: Nanoseconds = 0
+    prefill_ns: Nanoseconds = 0
+
+
+class Link(Document):
+    """How far another peer is, as measured lately; 0 where that was not. `bytes_per_s`: in ring messages to it."""
+
+    peer_id: PeerId
+    rtt_us: Small = 0
+    bytes_per_s: Bytes = 0
+    relayed: bool = False
+
+
 class WorkerRecord(Record):
-    """A worker's offer. Memory in bytes; `layer_us` is microseconds per decoded token and layer, 0 if not measured."""
+    """A worker's offer. Memory in bytes; `layer_us` is microseconds per decoded token and layer of a job that is alone,
+    when the layers were loaded, 0 if not measured. `waiting`: jobs' steps that wait for their pass, as a mean of the
+    last minute. What older workers do not tell has a default.
+    """
 
     device: Annotated[str, Field(max_length=128)]
     dtype: WeightFormat
@@ -93,6 +122,9 @@ class WorkerRecord(Record):
     layer_us: Small
     ranges: Annotated[Tuple[HeldRange], Field(max_length=64)]
     payout_address: Annotated[str, Field(max_length=128)]
+    speed: Speed = Speed()
+    waiting: Small = 0
+    links: Annotated[Tuple[Link], Field(max_length=MAX_LINKS)] = ()
 
     def range_in(self, state: str, manifest: str) -> tuple[int, int] | None:
         """The [start, end) of a model that is in the given state, if any."""

@@ -20,11 +20,12 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import trio
 
 from node.engine.instruments import Passes
+from node.links import Links
 
 __all__ = ["Instruments", "LoopWatch", "RingMeter", "Spell", "Sums"]
 
@@ -35,7 +36,7 @@ _SLOTS = 13  # a minute ago is between the first and the second of them
 @dataclass(slots=True)
 class RingMeter:
     """Sums since the start over the streams of all jobs, in seconds and bytes of hidden states. Used on the event loop
-    only. messages: sent; inputs: steps taken in.
+    only. messages: sent; inputs: steps taken in; links: how far the peers are.
     """
 
     messages: int = 0
@@ -46,6 +47,7 @@ class RingMeter:
     inputs: int = 0
     received_bytes: int = 0
     elsewhere_s: float = 0.0
+    links: Links = field(default_factory=Links)
 
     def note_sent(self, size: int, serialise_s: float, wire_s: float) -> None:
         """Count a message with a body of `size` bytes."""
@@ -189,6 +191,12 @@ class Instruments:
     def since_start(self) -> Spell:
         """Everything."""
         return Spell(self.sums() - self._start, self.passes.statistics().longest_s, self.loop.longest_s)
+
+    @property
+    def waiting(self) -> float:
+        """Steps that wait for their pass, as a mean of the last minute (Little's law)."""
+        sums = self.last_minute().sums
+        return max(0.0, sums.waited_s) / max(sums.at, 1e-3)
 
     def last_minute(self) -> Spell:
         """The last 60 to 65 s, or everything where that is less."""

@@ -7,7 +7,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import trio
 
@@ -20,6 +20,7 @@ from azu.overlay import Overlay, OverlayStream
 from azu.tickets import JobTicket, LoadedLayers, Refusal, check_ticket, open_ticket
 from azu.wire.messages import JOB, RING, Failed, Hello, Open, ReceiptReply, Refused
 from node.engine.device import DeviceThread
+from node.engine.pace import Pace
 from node.engine.stage import LoadedStage
 from node.history import HistoryBudget
 from node.instruments import RingMeter
@@ -55,6 +56,7 @@ class Loaded:
     layer_us: int
     context_length: int
     model_id: str = ""
+    pace: Pace = field(default_factory=Pace)
 
     @property
     def layers(self) -> LoadedLayers:

@@ -22,6 +22,8 @@ __all__ = ["Loader"]
 
 logger = logging.getLogger(__name__)
 
+_MEASURED_ROWS = 64  # of a prompt: what more of them would show is not worth the time
+
 
 class Loader:
     """Loads what a worker is assigned."""
@@ -61,11 +63,12 @@ class Loader:
         before = held_bytes(self._device)
         stage = await self._thread.run(load)
         layer_us = await self._thread.run(stage.measure_layer_us)
+        await self._thread.run(partial(stage.measure_pace, min(_MEASURED_ROWS, manifest.context_length)))
         log(logger, logging.INFO, "stage loaded", estimated=format_size(memory.weights + memory.overhead),
             measured=format_size(held_bytes(self._device) - before))  # fmt: skip
         return Loaded(
             manifest.digest, spec.start, spec.end, stage, kv_tokens, memory.kv_per_token, layer_us,
-            manifest.context_length, manifest.model_id,
+            manifest.context_length, manifest.model_id, stage.pace,
         )  # fmt: skip
 
     def _kv_room(self, manifest: Manifest, assignment: Assignment) -> tuple[int, StageMemory]:

@@ -98,7 +98,10 @@ class WorkerReport(Reporter):
                 "model_id": loaded.model_id,
                 "layers": [loaded.start, loaded.end],
                 "layer_us": loaded.layer_us,
+                "speed": loaded.pace.speed().model_dump(),
             },
+            "waiting": instruments.waiting,
+            "links": [link.model_dump() for link in instruments.ring.links.told(trio.current_time())],
             "loading": loading
             and {
                 "manifest": loading.manifest,

@@ -65,6 +65,7 @@ class RingLink:
         self.peer_id = peer_id
         self._hello = hello
         self._channel: Channel | None = None
+        self._is_relayed = False
         self._next: Channel | None = None  # while the ring moves to it
         self._open = trio.Event()  # another one from the last frame on a stream to the first on the next
         self._credits = trio.Semaphore(WINDOW, max_value=WINDOW)
@@ -77,7 +78,7 @@ class RingLink:
             ProtocolError: it gave credit for what was never sent.
         """
         stream = await open_worker_stream(self._overlay, self.peer_id, RING_PROTOCOL)
-        self._channel = Channel(stream, RING, max_body=0)
+        self._channel, self._is_relayed = Channel(stream, RING, max_body=0), stream.is_relayed
         try:
             await self._channel.send(self._hello)
             self._open.set()
@@ -116,6 +117,7 @@ class RingLink:
             nursery.cancel_scope.cancel()
         if failure is not None:
             raise failure
+        self._is_relayed = False
         self._open.set()
         log(logger, logging.INFO, "ring left its relay", job=self._hello.job_id.hex(), peer=self.peer_id)
         await relayed.stream.aclose()
@@ -175,7 +177,10 @@ class RingLink:
         try:
             await channel.stream.send_all(*buffers)
         finally:
-            self._meter.note_sent(len(body), serialised - started, time.perf_counter() - serialised)
+            seconds = time.perf_counter() - serialised
+            self._meter.note_sent(len(body), serialised - started, seconds)
+            links, now = self._meter.links, trio.current_time()
+            links.note_sent(self.peer_id, len(body), seconds, is_relayed=self._is_relayed, now=now)
 
     async def _opened(self) -> Channel:
         """The stream in use. A frame that is sent on it without another await is ahead of `moved`."""

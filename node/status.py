@@ -12,8 +12,9 @@ from urllib.parse import urlsplit
 import click
 
 from azu.config import StatusSettings
-from azu.dht.text import duration, short_digest
+from azu.dht.text import duration, link_text, short_digest, speed_text
 from azu.errors import NetworkError
+from azu.records import Link, Speed
 from azu.sizes import format_size
 
 __all__ = ["ADDRESS_FILE", "fetch_status", "print_status", "show_status"]
@@ -85,14 +86,16 @@ def show_status(status: Mapping[str, Any]) -> str:
         "device": f"{status['device']}, {status['dtype']}, {format_size(status['offered_bytes'])} offered",
         "memory": f"{format_size(status['resident_bytes'])} resident",
         "layers": _layers(status),
+        "speed": _speed(status),
         "jobs": f"{jobs['running']} running, {jobs['most']} at most, {jobs['admitted']} since the start",
         "kv cache": f"{kv['reserved']} of {kv['all']} tokens reserved, {kv['all'] - kv['reserved']} free, "
         f"{kv['filled']} filled",
         "traffic": f"hidden states {format_size(start['received_bytes'])} in, {format_size(start['sent_bytes'])} out; "
         f"layer files {format_size(status['layer_files_sent_bytes'])} sent",
+        "links": "\n".join(map(_link, status["links"])) or "none measured yet",
     }
     if loaded is None:
-        del facts["kv cache"]
+        del facts["kv cache"], facts["speed"]
     lines = [f"{status['peer_id']}  {status['agent']}, up {duration(status['uptime_s'])}"]
     for label, text in facts.items():
         first, *more = text.split("\n")
@@ -112,6 +115,17 @@ def _layers(status: Mapping[str, Any]) -> str:
             f"{first}-{end - 1} of {short_digest(loading['manifest'])} are being loaded, {loading['percent']}% are here"
         )
     return "none: the log says why"
+
+
+def _speed(status: Mapping[str, Any]) -> str:
+    if status["loaded"] is None:
+        return ""
+    speed = Speed.model_validate(status["loaded"]["speed"])
+    return f"{speed_text(speed)}; {status['waiting']:.1f} steps wait for a pass"
+
+
+def _link(link: Mapping[str, Any]) -> str:
+    return f"{link['peer_id']}  {link_text(Link.model_validate(link))}"
 
 
 def _table(minute: Mapping[str, float], start: Mapping[str, float], largest: int) -> list[str]:

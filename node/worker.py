@@ -14,7 +14,7 @@ from azu.errors import AzuError, NetworkError, ProtocolError, TrustError
 from azu.identity import Identity
 from azu.logs import log
 from azu.overlay import Overlay, OverlayStream
-from azu.records import WORKERS_KEY, HeldRange, WorkerRecord, sign_worker_record, worker_key
+from azu.records import WORKERS_KEY, HeldRange, Speed, WorkerRecord, sign_worker_record, worker_key
 from azu.tickets import Assignment, Refusal, check_assignment, open_assignment
 from azu.wire.messages import (
     CONTROL,
@@ -34,6 +34,7 @@ from node.engine.stage import Device
 from node.idle import explain_idleness
 from node.instruments import Instruments
 from node.jobs import HISTORY_BYTES, Jobs
+from node.links import keep_pinging
 from node.loader import Loader
 from node.supply import Supply
 from node.trust import Trust
@@ -50,7 +51,8 @@ _RECORD_LIFE_S = 60
 _RETRY_S = 1.0  # where nobody took it, as before the swarm is joined
 # Provider records live for 48 hours; this renews them at nodes that joined since, in place of those that have left.
 _PROVIDE_S = 120.0
-_MAX_ADDRS = 16
+# A record has to stay below MAX_RECORD_BYTES.
+_MAX_ADDRS, _MAX_RANGES = 16, 48
 # Layers that could not be loaded are not tried again for this long: the coordinator gives them to somebody else.
 _AFTER_FAILURE_S = 60.0
 
@@ -107,6 +109,7 @@ class Worker:
                 nursery.start_soon(self._advertise)
                 nursery.start_soon(self._provide)
                 nursery.start_soon(self._note_what_comes)
+                nursery.start_soon(keep_pinging, self._overlay, self.instruments.ring.links)
                 nursery.start_soon(
                     partial(
                         explain_idleness,
@@ -154,8 +157,11 @@ class Worker:
             kv_tokens_free=self.jobs.kv_tokens_free,
             jobs=self.jobs.count,
             layer_us=loaded.layer_us if loaded else 0,
-            ranges=tuple(ranges[-64:]),
+            ranges=tuple(ranges[-_MAX_RANGES:]),
             payout_address=self._payout_address,
+            speed=loaded.pace.speed() if loaded else Speed(),
+            waiting=round(self.instruments.waiting),
+            links=self.instruments.ring.links.told(trio.current_time()),
         )
         return sign_worker_record(self._identity, record)
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from azu.errors import ProtocolError, TrustError
 from azu.identity import Identity, Kind, seal
@@ -15,11 +16,13 @@ from azu.overlay import MAX_RECORD_BYTES as OVERLAY_LIMIT
 from azu.records import (
     COORDINATOR_NAMESPACE,
     COORDINATORS_KEY,
+    MAX_LINKS,
     MAX_RECORD_BYTES,
     VALIDATORS,
     WORKER_NAMESPACE,
     WORKERS_KEY,
     CoordinatorRecord,
+    Speed,
     WorkerRecord,
     coordinator_key,
     is_live,
@@ -30,6 +33,7 @@ from azu.records import (
     worker_key,
 )
 from azu.tickets import CLOCK_SKEW_S
+from azu.wire.document import encode_cbor
 
 ALICE, BOB = Identity(b"a" * 32), Identity(b"b" * 32)
 COMMON: dict[str, Any] = {
@@ -72,6 +76,43 @@ def coordinator(**changes: Any) -> CoordinatorRecord:
 def test_records_open_to_what_was_signed() -> None:
     assert open_worker_record(sign_worker_record(ALICE, worker())) == worker()
     assert open_coordinator_record(sign_coordinator_record(ALICE, coordinator())) == coordinator()
+
+
+def test_an_older_workers_record_opens() -> None:
+    """It does not tell its speed, who waits, and how far others are."""
+    new = {"speed", "waiting", "links"}
+    old = {name: value for name, value in worker().model_dump().items() if name not in new}
+    opened = open_worker_record(seal(ALICE, Kind.WORKER_RECORD, encode_cbor(old)))
+    assert opened == worker()
+    assert (opened.speed, opened.waiting, opened.links) == (Speed(), 0, ())
+
+
+def test_the_fullest_record_of_a_worker_fits() -> None:
+    """A relayed address has about 200 characters at most, and a worker tells of 48 ranges."""
+    full = worker(
+        protocols=("/azu/control/1", "/azu/layers/1", "/azu/job/1", "/azu/ring/1"), addrs=("x" * 200,) * 16,
+        device="d" * 128, vram_total=2**62, vram_free=2**62, kv_tokens=2**40, kv_tokens_free=2**40,
+        ranges=({"manifest": "c" * 64, "start": 500, "end": 600, "state": "loading", "percent": 99},) * 48,
+        payout_address="p" * 64, speed={"decode_base_ns": 2**39, "decode_token_ns": 2**39, "prefill_ns": 2**39},
+        links=({"peer_id": BOB.peer_id, "rtt_us": 2**30, "bytes_per_s": 2**40, "relayed": True},) * MAX_LINKS,
+    )  # fmt: skip
+    assert len(sign_worker_record(ALICE, full)) < MAX_RECORD_BYTES - 512
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"speed": None}, {"speed": {"decode_base_ns": -1}}, {"speed": {"prefill_ns": 2**40}}, {"speed": {"x": 1}},
+        {"waiting": -1}, {"waiting": 0.5}, {"links": ({"peer_id": "x"},)}, {"links": ({"rtt_us": 1},)},
+        {"links": ({"peer_id": BOB.peer_id, "rtt_us": 2**31},)}, {"links": ({"peer_id": BOB.peer_id, "relayed": 1},)},
+        {"links": ({"peer_id": BOB.peer_id},) * (MAX_LINKS + 1)},
+    ],
+)  # fmt: skip
+def test_measurements_out_of_bounds_are_no_record(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        worker(**changes)
+    with pytest.raises(ProtocolError):
+        open_worker_record(seal(ALICE, Kind.WORKER_RECORD, encode_cbor(worker().model_dump() | changes)))
 
 
 def test_both_namespaces_have_a_validator() -> None:

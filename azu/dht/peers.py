@@ -166,7 +166,7 @@ def _worker_row(seen: Seen[WorkerRecord], style: _Style) -> Row:
         "DEVICE": clip(printable(record.device), style.device) or "-",
         "VRAM FREE": f"{format_size(record.vram_free)} / {format_size(record.vram_total)}",
         "LAYERS": _lines(_holdings(record, style), style.models),
-        "JOBS": str(record.jobs),
+        "JOBS": f"{record.jobs}, {record.waiting} wait" if record.waiting else str(record.jobs),
         "MS/LAYER": f"{record.layer_us / 1000:.2f}" if record.layer_us else "-",
     }
     return _row(seen, style, own)

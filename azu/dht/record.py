@@ -10,7 +10,7 @@ from rich.text import Text
 
 from azu.dht.lookups import Found
 from azu.dht.peers import held_states
-from azu.dht.text import duration, is_relayed, printable
+from azu.dht.text import duration, is_relayed, link_text, printable, speed_text
 from azu.records import CoordinatorRecord, WorkerRecord
 from azu.sizes import format_size
 
@@ -86,7 +86,9 @@ def _worker(record: WorkerRecord) -> dict[str, str]:
         "weights": record.dtype,
         "kv cache": f"{record.kv_tokens_free} of {record.kv_tokens} positions free",
         "speed": f"{record.layer_us / 1000:.2f} ms per token and layer" if record.layer_us else "not measured yet",
-        "jobs": str(record.jobs),
+        "lately": speed_text(record.speed),
+        "jobs": f"{record.jobs}; {record.waiting} of their steps wait",
+        "links": _lines([f"{link.peer_id}  {link_text(link)}" for link in record.links]),
         "layers": _lines(layers),
         "paid to": printable(record.payout_address) or "nobody: earnings are only counted",
     }

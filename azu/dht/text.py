@@ -5,10 +5,14 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Iterable, Sequence
 
+from azu.records import Link, Speed
+from azu.sizes import format_size
+
 __all__ = [
     "clip",
     "duration",
     "is_relayed",
+    "link_text",
     "milliseconds",
     "printable",
     "short_address",
@@ -16,6 +20,7 @@ __all__ = [
     "short_id",
     "short_ids",
     "spans",
+    "speed_text",
     "stretches",
 ]
 
@@ -104,3 +109,19 @@ def duration(seconds: float) -> str:
 def milliseconds(seconds: float | None) -> str:
     """A round-trip time: "1.5 ms"; "-" for none."""
     return "-" if seconds is None else f"{seconds * 1000:.1f} ms"
+
+
+def speed_text(speed: Speed) -> str:
+    """How long passes take lately."""
+    if not speed.decode_base_ns and not speed.decode_token_ns:
+        return "not measured yet"
+    base, token, prompt = (ns / 1e6 for ns in (speed.decode_base_ns, speed.decode_token_ns, speed.prefill_ns))
+    decoding = f"{base:.2f} ms a layer and pass, {token:.2f} more for each token"
+    return f"{decoding}, {prompt:.3f} for one of a prompt" if prompt else decoding
+
+
+def link_text(link: Link) -> str:
+    """How far a peer is."""
+    rtt = f"{link.rtt_us / 1000:.1f} ms" if link.rtt_us else "no ping yet"
+    rate = f", {format_size(link.bytes_per_s)}/s" if link.bytes_per_s else ""
+    return f"{rtt}{rate}{', relayed' if link.relayed else ''}"

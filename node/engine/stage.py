@@ -24,6 +24,7 @@ from azu.tickets import Sampling
 from azu.wire.frames import Buffer
 from azu.wire.tensors import ACTIVATIONS, DType, TensorHeader, WeightFormat
 from node.engine.allocator import settle_allocator
+from node.engine.pace import Pace
 from node.engine.sampler import Sampler, sample_pack
 
 __all__ = ["Device", "JobState", "LoadedStage", "Output", "Step", "find_device", "load_stage", "require_packages"]
@@ -35,6 +36,7 @@ _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch
 # and whatever else the owner runs.
 _GPU_SHARE, _CPU_SHARE = 0.9, 0.6
 _MAX_PARTS = 8  # of a stage that are kept for the next job; the modules of one of 12 layers take about 600 KiB
+_MEASURED_JOBS = 4  # that share a pass
 _CUDA_LIBRARIES = 64 << 20  # bytes: what cuBLAS takes for itself at its first product; the context is taken already
 
 
@@ -97,7 +99,10 @@ def _plain_strides(_head: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> 
 class LoadedStage:
     """Layers [start, end) of a model, ready to run."""
 
-    def __init__(self, stage: Stage, dtype: WeightFormat, device: torch.device, vocab_size: int) -> None:
+    def __init__(
+        self, stage: Stage, dtype: WeightFormat, device: torch.device, vocab_size: int, pace: Pace | None = None
+    ) -> None:
+        self.pace = pace or Pace(shares_passes=stage.can_pack)
         self._stage = stage
         self._device = device
         self._activations = ACTIVATIONS[dtype]
@@ -150,7 +155,7 @@ class LoadedStage:
             return self
         part = self._parts.pop((start, end), None)
         if part is None:
-            part = LoadedStage(self._stage.part(start, end), self.dtype, self._device, self.vocab_size)
+            part = LoadedStage(self._stage.part(start, end), self.dtype, self._device, self.vocab_size, self.pace)
         self._parts[start, end] = part
         if len(self._parts) > _MAX_PARTS:  # its jobs keep the one that is dropped
             del self._parts[next(iter(self._parts))]
@@ -179,22 +184,26 @@ class LoadedStage:
         return [outcome.capture(self._run_alone, step) for step in steps]
 
     def _run_together(self, steps: Sequence[Step]) -> list[outcome.Outcome[Output]]:
+        started = time.perf_counter()
         parts = [Part(self._inputs(step), step.job.cache, step.job.position) for step in steps]
         result = self._stage.forward_pack(parts)
         for step in steps:
             step.job.position += step.rows
-        if self.is_last:
-            return self._sample(steps, result)
         rows = [step.rows for step in steps]
-        return [outcome.Value(self._encode(each)) for each in torch.split(result.to("cpu"), rows)]
+        if self.is_last:
+            outputs = self._sample(steps, result)
+        else:
+            outputs = [outcome.Value(self._encode(each)) for each in torch.split(result.to("cpu"), rows)]
+        self._note_pace(started, steps)
+        return outputs
 
     def _run_alone(self, step: Step) -> Output:
+        started = time.perf_counter()
         try:
             result = self._stage.forward(self._inputs(step), step.job.cache, step.job.position)
             step.job.position += step.rows
-            if not self.is_last:
-                return self._encode(result)
-            [output] = self._sample([step], result)
+            [output] = self._sample([step], result) if self.is_last else [outcome.Value(self._encode(result))]
+            self._note_pace(started, [step])
             return output.unwrap()
         except torch.OutOfMemoryError as error:
             raise CapacityError(
@@ -206,6 +215,10 @@ class LoadedStage:
             raise
         except Exception as error:  # a border: anything may come out of a family's code
             raise InternalError(f"the stage failed: {error}", code="stage_failed") from error
+
+    def _note_pace(self, started: float, steps: Sequence[Step]) -> None:
+        if self._device.type == "cpu" or not self.is_last or any(step.sample for step in steps):  # else CUDA still runs
+            self.pace.note(time.perf_counter() - started, self.n_layers, [step.rows for step in steps])
 
     def _inputs(self, step: Step) -> torch.Tensor:
         if isinstance(step.inputs, tuple):
@@ -234,14 +247,31 @@ class LoadedStage:
     def measure_layer_us(self, steps: int = 4) -> int:
         """Microseconds per decoded token and layer: the fastest of a few steps after a warm-up."""
         job = JobState(self, self._stage.new_cache(), None)
-        size = self.hidden_size * self._dtype.itemsize
-        step = Step(job, (1,) if self.is_first else bytearray(size), 1, sample=False)
         best = float("inf")
         for _ in range(steps + 1):
             started = time.perf_counter()
-            self.run_steps([step])[0].unwrap()
+            self.run_steps([self._blank_step(job, 1, sample=False)])[0].unwrap()
             best = min(best, time.perf_counter() - started)
         return max(1, round(best * 1e6 / self.n_layers))
+
+    def measure_pace(self, rows: int, passes: int = 2) -> None:
+        """Fill `pace` before there are jobs: by a token alone, tokens of several jobs, and a prompt of `rows`.
+
+        Raises:
+            CapacityError, InternalError: as a step has it.
+        """
+        batches = [[rows], [1], [1] * _MEASURED_JOBS] if self.can_pack else [[rows], [1]]
+        for number in range(passes + 1):
+            for batch in batches:
+                steps = [self._blank_step(self.open_job(Sampling()), count, sample=True) for count in batch]
+                for output in self.run_steps(steps):
+                    output.unwrap()
+            if not number:  # in which kernels are made
+                self.pace.clear()
+
+    def _blank_step(self, job: JobState, rows: int, *, sample: bool) -> Step:
+        size = rows * self.hidden_size * self._dtype.itemsize
+        return Step(job, (1,) * rows if self.is_first else bytearray(size), rows, sample)
 
 
 def find_device(name: str, vram: int | None, threads: int) -> Device:

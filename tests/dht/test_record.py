@@ -41,10 +41,29 @@ def test_a_worker() -> None:
         "memory 3.0 GiB free of 8.0 GiB",
         "kv cache 4096 of 8192 positions free",
         "speed 1.23 ms per token and layer",
+        "lately not measured yet",
+        "jobs 2; 0 of their steps wait",
         f"layers {MANIFEST}: 0-11 loaded, 12-19 cached",
         f"addresses /ip4/192.0.2.1/tcp/1/p2p/{me}",
         f"{circuit} (relayed)",
         "paid to nobody: earnings are only counted",
+    ):
+        assert line in text.splitlines()
+
+
+def test_what_a_worker_measured() -> None:
+    near, far = identity(2).peer_id, identity(3).peer_id
+    links = [
+        {"peer_id": near, "rtt_us": 1_520, "bytes_per_s": 12 << 20},
+        {"peer_id": far, "rtt_us": 80_000, "relayed": True},
+    ]
+    speed = {"decode_base_ns": 1_200_000, "decode_token_ns": 30_000, "prefill_ns": 9_000}
+    text = card(found(worker(1, speed=speed, waiting=3, links=links)))
+    for line in (
+        "lately 1.20 ms a layer and pass, 0.03 more for each token, 0.009 for one of a prompt",
+        "jobs 2; 3 of their steps wait",
+        f"links {near} 1.5 ms, 12.0 MiB/s",
+        f"{far} 80.0 ms, relayed",
     ):
         assert line in text.splitlines()
 

@@ -265,6 +265,8 @@ async def test_its_owner_sees_what_it_does_for_as_long_as_it_runs(scene: Scene, 
         await scene.until("loaded")
         shown = await page()
         assert "  layers    0-1 of aaaaaaaaaaaa, 0.00 ms per token and layer when loaded" in shown
+        assert "  speed     not measured yet; 0.0 steps wait for a pass" in shown
+        assert "  links     " in shown
         assert "  kv cache  0 of 10 tokens reserved, 10 free, 0 filled" in shown
         assert "  jobs      0 running, 32 at most, 0 since the start" in shown
         nursery.cancel_scope.cancel()

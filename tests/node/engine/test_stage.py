@@ -16,6 +16,7 @@ from azu.errors import CapacityError, InternalError, ModelError
 from azu.models.publish import publish
 from azu.models.splice import StageSpec, stage_tensor_names
 from azu.models.store import LayerStore
+from azu.records import Speed
 from azu.tickets import Sampling
 from azu.wire.tensors import WeightFormat
 from node.engine.stage import JobState, LoadedStage, Step, find_device, load_stage
@@ -104,6 +105,22 @@ def test_parts_that_are_kept_are_bounded(load: Load, monkeypatch: pytest.MonkeyP
     assert stage.open_job(Sampling(), (), 8, part=(0, 2)).stage is two
     assert stage.open_job(Sampling(), (), 8, part=(0, 1)).stage is not one
     run(running.stage, running)
+
+
+@pytest.mark.parametrize(("start", "end"), [(0, 4), (0, 2), (1, 3), (2, 4)])
+def test_a_stage_measures_itself_and_goes_on_with_its_jobs(load: Load, start: int, end: int) -> None:
+    stage = load(start, end)
+    assert stage.pace.speed() == Speed()
+    stage.measure_pace(64)
+    first = stage.pace.speed()
+    assert first.decode_base_ns + first.decode_token_ns > 0
+    assert first.prefill_ns > 0
+    job = stage.open_job(Sampling(), (), 8, (start, start + 1))
+    run(job.stage, job)  # of three rows, which is no measure
+    assert stage.pace.speed() == first
+    one = Step(job, (3,) if job.stage.is_first else bytearray(4 * stage.hidden_size), 1, sample=True)
+    job.stage.run_steps([one])[0].unwrap()
+    assert stage.pace.speed() != first
 
 
 @pytest.mark.parametrize("part", [(0, 3), (1, 5), (2, 2), (3, 2), (-1, 2)])
