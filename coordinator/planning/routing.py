@@ -12,6 +12,8 @@ problems (the worker ends before that border, begins at it, or runs both layers 
 takes at least, the first that is a route is the best one. After `_MOST_SPLITS` of them a chain of whole ranges is
 taken, if there is one.
 
+Where lines differ no more than `_MOST_FIRSTS` first workers are tried, the most promising ones first.
+
 Complexity: for W workers on L layers, O(W log W + L R²) for whole ranges, where R replicas meet at a border, and with
 parts O(L P log P) for P workers that hold a layer; where lines were measured, up to O(L P²). Times the first workers
 that have to be tried: two sweeps, where all lines are alike.
@@ -30,6 +32,7 @@ from coordinator.planning.snapshot import Links, Placement, WorkerView, is_range
 __all__ = ["Route", "find_route", "stand_in"]
 
 _MOST_SPLITS = 64
+_MOST_FIRSTS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +153,7 @@ class _Search:
             for rest in rests
         )
         best: tuple[int, int, int, _Path] | None = None
-        for *at_least, span in least:
+        for *at_least, span in least[:_MOST_FIRSTS]:
             if best is not None and tuple(at_least) >= best[:3]:
                 break
             for path in self._sweep(spans, spans[span].worker, parts=parts, backwards=False):
