@@ -178,6 +178,7 @@ class _Search:
                 self._at(spans, path, border) for number, path in inside.items() if spans[number].end == border or parts
             )
             inside = {number: path for number, path in inside.items() if spans[number].end > border}
+            best: dict[int, tuple[int, int, int, _Path]] = {}  # by the kind of line that leads to a worker
             if border == self._n_layers:
                 return [path for path in leaving if spans[path.span].end == border]
             for number in entering[border]:
@@ -185,7 +186,7 @@ class _Search:
                     if first in (None, spans[number].worker):
                         inside[number] = _Path(0, 1, self._workers[spans[number].worker].jobs, number, 0, None)
                     continue
-                entered = self._enter(spans, leaving, number, border, backwards)
+                entered = self._enter(spans, leaving, number, border, backwards, best)
                 stays = inside.get(number)
                 if entered and (stays is None or entered[:3] < self._at(spans, stays, border)[:3]):
                     inside[number] = entered
@@ -197,22 +198,41 @@ class _Search:
         return _Path(time + (border - entry) * self._layer[spans[span].worker], stages, jobs, span, entry, before)
 
     def _enter(
-        self, spans: Sequence[_Span], leaving: Sequence[_Path], number: int, border: int, backwards: bool
+        self,
+        spans: Sequence[_Span],
+        leaving: Sequence[_Path],
+        number: int,
+        border: int,
+        backwards: bool,
+        known: dict[int, tuple[int, int, int, _Path]],
     ) -> _Path | None:
-        """The cheapest of the paths that end at a border, with a hop to a worker; they come in order."""
+        """The cheapest of the paths that end at a border, with a hop to a worker; they come in order.
+
+        Args:
+            known: what was found at this border for others; the same for all that have the same lines.
+        """
         worker = self._workers[spans[number].worker]
-        best: tuple[int, int, int, _Path] | None = None
-        for path in leaving:
-            if best is not None and (path.time + self._least, path.stages + 1, path.jobs + worker.jobs) >= best[:3]:
-                break
-            other = self._workers[spans[path.span].worker]
-            if other is worker:
-                continue
-            hop = self._hop(worker, other) if backwards else self._hop(other, worker)
-            total = (path.time + hop, path.stages + 1, path.jobs + worker.jobs, path)
-            if best is None or total[:3] < best[:3]:
-                best = total
-        return _Path(best[0], best[1], best[2], number, border, best[3]) if best else None
+        alike = int(worker.relayed) if not self._links.measured else 2 + number
+        best = known.get(alike)
+        if best is None or self._workers[spans[best[3].span].worker] is worker:
+            best, is_for_all = None, True
+            for path in leaving:
+                if best is not None and (path.time + self._least, path.stages + 1, path.jobs) >= best[:3]:
+                    break
+                other = self._workers[spans[path.span].worker]
+                if other is worker:
+                    is_for_all = False  # others may come from this one
+                    continue
+                hop = self._hop(worker, other) if backwards else self._hop(other, worker)
+                total = (path.time + hop, path.stages + 1, path.jobs, path)
+                if best is None or total[:3] < best[:3]:
+                    best = total
+            if best is None:
+                return None
+            if is_for_all:
+                known[alike] = best
+        time, stages, jobs, before = best
+        return _Path(time, stages, jobs + worker.jobs, number, border, before)
 
     def _hop(self, one: WorkerView, other: WorkerView) -> int:
         return _nanoseconds(self._links.hop_s(one, other))
