@@ -194,11 +194,12 @@ class _Replicas:
         return True
 
     def _new(self, stage: Stage) -> list[WorkerView]:
-        """Who was put to a stage by this plan, and had nothing, not even on disk."""
+        """Who was put to a stage by this plan, had nothing, not even on disk, and does not keep the stage safe."""
         return [
             worker
             for peer, worker in stage.workers.items()
             if peer in self._given and self._had[peer] is None and not worker.has_cached(stage.range)
+            if stage.can_spare(worker) or stage not in self._stages
         ]
 
     def _turn(self, worker: WorkerView) -> tuple[int, float, str]:

@@ -195,6 +195,13 @@ def test_no_layer_hangs_on_one_worker_or_one_network_where_there_are_enough(
         assert {network[p.peer_id] for p in plan if p.start <= layer < p.end} == {"a", "b"}
 
 
+def test_no_replica_is_taken_from_a_stage_that_it_keeps_safe() -> None:
+    """The second stage is much slower with two workers than the first, and would gain from a third."""
+    running = [loaded("a", 0, 10, 0.001), loaded("b", 10, 20, 0.08)]
+    plan = place(uniform(20), [*running, *(measured(f"w{index}", 100, 0.08) for index in range(2))])
+    assert ranges(plan) == [(0, 10), (10, 20)]
+
+
 def test_a_replica_goes_where_no_neighbour_of_it_is() -> None:
     running = [loaded("a", 0, 10, network="east"), loaded("b", 10, 20, network="west")]
     assert place(uniform(20), [*running, measured("w", 100, 0.01, network="east")]) == (Placement("w", 10, 20),)
