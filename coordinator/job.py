@@ -50,11 +50,11 @@ _STALL_SLACK = 10.0
 # How much a fault weighs against the peer that seems to be at fault, and against one that may be: its accuser, who may
 # lie, and everybody in a job that stalls.
 _AT_FAULT, _SUSPECT = 2, 1
-# So long a job waits for a worker that can take a lost stage over: one may come back, or have to load the layers first.
-_REPLACE_S = 120.0
+# So long a job waits for a worker that can take a lost stage over: it may have to load the layers first.
+_REPLACE_S = 300.0
 _LOOK_S = 0.5
 # Stages have this long to pause, beyond what a pass takes.
-_PAUSE_S = 20.0
+_PAUSE_S = 30.0
 # A peer that was lost is not taken again for this long.
 _SHUN_S = 10.0
 # Amendments without a token between them.
@@ -65,6 +65,7 @@ class RunningJob:
     """A job in flight; implements `coordinator.generation.Generation`.
 
     Args:
+        vocab_size: token ids are below this.
         pace: seconds that a position takes through all stages, as their workers measured.
         on_lost: told a peer id, the weight of its fault and the error, as soon as a stage is lost.
         substitutes: asked for peers that take stages over; it may count on their being used.
@@ -78,6 +79,7 @@ class RunningJob:
         prompt: tuple[int, ...],
         meter: Meter,
         *,
+        vocab_size: int,
         pace: float,
         on_lost: Callable[[str, int, AzuError], None],
         substitutes: Substitutes,
@@ -87,6 +89,7 @@ class RunningJob:
         self._overlay = overlay
         self._prompt = prompt
         self._meter = meter
+        self._vocab_size = vocab_size
         self._pace = pace
         self._on_lost = on_lost
         self._substitutes = substitutes
@@ -201,6 +204,8 @@ class RunningJob:
         elif isinstance(message, Failed):
             self._take_failure(stage, message)
         elif isinstance(message, Paused):
+            if stage.held is not None and max(stage.held.tokens, default=0) >= self._vocab_size:
+                raise ProtocolError("it knows a token outside the vocabulary", code="bad_token")
             self._stir()
         elif not isinstance(message, Ready | Ping):
             raise ProtocolError(f"it sent {type(message).__name__}", code="unexpected_message")
@@ -210,7 +215,8 @@ class RunningJob:
             return
         finish = self._finish(token.token)
         is_last = stage.index == len(self.ticket.stages) - 1
-        if self._is_complete or not is_last or (token.index, token.finish) != (len(self._tokens), finish):
+        is_next = (token.index, token.finish) == (len(self._tokens), finish)
+        if self._is_complete or not is_last or not is_next or token.token >= self._vocab_size:
             raise ProtocolError("a token came out of turn", code="bad_token")
         self._emit(token.token)
 

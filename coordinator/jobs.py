@@ -81,6 +81,7 @@ class JobRunner:
                 ticket,
                 request.prompt,
                 self._meter,
+                vocab_size=request.model.manifest.vocab_size,
                 pace=self._pace(grant.chain),
                 on_lost=self._swarm.blame,
                 substitutes=partial(self._substitutes, request.model.manifest, grant),

@@ -39,7 +39,14 @@ ONLY_IN = {
 }
 
 # Decided in sync code, by arguments alone: no IO, no clock, no chance of its own.
-PURE = ("azu/wire", "azu/tickets.py", "azu/economics.py", "azu/models/memory.py", "coordinator/planning")
+PURE = (
+    "azu/wire",
+    "azu/tickets.py",
+    "azu/economics.py",
+    "azu/models/memory.py",
+    "coordinator/mending.py",
+    "coordinator/planning",
+)
 IMPURE = (
     "trio",
     "torch",

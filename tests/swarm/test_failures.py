@@ -8,6 +8,7 @@ import socket
 import stat
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -163,38 +164,52 @@ def test_a_stranger_cannot_give_a_worker_jobs(swarm: LocalSwarm) -> None:
     trio.run(intrude)
 
 
-def test_a_worker_killed_mid_stream_is_a_clear_error_and_a_newcomer_takes_its_place(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_an_answer_waits_for_a_newcomer_in_a_lost_workers_place_and_goes_on(
+    tmp_path: Path, how: signal.Signals
+) -> None:
+    """A stopped worker says nothing any more, and ends no stream."""
     with LocalSwarm(tmp_path) as swarm:
         for _ in range(3):
             swarm.add_worker("440MiB")
         swarm.wait_until_covered()
-        stream = start_story(swarm)
-        victim = swarm.workers[1]
-        peer_id = victim.found("worker starting")[0]["peer"]
+        undisturbed = "".join(pieces_of(swarm))
+        pieces = pieces_of(swarm)
+        answer = [next(pieces) for _ in range(5)]
+        victim = swarm.workers.pop(1)
         layers = victim.found("stage ready")[0]["layers"]
-        victim.kill()
-        with pytest.raises(openai.APIError) as caught:
-            for _ in stream:
-                pass
-        assert caught.value.code == "stage_lost"
-        assert peer_id in str(caught.value)
-        assert f"layers {layers}" in str(caught.value)
+        victim.process.send_signal(how)
+        try:
+            client = OpenAI(base_url=f"{swarm.url}/v1", api_key="none", max_retries=0, timeout=240)
+            wait_until(lambda: not swarm.health()["covered"], "the coordinator to miss the worker")
+            question = [{"role": "user", "content": "What is the capital of France?"}]
+            with pytest.raises(openai.InternalServerError) as refused:
+                client.chat.completions.create(model=swarm.model_id, messages=question, temperature=0)  # type: ignore[arg-type]
+            assert refused.value.status_code == 503
+            assert refused.value.code == "model_not_covered"
+            assert layers in str(refused.value)
+            swarm.add_worker("440MiB", name="newcomer")
+            answer += pieces
+            assert "".join(answer) == undisturbed
+            assert len(swarm.coordinator.found("stage lost")) == 1
+            wait_until(lambda: jobs_at(swarm) == [0, 0, 0], "the stages to free the job")
+        finally:
+            victim.process.kill()
 
-        client = OpenAI(base_url=f"{swarm.url}/v1", api_key="none", max_retries=0, timeout=240)
-        question = [{"role": "user", "content": "What is the capital of France?"}]
-        with pytest.raises(openai.InternalServerError) as refused:
-            client.chat.completions.create(model=swarm.model_id, messages=question, temperature=0)  # type: ignore[arg-type]
-        assert refused.value.status_code == 503
-        assert refused.value.code == "model_not_covered"
-        assert layers in str(refused.value)
-        others = [worker for worker in swarm.workers if worker is not victim]
-        swarm.workers = others
-        wait_until(lambda: jobs_at(swarm) == [0, 0], "the other stages to free the job")
 
-        swarm.add_worker("440MiB", name="newcomer")
-        swarm.wait_until_covered()
-        answer = client.chat.completions.create(model=swarm.model_id, messages=question, temperature=0)  # type: ignore[arg-type]
-        assert answer.choices[0].message.content == "The capital of France is Paris."
+def pieces_of(swarm: LocalSwarm) -> Iterator[str]:
+    """The texts of an answer of 40 tokens, as they come."""
+    client = OpenAI(base_url=f"{swarm.url}/v1", api_key="none", max_retries=0, timeout=240)
+    stream = client.chat.completions.create(
+        model=swarm.model_id,
+        messages=[{"role": "user", "content": "Tell me a long story about a lighthouse."}],
+        temperature=0,
+        max_tokens=40,
+        stream=True,
+    )
+    for chunk in stream:
+        if chunk.choices and chunk.choices[0].delta.content:
+            yield chunk.choices[0].delta.content
 
 
 def test_every_program_ends_cleanly_and_keeps_its_identity(tmp_path: Path) -> None:
