@@ -32,7 +32,7 @@ class Stage:
 
     __slots__ = (
         *("start", "end", "need", "rate", "workers"),
-        *("_above", "_halves", "_members", "_networks", "_shape", "_tokens", "_ways"),
+        *("_above", "_halves", "_members", "_networks", "_own", "_shape", "_tokens", "_ways"),
     )
 
     def __init__(self, shape: ModelShape, start: int, end: int, above: Stage | None = None) -> None:
@@ -44,6 +44,7 @@ class Stage:
         self._above = above
         self._halves: tuple[Stage, Stage] | None = None
         self._tokens: dict[str, float] = {}
+        self._own = 0.0
         self._members: Counter[str] = Counter()  # workers by network
         self._ways = 0
         self._networks = 0
@@ -92,7 +93,7 @@ class Stage:
         self.workers[worker.peer_id] = worker
         self._tokens[worker.peer_id] = self.share(speed)
         self._members[worker.network or worker.peer_id] += 1
-        self._refresh()
+        self._changed()
 
     def remove(self, worker: WorkerView) -> None:
         """Have a worker hold it no longer."""
@@ -101,11 +102,15 @@ class Stage:
         self._members[network] -= 1
         if not self._members[network]:
             del self._members[network]
+        self._changed()
+
+    def _changed(self) -> None:
+        # Sums are rounded once, whatever the order: the same workers have to give the same plan.
+        self._own = math.fsum(self._tokens.values())
         self._refresh()
 
     def _refresh(self) -> None:
-        # Sums are rounded once, whatever the order: the same workers have to give the same plan.
-        self.rate = math.fsum(self._tokens.values())
+        self.rate = self._own
         self._ways, self._networks = len(self.workers), len(self._members)
         if self._halves is not None:
             one, other = self._halves
