@@ -108,6 +108,8 @@ class RunningJob:
         self._shunned: dict[str, float] = {}  # until when
         self._accusers: Counter[str] = Counter()  # since the last token
         self._is_mending = False
+        self._is_mended = False  # and no token has come since
+        self._told_at = trio.current_time()  # when the client got its last token
         self._stirred = trio.Event()  # set when what the mender waits for may have come, and then replaced
         self.loss: AzuError | None = None
         self._report: JobReport | None = None
@@ -230,6 +232,11 @@ class RunningJob:
         sampled = SampledToken(token, self._finish(token))
         self._tokens.append(token)
         self._is_complete = bool(sampled.finish)
+        if self._is_mended and not self._is_mending:
+            self._is_mended = False
+            pause_s = round(trio.current_time() - self._told_at, 2)
+            log(logger, logging.INFO, "job goes on", job=self.job_id, pause_s=pause_s)
+        self._told_at = trio.current_time()
         self._moved_at, self._due = trio.current_time(), 1
         self._in_vain = 0
         self._accusers.clear()
@@ -326,7 +333,7 @@ class RunningJob:
                 continue
             self._is_mending = True
             await self._amend(nursery)
-            self._is_mending = False
+            self._is_mending, self._is_mended = False, True
             self._moved_at, self._due = trio.current_time(), self.ticket.prompt_tokens + len(self._tokens)
 
     async def _amend(self, nursery: trio.Nursery) -> None:

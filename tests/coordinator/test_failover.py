@@ -4,6 +4,7 @@ it had computed before, and nobody is paid twice.
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -91,11 +92,14 @@ async def test_sampling_goes_on_with_the_same_random_numbers_and_penalties(model
         assert tokens != model.greedy(PROMPT, COUNT)
 
 
-async def test_a_single_stage_is_replaced(model: TinyModel, tmp_path: Path) -> None:
+async def test_a_single_stage_is_replaced(model: TinyModel, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "coordinator.job")
     async with real_swarm(model, tmp_path, (0, 4), (0, 4)) as swarm:
         pair(swarm, 0)[0].dies_after = CHUNKS + 8
         tokens, _ = await swarm.ask(PROMPT, COUNT)
         assert tokens == model.greedy(PROMPT, COUNT)
+        events = [record.message for record in caplog.records if record.name == "coordinator.job"]
+        assert events == ["stage lost", "job amended", "job goes on"]
 
 
 async def test_one_substitute_after_the_other_dies(model: TinyModel, tmp_path: Path) -> None:
