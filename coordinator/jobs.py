@@ -19,13 +19,13 @@ from azu.models.manifest import Manifest
 from azu.overlay import Overlay
 from azu.records import WorkerRecord
 from azu.tickets import JobTicket
-from azu.wire.tensors import ACTIVATIONS, ITEMSIZE, WeightFormat
+from azu.wire.tensors import WeightFormat
 from coordinator.admission import Admission, Grant
 from coordinator.generation import GenerationRequest
 from coordinator.job import RunningJob
 from coordinator.meter import Meter
-from coordinator.placement import layers_text, missing_layers, views_for
-from coordinator.planning import Links, Placement, Route, find_route, stand_in
+from coordinator.placement import layers_text, links_of, missing_layers, views_for
+from coordinator.planning import Placement, Route, find_route, stand_in
 from coordinator.swarm import SwarmView
 
 __all__ = ["JobRunner"]
@@ -136,8 +136,8 @@ class JobRunner:
             for dtype in sorted({worker.dtype for worker in workers}):
                 alike = [worker for worker in workers if worker.dtype == dtype and faults[worker.peer_id] <= most]
                 views = views_for(manifest, alike, self._swarm.faults)
-                links = Links(hop_bytes=manifest.hidden_size * ITEMSIZE[ACTIVATIONS[dtype]])
-                if (route := find_route(manifest.n_layers, views, tokens, links=links)) is not None:
+                links = links_of(manifest, dtype, alike)
+                if (route := find_route(manifest.n_layers, views, tokens, links=links, parts=True)) is not None:
                     routes.append((route.seconds, dtype, route))
             if routes:
                 _, best, route = min(routes, key=lambda each: each[:2])
@@ -167,7 +167,7 @@ class JobRunner:
         found: dict[int, str] = {}
         for index in lost:
             stage = ticket.stages[index]
-            chosen = stand_in(views, stage.start, stage.end, ticket.total_tokens, without=without)
+            chosen = stand_in(views, stage.start, stage.end, ticket.total_tokens, without=without, parts=True)
             if chosen is None:
                 return None
             found[index] = chosen.peer_id

@@ -19,11 +19,20 @@ from azu.models.manifest import Manifest
 from azu.models.memory import stage_memory
 from azu.records import HeldRange, WorkerRecord
 from azu.tickets import Assignment, sign_assignment
-from azu.wire.tensors import WeightFormat
-from coordinator.planning import ModelShape, Placement, WorkerView, place, uncovered
+from azu.wire.tensors import ACTIVATIONS, ITEMSIZE, WeightFormat
+from coordinator.planning import DIRECT, RELAYED, Link, Links, ModelShape, Placement, WorkerView, place, uncovered
 from coordinator.swarm import SwarmView
 
-__all__ = ["Placer", "layers_text", "missing_layers", "network_of", "shape_of", "views_for", "with_spares_free"]
+__all__ = [
+    "Placer",
+    "layers_text",
+    "links_of",
+    "missing_layers",
+    "network_of",
+    "shape_of",
+    "views_for",
+    "with_spares_free",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +42,7 @@ _ASSIGNMENT_LIFE_S = 60
 _AFTER_ASSIGNMENT_S = 2 * _TICK_S
 # A worker that refused or did not answer is given no assignment for this long.
 _AFTER_REFUSAL_S = 15.0
+_LEAST_RTT_S = 0.0001  # who claims less gets no more jobs for it
 
 
 def views_for(
@@ -56,7 +66,9 @@ def views_for(
                 jobs=worker.jobs,
                 kv_tokens_free=worker.kv_tokens_free,
                 network=network_of(worker.addrs),
-                decode_s=worker.layer_us / 1e6,
+                decode_s=(worker.speed.decode_base_ns + worker.speed.decode_token_ns) / 1e9 or worker.layer_us / 1e6,
+                decode_job_s=worker.speed.decode_token_ns / 1e9,
+                prefill_s=worker.speed.prefill_ns / 1e9,
                 faults=faults(worker.peer_id),
                 relayed=bool(worker.addrs) and all("/p2p-circuit" in addr for addr in worker.addrs),
             )
@@ -76,6 +88,17 @@ def network_of(addrs: Iterable[str]) -> str:
                 size = 16 if address.version == 4 else 48
                 return str(ipaddress.ip_network((address, size), strict=False))
     return ""
+
+
+def links_of(manifest: Manifest, dtype: WeightFormat, workers: Iterable[WorkerRecord]) -> Links:
+    """The lines between workers, as those at their beginnings measured them."""
+    measured: dict[tuple[str, str], Link] = {}
+    for worker in workers:
+        for line in worker.links:
+            usual = RELAYED if line.relayed else DIRECT
+            rtt_s = max(line.rtt_us / 1e6, _LEAST_RTT_S) if line.rtt_us else usual.rtt_s
+            measured[worker.peer_id, line.peer_id] = Link(rtt_s, line.bytes_per_s or usual.bandwidth)
+    return Links(measured, hop_bytes=manifest.hidden_size * ITEMSIZE[ACTIVATIONS[dtype]])
 
 
 def _active(worker: WorkerRecord) -> list[HeldRange]:

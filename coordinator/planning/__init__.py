@@ -3,9 +3,11 @@
 from coordinator.planning.coverage import holes, uncovered
 from coordinator.planning.placement import place
 from coordinator.planning.routing import Route, find_route, stand_in
-from coordinator.planning.snapshot import Link, Links, ModelShape, Placement, WorkerView, layered
+from coordinator.planning.snapshot import DIRECT, RELAYED, Link, Links, ModelShape, Placement, WorkerView, layered
 
 __all__ = [
+    "DIRECT",
+    "RELAYED",
     "Link",
     "Links",
     "ModelShape",

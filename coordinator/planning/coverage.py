@@ -10,12 +10,11 @@ __all__ = ["best_chain", "holes", "uncovered"]
 
 
 def uncovered(n_layers: int, workers: Sequence[WorkerView]) -> tuple[Range, ...]:
-    """The [start, end) stretches of layers that no ready worker can run, in the best chain that there is.
+    """The [start, end) stretches of layers that no ready worker can run.
 
-    Ranges that overlap do not make a chain: what a job cannot be routed through is not covered.
+    Where ranges overlap, one of the workers runs a part of its own.
     """
-    chain = best_chain(n_layers, [worker for worker in workers if worker.ready])
-    return holes(n_layers, [worker.held for worker in chain if worker.held])
+    return holes(n_layers, [worker.held for worker in workers if worker.ready and worker.held])
 
 
 def holes(n_layers: int, ranges: Sequence[Range]) -> tuple[Range, ...]:

@@ -20,11 +20,11 @@ Complexity: O(W K + W log W) for W workers and a chain of K stages, after what `
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from itertools import product
 
 from coordinator.planning.chain import CACHED_IS_WORTH, cover
 from coordinator.planning.coverage import best_chain, holes
+from coordinator.planning.flow import largest_flow
 from coordinator.planning.snapshot import ModelShape, Placement, Range, WorkerView, is_range, speeds
 from coordinator.planning.stages import SPREAD, Stage
 
@@ -55,7 +55,7 @@ def place(shape: ModelShape, workers: Sequence[WorkerView]) -> tuple[Placement, 
     if plan is None:
         return ()
     chain, taken = plan
-    return (*taken, *_Replicas(shape, chain, _carried_out(workers, taken), speed).plan())
+    return _Replicas(shape, chain, workers, taken, speed).plan()
 
 
 def _chain(
@@ -84,16 +84,16 @@ def _from_scratch(
     return [(p.start, p.end) for p in plan], [p for p in plan if held[p.peer_id] != (p.start, p.end)]
 
 
-def _carried_out(workers: Iterable[WorkerView], plan: Iterable[Placement]) -> list[WorkerView]:
-    given = {placement.peer_id: (placement.start, placement.end) for placement in plan}
-    return [replace(worker, held=given.get(worker.peer_id, worker.held)) for worker in workers]
-
-
 class _Replicas:
     """The stages of a chain that is complete, and who is put to them."""
 
     def __init__(
-        self, shape: ModelShape, chain: Iterable[Range], workers: Sequence[WorkerView], speed: Mapping[str, float]
+        self,
+        shape: ModelShape,
+        chain: Iterable[Range],
+        workers: Sequence[WorkerView],
+        taken: Iterable[Placement],
+        speed: Mapping[str, float],
     ) -> None:
         self._speed = speed
         self._stages = [Stage(shape, start, end) for start, end in chain]
@@ -101,14 +101,17 @@ class _Replicas:
         self._idle: dict[str, WorkerView] = {}
         self._strays: dict[str, WorkerView] = {}  # what these hold fits no chain
         self._hopeless: set[Stage] = set()  # there are not enough workers to make these safer
-        self._given: dict[str, Placement] = {}
+        self._given = {placement.peer_id: placement for placement in taken}
+        self._chained = frozenset(self._given)
         self._had = {worker.peer_id: worker.held for worker in workers}
         for worker in workers:
-            stage = self._find(worker.held) if worker.held else None
+            given = self._given.get(worker.peer_id)
+            held = (given.start, given.end) if given else worker.held
+            stage = self._find(held) if held else None
             if stage is not None:
                 self._put(worker, stage)
             else:
-                (self._strays if worker.held else self._idle)[worker.peer_id] = worker
+                (self._strays if held else self._idle)[worker.peer_id] = worker
 
     def plan(self) -> tuple[Placement, ...]:
         """What changes."""
@@ -194,11 +197,12 @@ class _Replicas:
         return True
 
     def _new(self, stage: Stage) -> list[WorkerView]:
-        """Who was put to a stage by this plan, had nothing, not even on disk, and does not keep the stage safe."""
+        """Who was put beside the chain by this plan, had nothing, not even cached, and does not keep it safe."""
         return [
             worker
             for peer, worker in stage.workers.items()
-            if peer in self._given and self._had[peer] is None and not worker.has_cached(stage.range)
+            if peer in self._given and peer not in self._chained
+            if self._had[peer] is None and not worker.has_cached(stage.range)
             if stage.can_spare(worker) or stage not in self._stages
         ]
 
@@ -232,7 +236,8 @@ class _Replicas:
     def _balance(self, weak: Stage) -> bool:
         """Move a worker to the slowest stage, if that is slower than another by more than the move costs."""
         for worker in self._strays.values():
-            if self._may_move(worker, weak) and self._gains(weak, weak.rate + self._share(worker, weak), worker):
+            pays = self._gains(weak, weak.rate + self._share(worker, weak), worker)
+            if pays and self._may_move(worker, weak) and not self._slows(worker, weak):
                 self._take(worker, None, weak)
                 return True
         for stage in sorted(self._stages, key=lambda stage: (-stage.rate, stage.start))[:2]:
@@ -243,10 +248,24 @@ class _Replicas:
                 pays = left >= gained and self._gains(weak, stage.rate, worker)
                 if pays and stage.can_spare(worker) and self._may_move(worker, weak):
                     moves.append((gained, worker))
-            if moves:
-                self._take(max(moves, key=lambda move: move[0])[1], stage, weak)
-                return True
+            for _, worker in sorted(moves, key=lambda move: -move[0]):
+                if not self._slows(worker, weak):
+                    self._take(worker, stage, weak)
+                    return True
         return False
+
+    def _slows(self, worker: WorkerView, stage: Stage) -> bool:
+        """Whether a move costs more than it brings, as strays may complete each other, which no stage counts."""
+        if not self._strays:
+            return False
+        now = {peer: at.range for peer, at in self._at.items()}
+        now |= {peer: stray.held for peer, stray in self._strays.items() if stray.held}
+        then = now | {worker.peer_id: stage.range}
+        return self._flow(then) < self._flow(now)
+
+    def _flow(self, held: Mapping[str, Range]) -> float:
+        rates = ((range_, self._speed[peer] / (range_[1] - range_[0])) for peer, range_ in held.items())
+        return largest_flow(self._stages[-1].end, rates)
 
     def _share(self, worker: WorkerView, stage: Stage) -> float:
         return stage.share(self._speed[worker.peer_id])

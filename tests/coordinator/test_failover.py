@@ -13,6 +13,7 @@ import trio
 
 from azu.channel import Channel
 from azu.economics import split, token_layers
+from azu.errors import NetworkError
 from azu.tickets import Sampling
 from azu.wire.messages import RING, RING_PROTOCOL, Hello, Refused
 from coordinator import job as job_module
@@ -100,6 +101,21 @@ async def test_a_single_stage_is_replaced(model: TinyModel, tmp_path: Path, capl
         assert tokens == model.greedy(PROMPT, COUNT)
         events = [record.message for record in caplog.records if record.name == "coordinator.job"]
         assert events == ["stage lost", "job amended", "job goes on"]
+
+
+async def test_a_worker_with_more_layers_takes_a_stage_over_and_runs_no_others(
+    model: TinyModel, tmp_path: Path
+) -> None:
+    async with real_swarm(model, tmp_path, *THREE, (0, 4)) as swarm:
+        for stage in swarm.at(1):
+            stage.dies_after = CHUNKS + 8
+        whole = next(worker for worker in swarm.at(0) if worker.end == 4)
+        swarm.view.blame(whole.peer_id, 1, NetworkError("so that the job begins with the others"))
+        tokens, job = await swarm.ask(PROMPT, COUNT)
+        assert tokens == model.greedy(PROMPT, COUNT)
+        assert job.amendments >= 1
+        assert [(stage.start, stage.end) for stage in job.ticket.stages] == list(THREE)
+        assert job.ticket.stages[1].peer_id == whole.peer_id
 
 
 async def test_one_substitute_after_the_other_dies(model: TinyModel, tmp_path: Path) -> None:

@@ -6,7 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import combinations
 
-from coordinator.planning import ModelShape, Placement, WorkerView, find_route, holes
+from coordinator.planning import ModelShape, Placement, WorkerView, find_route
+from coordinator.planning.placement import _chain
+from coordinator.planning.snapshot import speeds
 
 Range = tuple[int, int]
 
@@ -59,14 +61,10 @@ def assert_fits(shape: ModelShape, workers: Sequence[WorkerView], plan: Sequence
         assert shape.stage_bytes(placement.start, placement.end) <= vram[placement.peer_id]
 
 
-def primary(shape: ModelShape, plan: Sequence[Placement]) -> list[Placement]:
-    """The plan without its replicas: what comes first and covers the model."""
-    chosen: list[Placement] = []
-    for placement in plan:
-        if not holes(shape.n_layers, ranges(chosen)):
-            break
-        chosen.append(placement)
-    return sorted(chosen, key=lambda placement: placement.start)
+def primary(shape: ModelShape, workers: Sequence[WorkerView]) -> list[Placement]:
+    """The chain that a plan begins with, where nobody holds anything yet."""
+    found = _chain(shape, sorted(workers, key=lambda worker: worker.peer_id), speeds(workers))
+    return sorted(found[1], key=lambda placement: placement.start) if found else []
 
 
 def assert_covers_once(n_layers: int, chain: Sequence[Placement]) -> None:

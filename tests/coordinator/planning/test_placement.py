@@ -60,7 +60,7 @@ def test_fewest_workers_and_the_smallest_largest_stage(
     if best is None:
         assert plan == ()
         return
-    chain = primary(shape, plan)
+    chain = primary(shape, workers)
     assert_fits(shape, workers, plan)
     assert_covers_once(n_layers, chain)
     assert (len(chain), max(p.end - p.start for p in chain)) == best
@@ -79,7 +79,8 @@ def test_any_plan_covers_every_layer_once_within_memory(
     plan = place(shape, workers)
     assert_fits(shape, workers, plan)
     if plan:
-        assert_covers_once(len(layers), primary(shape, plan))
+        assert_covers_once(len(layers), primary(shape, workers))
+        assert not holes(len(layers), [(each.start, each.end) for each in plan])
         assert place(shape, workers) == plan
         assert place(shape, workers[::-1]) == plan
 

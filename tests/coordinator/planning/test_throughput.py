@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import permutations
@@ -12,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coordinator.planning import ModelShape, Placement, WorkerView, holes, layered, place
+from coordinator.planning.flow import largest_flow
 from coordinator.planning.snapshot import speeds
 from coordinator.planning.stages import Stage
 from tests.coordinator.planning.swarms import (
@@ -40,33 +40,10 @@ def loaded(peer_id: str, start: int, end: int, seconds: float = 0.01, **changes:
 def flow(n_layers: int, workers: Sequence[WorkerView]) -> float:
     """The largest flow of tokens from layer 0 to the end, each worker an edge over the layers that it holds."""
     speed = speeds(workers)
-    room: dict[tuple[int, int], float] = {}
-    for worker in workers:
-        if worker.held:
-            start, end = worker.held
-            room[start, end] = room.get((start, end), 0.0) + speed[worker.peer_id] / (end - start)
-            room.setdefault((end, start), 0.0)
-    total = 0.0
-    while True:
-        before: dict[int, int] = {0: 0}
-        queue = deque([0])
-        while queue and n_layers not in before:
-            here = queue.popleft()
-            for (one, other), left in room.items():
-                if one == here and left > 1e-12 and other not in before:
-                    before[other] = here
-                    queue.append(other)
-        if n_layers not in before:
-            return total
-        path, at = [], n_layers
-        while at:
-            path.append((before[at], at))
-            at = before[at]
-        more = min(room[edge] for edge in path)
-        for one, other in path:
-            room[one, other] -= more
-            room[other, one] += more
-        total += more
+    held = [
+        (worker.held, speed[worker.peer_id] / (worker.held[1] - worker.held[0])) for worker in workers if worker.held
+    ]
+    return largest_flow(n_layers, held)
 
 
 def fastest_by_brute_force(shape: ModelShape, workers: Sequence[WorkerView]) -> tuple[int, float] | None:
@@ -101,7 +78,7 @@ def test_the_chain_has_the_fewest_stages_and_the_fastest_slowest_one(
     if best is None:
         assert plan == ()
         return
-    chain = primary(shape, plan)
+    chain = primary(shape, workers)
     assert_fits(shape, workers, plan)
     assert_covers_once(n_layers, chain)
     speed = speeds(workers)
