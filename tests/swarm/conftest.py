@@ -41,7 +41,7 @@ def client(swarm: LocalSwarm) -> OpenAI:
 def ask(client: OpenAI, swarm: LocalSwarm) -> Any:
     """Ask one question greedily; returns (text, finish reason, usage)."""
 
-    def greedy(question: str, max_tokens: int = 24) -> tuple[str, str, Any]:
+    def greedy(question: str, max_tokens: int = 16) -> tuple[str, str, Any]:
         answer = client.chat.completions.create(
             model=swarm.model_id,
             messages=[{"role": "user", "content": question}],

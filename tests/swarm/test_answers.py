@@ -89,7 +89,7 @@ def test_streaming_gives_the_same_text_piece_by_piece(client: OpenAI, swarm: Loc
         model=swarm.model_id,
         messages=[{"role": "user", "content": QUESTIONS[5]}],
         temperature=0,
-        max_tokens=24,
+        max_tokens=16,
         stream=True,
         stream_options={"include_usage": True},
     )
