@@ -21,7 +21,7 @@ SHARDS = sorted(name for name in FILES if name.endswith(".safetensors"))
 WHOLE = sum(len(FILES[name]) for name in SHARDS)
 PATIENCE_S = 60.0
 # What a client that is killed had been sent and not yet written: its own buffers and both sockets'.
-UNDER_WAY = 512 * 1024
+UNDER_WAY = 1 << 20  # bytes of one connection that the hub has sent and a killed client has not read
 PROGRAM = """
 import sys
 from pathlib import Path
