@@ -88,7 +88,7 @@ class Leg:
         theirs = hello.model_copy(update={"stage": (index - 1) % count})
         self._intake = Intake(theirs, ticket.stages[index - 1].peer_id, self._session.max_body)
 
-    def _new_session(self, known: int = 0, position: int = 0) -> StageSession:
+    def _new_session(self, known: int = 0, position: int = 0, next_position: int = 0) -> StageSession:
         stage = self._around.stage
         return StageSession(
             self.ticket,
@@ -97,6 +97,7 @@ class Leg:
             vocab_size=stage.vocab_size,
             known=known,
             position=position,
+            next_position=next_position,
         )
 
     # --- from the coordinator
@@ -117,7 +118,7 @@ class Leg:
             raise ProtocolError("what this stage sent before is not here any more", code="bad_resume")
         progress.tokens = list(self._tokens)
         self._send_from = message.send_from
-        self._session = self._new_session(message.known, message.position)
+        self._session = self._new_session(message.known, message.position, message.send_from)
         self._begun.set()
 
     def pause(self) -> None:

@@ -32,10 +32,19 @@ class StageSession:
         vocab_size: token ids are below this.
         known: tokens that were sampled before.
         position: positions that this stage holds already.
+        next_position: those that the next stage holds already.
     """
 
     def __init__(
-        self, ticket: JobTicket, index: int, *, hidden_size: int, vocab_size: int, known: int = 0, position: int = 0
+        self,
+        ticket: JobTicket,
+        index: int,
+        *,
+        hidden_size: int,
+        vocab_size: int,
+        known: int = 0,
+        position: int = 0,
+        next_position: int = 0,
     ) -> None:
         self.ticket = ticket
         self.index = index
@@ -47,6 +56,9 @@ class StageSession:
         self.rows = chunk_rows(hidden_size, ticket.dtype)
         self.base = ticket.prompt_tokens + known  # positions whose tokens are known from the start
         self.position = position  # positions accepted so far
+        self._begin = position
+        # The last stage may sample without this one, if it is the first: what the others hold is enough.
+        self._is_behind = next_position == self.base
         self._sampled = known  # tokens that were sampled, as far as this stage knows as the last
         self._received = known  # sampled tokens that this stage, as the first, was told
 
@@ -77,10 +89,12 @@ class StageSession:
         """First stage: what it has not run of prompt and known tokens, in chunks, each with whether the last stage has
         to sample after it.
         """
-        while self.position < len(known):
-            ids = known[self.position : self.position + self.rows]
-            self.position += len(ids)
-            yield ids, self.position == len(known)
+        start = self._begin
+        while start < len(known):
+            ids = known[start : start + self.rows]
+            start += len(ids)
+            self.position = max(self.position, start)  # a token may have been accepted before
+            yield ids, start == len(known)
 
     def accept_chunk(self, chunk: Chunk, body_length: int) -> int:
         """Later stages: check a chunk from the previous stage and return its rows.
@@ -109,14 +123,15 @@ class StageSession:
         """
         if not self.is_first:
             raise ProtocolError("only the first stage takes token ids", code="unexpected_message")
-        if message.index != self._received or self.position != self.ticket.prompt_tokens + self._received:
+        position = self.ticket.prompt_tokens + self._received
+        if message.index != self._received or (self.position != position and not self._is_behind):
             raise ProtocolError(f"token {message.index} came out of turn", code="bad_position")
-        if self.position >= self.ticket.total_tokens - 1:
+        if position >= self.ticket.total_tokens - 1:
             raise ProtocolError("a token came past the ticket's max_tokens", code="bad_position")
         if message.token >= self.vocab_size:
             raise ProtocolError("a token id is outside the vocabulary", code="bad_token")
         self._received += 1
-        self.position += 1
+        self.position = position + 1
         return message.token
 
     def accept_resume(self, message: Resume, body: bytearray, held: int) -> tuple[int, ...]:

@@ -285,11 +285,10 @@ def started(max_tokens: int = 3) -> StageSession:
 def test_tokens_out_of_turn_are_refused_and_change_nothing() -> None:
     stage = started()
     for step in range(2):
-        for index in (step - 1, step + 1, 7):
-            if index >= 0:
-                with pytest.raises(ProtocolError) as raised:
-                    stage.accept_next(Next(index=index, token=1))
-                assert raised.value.code == "bad_position"
+        for index in {step - 1, step + 1, 7} - {-1}:
+            with pytest.raises(ProtocolError) as raised:
+                stage.accept_next(Next(index=index, token=1))
+            assert raised.value.code == "bad_position"
         with pytest.raises(ProtocolError) as raised:
             stage.accept_next(Next(index=step, token=VOCABULARY))
         assert raised.value.code == "bad_token"
@@ -306,6 +305,13 @@ def test_a_token_before_the_prompt_was_run_is_refused() -> None:
     chunks = stage.id_chunks((1,) * 5)
     next(chunks)
     assert stage.accept_next(Next(index=0, token=1)) == 1
+
+
+def test_a_first_stage_that_is_behind_is_told_a_token_before_it_has_run_all_that_are_known() -> None:
+    stage = StageSession(ticket(), 0, hidden_size=2**20, vocab_size=9, known=1, next_position=6)
+    assert stage.accept_next(Next(index=1, token=2)) == 2
+    assert list(stage.id_chunks((1,) * 6)) == [((1, 1), False), ((1, 1), False), ((1, 1), True)]
+    assert stage.position == 7
 
 
 def test_a_job_of_one_token_takes_none_back() -> None:
