@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass
+from itertools import count
 
 import trio
 
@@ -23,6 +24,7 @@ logger = logging.getLogger(__name__)
 _POLL_S = 1.0
 _ASKS_PER_S = 50  # a swarm of thousands is asked in turns: 1,250 workers every 25 s, and one that died is noticed in 30
 _DISCOVER_S = 3.0
+_THOROUGH_EVERY = 5  # look-ups of which one asks every peer that holds announcements
 _ASK_S = 5.0
 # Provider records outlive their peers by up to 48 hours: who does not answer is asked more and more seldom.
 _FIRST_PAUSE_S = 2.0
@@ -113,9 +115,10 @@ class SwarmView:
         await self._ask(peer_id, Assign(), envelope, Accepted)
 
     async def _discover(self) -> None:
-        while True:
+        for turn in count():
             try:
-                for peer_id in await self._overlay.providers(WORKERS_KEY):
+                is_thorough = not turn % _THOROUGH_EVERY
+                for peer_id in await self._overlay.providers(WORKERS_KEY, all_holders=is_thorough):
                     self._meet(peer_id)
             except AzuError as error:
                 log(logger, logging.DEBUG, "workers not looked up", reason=error.message)

@@ -143,7 +143,7 @@ async def providers(overlay: Overlay, digest: str) -> tuple[Provider, ...]:
             addresses = [address for each in records for address in dialable(each.record)]
             found.append(Provider(peer_id, records, tuple(dict.fromkeys(addresses))))
 
-    peers = await overlay.providers(bytes.fromhex(digest), timeout=LOOKUP_SECONDS)
+    peers = await overlay.providers(bytes.fromhex(digest), all_holders=True, timeout=LOOKUP_SECONDS)
     if not peers:
         raise NetworkError(
             f"nobody here has announced the manifest {digest}",
@@ -209,7 +209,7 @@ async def _announced(overlay: Overlay) -> set[str]:
     peers: set[str] = set()
 
     async def ask(key: bytes) -> None:
-        peers.update(await overlay.providers(key, timeout=LOOKUP_SECONDS))
+        peers.update(await overlay.providers(key, all_holders=True, timeout=LOOKUP_SECONDS))
 
     await _all(partial(ask, kind.meeting_key) for kind in KINDS)
     return peers

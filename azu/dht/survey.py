@@ -90,7 +90,7 @@ class _Search(Generic[R]):
         self._kind = kind
 
     async def run(self) -> None:
-        peers = await self._overlay.providers(self._kind.meeting_key)
+        peers = await self._overlay.providers(self._kind.meeting_key, all_holders=True)
         async with trio.open_nursery() as nursery:
             for peer_id in peers[:MAX_PEERS]:
                 nursery.start_soon(self._look_up, peer_id)

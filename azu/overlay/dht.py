@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -20,6 +19,8 @@ from libp2p.kad_dht.common import PROTOCOL_ID
 from libp2p.kad_dht.kad_dht import DHTMode
 from libp2p.kad_dht.pb.kademlia_pb2 import Message
 from libp2p.peer.id import ID
+from libp2p.peer.peerinfo import PeerInfo
+from libp2p.peer.peerstore import env_to_send_in_RPC
 from libp2p.records.validator import NamespacedValidator, Validator
 from multiaddr import Multiaddr
 
@@ -50,6 +51,7 @@ MAX_PROVIDERS = 1_000  # of one answer
 MAX_ADDRESSES, MAX_ADDRESS_BYTES = 16, 256  # of one peer in an answer
 ADDRESS_SECONDS = 3600  # how long they are remembered
 STRAGGLER_SECONDS = 3.0  # how long get and providers wait for slow peers once somebody has answered
+ECHO_SECONDS = 2.0  # how long an announcement waits for its echo; a peer with too much to do resets the stream
 PROVIDES_PER_WINDOW, PROVIDE_WINDOW = 8, 10.5  # a py-libp2p server drops more than 10 per 10 s (trap 9)
 PEERS_PER_SUBNET = 2  # of one /16 (IPv6: /32) in a bucket
 PARALLEL = 10  # queries in flight per call
@@ -210,18 +212,35 @@ class Dht:
             if len(self._provided) == PROVIDES_PER_WINDOW:
                 await trio.sleep_until(self._provided[0] + PROVIDE_WINDOW)
             self._provided.append(trio.current_time())
-        done = False
+        host = self._host
+        store.add_provider(content, PeerInfo(host.get_id(), host.get_addrs()))
+        announcement = framed(self._announcement(content))
+        told: list[ID] = []
+
+        async def tell(peer: ID) -> None:
+            async with OverlayStream(await negotiate(self._swarm, peer, KAD, announcement), str(peer), KAD) as stream:
+                with trio.move_on_after(ECHO_SECONDS):  # nobody has to answer
+                    await read_message(stream, Message, limit=MAX_ANSWER_BYTES)
+            told.append(peer)
+
         with mapped("announce content"), trio.move_on_after(STORE_SECONDS):
-            done = await store.provide(content)
-        store._last_republish[content] = time.time()  # upstream's maintenance would send all of them at once
-        if not done:
+            await _each(tell, await self._closest(content))
+        if not told:
             raise NetworkError(
                 "no peer took the provider announcement",
                 code="not_stored",
                 remedy="Check that this node is connected to a bootstrap node",
             )
 
-    async def providers(self, key: bytes, timeout: float) -> tuple[str, ...]:
+    def _announcement(self, content: bytes) -> Message:
+        """That this node provides it, with its addresses and its signed peer record."""
+        host = self._host
+        signed, _ = env_to_send_in_RPC(host)
+        addresses = [each.to_bytes() for each in host.get_addrs()]
+        me = Message.Peer(id=host.get_id().to_bytes(), addrs=addresses, signedRecord=signed)
+        return Message(type=Message.ADD_PROVIDER, key=content, senderRecord=signed, providerPeers=[me])
+
+    async def providers(self, key: bytes, timeout: float, *, all_holders: bool) -> tuple[str, ...]:
         """Peers that announced this digest, deduplicated; see Overlay.providers."""
         content = _content_key(key)
         found: dict[str, None] = {}
@@ -237,7 +256,7 @@ class Dht:
             return self._named(answer)
 
         self._note(self.service.provider_store.get_providers(content), found)
-        await self._search(content, ask, timeout, lambda: answers)
+        await self._search(content, ask, timeout, lambda: 0 if all_holders else answers)
         found.pop(str(self._host.get_id()), None)
         return tuple(found)
 

@@ -267,9 +267,13 @@ class Overlay:
         """
         await self._dht.provide(key)
 
-    async def providers(self, key: bytes, *, timeout: float = 10.0) -> tuple[str, ...]:
-        """Peer ids other than ours that announced this 32-byte digest; they may be gone (48 h memory)."""
-        return await self._dht.providers(key, timeout)
+    async def providers(self, key: bytes, *, all_holders: bool = False, timeout: float = 10.0) -> tuple[str, ...]:
+        """Peer ids other than ours that announced this 32-byte digest; they may be gone (48 h memory).
+
+        all_holders: ask each of the 20 peers closest to the key, and not only until some have named providers. Where
+            peers come and go, these few may not have heard of the latest providers.
+        """
+        return await self._dht.providers(key, timeout, all_holders=all_holders)
 
     async def trace(self, key: bytes, *, seeds: Sequence[str] | None = None, timeout: float = 15.0) -> Trace:
         """Look for the peers closest to a key (of a record, or a peer id's bytes), and tell who was asked for them.

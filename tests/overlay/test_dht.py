@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import trio
+from libp2p.peer.peerinfo import PeerInfo
 
 from azu.errors import InputError, NetworkError, ProtocolError, TrustError
 from azu.overlay import MAX_RECORD_BYTES, Overlay, dht, open_overlay
@@ -137,6 +138,36 @@ async def test_providers_are_deduplicated(swarm: Swarm) -> None:
             assert await nodes[1].providers(bytes(32)) == ()
             with pytest.raises(InputError):
                 await nodes[1].provide(b"short")
+
+
+async def test_all_holders_of_announcements_are_asked_on_demand(swarm: Swarm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where peers come and go, each of the closest may know other providers."""
+    monkeypatch.setattr(dht, "QUORUM", 1)
+    with trio.fail_after(LIMIT):
+        async with swarm(6) as (asker, *holders):
+            digest = bytes(range(32))
+            for holder in holders:
+                own = PeerInfo(parse_peer_id(holder.peer_id), [])
+                holder._dht.service.provider_store.add_provider(b"\x12\x20" + digest, own)
+            found = await asker.providers(digest, all_holders=True)
+            assert sorted(found) == sorted(holder.peer_id for holder in holders)
+
+
+async def test_an_announcement_that_a_busy_server_drops_is_not_made(pair: tuple[Overlay, Overlay]) -> None:
+    server, client = pair
+    digest = bytes(range(32))
+    limiter = server._dht.service._inbound_limiter
+    others = [object() for _ in range(limiter.total_tokens)]
+    for each in others:
+        limiter.acquire_on_behalf_of_nowait(each)
+    with trio.fail_after(LIMIT):
+        with pytest.raises(NetworkError) as caught:
+            await client.provide(digest)
+        assert caught.value.code == "not_stored"
+        for each in others:
+            limiter.release_on_behalf_of(each)
+        await client.provide(digest)
+        assert await server.providers(digest) == (client.peer_id,)
 
 
 async def test_provides_are_paced_below_what_servers_drop(swarm: Swarm, monkeypatch: pytest.MonkeyPatch) -> None:
