@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import struct
 from collections import deque
 from collections.abc import Sequence
 from typing import Protocol
@@ -32,10 +31,12 @@ from azu.wire.messages import (
     ReceiptReply,
     Refused,
     Resume,
+    pack_tokens,
+    unpack_tokens,
 )
 from coordinator.mending import Held, Start
 
-__all__ = ["Attendance", "Audience", "packed"]
+__all__ = ["Attendance", "Audience"]
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ class Attendance:
         self._scope = trio.CancelScope(shield=True)
         self._orders: deque[tuple[Message, bytes]] = deque([(Open(), envelope)])
         if prompt is not None:
-            self._orders.append((Prompt(), packed(prompt)))
+            self._orders.append((Prompt(), pack_tokens(prompt)))
         self._ordered = trio.Event()
         self._is_ended = False
 
@@ -101,7 +102,7 @@ class Attendance:
 
     def resume(self, start: Start, known: Sequence[int]) -> None:
         """Let the stage go on after these sampled tokens."""
-        body = packed(known) if self.index in (0, len(self.ticket.stages) - 1) else b""
+        body = pack_tokens(known) if self.index in (0, len(self.ticket.stages) - 1) else b""
         epoch, count = self.ticket.epoch, len(known)
         self._order(Resume(epoch=epoch, position=start.position, send_from=start.send_from, known=count), body)
 
@@ -168,9 +169,9 @@ class Attendance:
             return  # a newer amendment is under way to it
         if message.epoch > self.ticket.epoch or self.held is not None or self.ticket.epoch == 0:
             raise ProtocolError("it paused when it was not asked to", code="unexpected_message")
-        if len(body) % 4 or len(body) > 4 * self.ticket.max_tokens or message.position > self.ticket.total_tokens:
+        tokens = unpack_tokens(body)
+        if len(tokens) > self.ticket.max_tokens or message.position > self.ticket.total_tokens:
             raise ProtocolError("it holds what it cannot hold", code="bad_paused")
-        tokens = struct.unpack(f"<{len(body) // 4}I", body)
         self.held = Held(message.position, message.can_replay, tokens)
 
     def _take_receipt(self, envelope: bytes) -> None:
@@ -179,8 +180,3 @@ class Attendance:
         if refusal is not None:
             raise ProtocolError(refusal.message, code=refusal.code)
         self.receipt = (envelope, receipt)
-
-
-def packed(tokens: Sequence[int]) -> bytes:
-    """Token ids as they travel."""
-    return struct.pack(f"<{len(tokens)}I", *tokens)

@@ -68,7 +68,6 @@ def views_for(
                 network=network_of(worker.addrs),
                 decode_s=(worker.speed.decode_base_ns + worker.speed.decode_token_ns) / 1e9 or worker.layer_us / 1e6,
                 decode_job_s=worker.speed.decode_token_ns / 1e9,
-                prefill_s=worker.speed.prefill_ns / 1e9,
                 faults=faults(worker.peer_id),
                 relayed=bool(worker.addrs) and all("/p2p-circuit" in addr for addr in worker.addrs),
             )

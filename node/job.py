@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import struct
 import time
 from collections.abc import Callable
 
@@ -22,7 +21,7 @@ from azu.channel import Channel
 from azu.errors import AzuError, NetworkError, ProtocolError
 from azu.logs import log
 from azu.tickets import JobTicket, Receipt, check_amendment, open_ticket, sign_receipt
-from azu.wire.messages import PING_S, SILENCE_S, Amend, End, Hello, Message, Paused, Ping, Prompt, Resume
+from azu.wire.messages import PING_S, SILENCE_S, Amend, End, Hello, Message, Paused, Ping, Prompt, Resume, pack_tokens
 from azu.wire.tensors import ITEMSIZE
 from node.history import History, HistoryBudget
 from node.leg import Leg, Surroundings
@@ -116,7 +115,7 @@ class StageJob:
         progress = self._progress
         tokens = progress.tokens[self._known :]
         paused = Paused(epoch=self.epoch, position=progress.positions, can_replay=progress.history.is_whole)
-        await self._coordinator.send(paused, struct.pack(f"<{len(tokens)}I", *tokens))
+        await self._coordinator.send(paused, pack_tokens(tokens))
 
     async def _listen(self) -> None:
         """Take the coordinator's messages until it ends the job."""

@@ -12,7 +12,6 @@ position on the next stage needs to be sent what it lacks: out of the history, o
 from __future__ import annotations
 
 import logging
-import struct
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -27,7 +26,7 @@ from azu.identity import Identity
 from azu.logs import log
 from azu.overlay import Overlay
 from azu.tickets import JobTicket
-from azu.wire.messages import Chunk, Credit, Failed, Hello, Message, Moved, Next, Ready, Resume, Token
+from azu.wire.messages import Chunk, Credit, Failed, Hello, Message, Moved, Next, Ready, Resume, Token, pack_tokens
 from azu.wire.tensors import ITEMSIZE, TensorHeader
 from node.engine.device import DeviceThread
 from node.engine.stage import JobState, LoadedStage, Output, Step
@@ -233,7 +232,7 @@ class Leg:
         await self._replay()
         if self._session.is_first:
             for ids, sample in self._session.id_chunks(self._progress.prompt + self._tokens):
-                self._progress.note_input(struct.pack(f"<{len(ids)}I", *ids))
+                self._progress.note_input(pack_tokens(ids))
                 await self._run(Step(state, ids, len(ids), sample))
         while True:
             since = time.perf_counter()
@@ -318,7 +317,7 @@ class Leg:
 
     async def _pass_token(self, token: Token) -> None:
         """To the first stage first, since the next step waits for it there."""
-        self._progress.last_output = struct.pack("<I", token.token)
+        self._progress.last_output = pack_tokens([token.token])
         with self._pausable():
             if not token.finish:
                 next_step = Next(index=token.index, token=token.token)

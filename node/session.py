@@ -12,13 +12,12 @@ are known, they count as the prompt does. Their positions come in chunks, and th
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator
 
 from azu.errors import ProtocolError
 from azu.models.memory import chunk_rows
 from azu.tickets import JobTicket
-from azu.wire.messages import Chunk, Next, Resume, Token
+from azu.wire.messages import Chunk, Next, Resume, Token, unpack_tokens
 from azu.wire.tensors import ACTIVATIONS, ITEMSIZE
 
 __all__ = ["StageSession"]
@@ -78,12 +77,7 @@ class StageSession:
         Raises:
             ProtocolError: they are not as many as the ticket says, or not of this vocabulary.
         """
-        if len(body) != 4 * self.ticket.prompt_tokens:
-            raise ProtocolError("the prompt is not as long as the ticket says", code="bad_prompt")
-        prompt = struct.unpack(f"<{self.ticket.prompt_tokens}I", body)
-        if max(prompt) >= self.vocab_size:
-            raise ProtocolError("a token id is outside the vocabulary", code="bad_prompt")
-        return prompt
+        return self._token_ids(body, self.ticket.prompt_tokens, "bad_prompt")
 
     def id_chunks(self, known: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], bool]]:
         """First stage: what it has not run of prompt and known tokens, in chunks, each with whether the last stage has
@@ -149,11 +143,14 @@ class StageSession:
         if message.known >= self.ticket.max_tokens:
             raise ProtocolError("a job that has all its tokens does not go on", code="bad_resume")
         count = message.known if self.is_first or self.is_last else 0
+        return self._token_ids(body, count, "bad_resume")
+
+    def _token_ids(self, body: bytearray, count: int, code: str) -> tuple[int, ...]:
         if len(body) != 4 * count:
-            raise ProtocolError(f"{len(body)} bytes of tokens came, not {4 * count}", code="bad_resume")
-        tokens = struct.unpack(f"<{count}I", body)
+            raise ProtocolError(f"{len(body)} bytes of token ids came, not {4 * count}", code=code)
+        tokens = unpack_tokens(body)
         if max(tokens, default=0) >= self.vocab_size:
-            raise ProtocolError("a token id is outside the vocabulary", code="bad_resume")
+            raise ProtocolError("a token id is outside the vocabulary", code=code)
         return tokens
 
     def sampled(self, token: int) -> Token:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path, PurePath
 
-from azu.errors import InputError, ModelError
+from azu.errors import ModelError
 from azu.models.safetensors_file import ForeignFile, TensorSpec, open_foreign
 from azu.models.source import (
     MAX_INDEX_BYTES,
@@ -20,6 +20,7 @@ from azu.models.source import (
     revision_of,
     watch,
 )
+from azu.models.source_errors import unreadable_source
 
 __all__ = [
     "INDEX",
@@ -158,7 +159,7 @@ def _read(path: Path, code: str = "unreadable_source", remedy: str = "") -> byte
     except FileNotFoundError as error:
         raise ModelError(f"{path.parent.name} has no {path.name}", code=code, remedy=remedy) from error
     except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror})", code="unreadable_source") from error
+        raise unreadable_source(path, error) from error
 
 
 def _check_link(path: Path) -> None:

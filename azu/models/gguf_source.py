@@ -17,11 +17,12 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
-from azu.errors import InputError, ModelError
+from azu.errors import ModelError
 from azu.models.gguf_reader import BoundedReader
 from azu.models.gguf_tokenizer import tokenizer_files
 from azu.models.safetensors_file import TensorSpec
 from azu.models.source import ModelSource, hash_file, local_id, revision_of, watch
+from azu.models.source_errors import source_changed, unreadable_source
 
 __all__ = ["open_gguf"]
 
@@ -136,10 +137,9 @@ def _read_stored(path: Path, tensor: gguf.ReaderTensor) -> npt.NDArray[Any]:
     try:
         stored = np.fromfile(path, mapped.dtype, mapped.size, offset=tensor.data_offset)
     except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror})", code="unreadable_source") from error
+        raise unreadable_source(path, error) from error
     if stored.size != mapped.size:
-        remedy = "Run it again when nothing writes to it any more."
-        raise InputError(f"{path} became shorter", code="source_changed", remedy=remedy)
+        raise source_changed(path)
     return stored.reshape(mapped.shape)
 
 

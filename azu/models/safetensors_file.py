@@ -20,7 +20,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import IO, Any
 
-from azu.errors import InputError, ModelError
+from azu.errors import ModelError
+from azu.models.source_errors import source_changed, unreadable_source
 
 __all__ = [
     "ITEM_BYTES",
@@ -248,11 +249,9 @@ class ForeignFile(_Tensors):
             try:
                 chunk = os.pread(self._descriptor, min(_READ_BYTES, info.end - position), position)
             except OSError as error:
-                problem = f"{self.path} cannot be read ({error.strerror})"
-                raise InputError(problem, code="unreadable_source") from error
+                raise unreadable_source(self.path, error) from error
             if not chunk:
-                remedy = "Run it again when nothing writes to it any more."
-                raise InputError(f"{self.path} became shorter", code="source_changed", remedy=remedy)
+                raise source_changed(self.path)
             position += len(chunk)
             yield chunk
 

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from azu.errors import InputError, ModelError
+from azu.errors import ModelError
 from azu.models.safetensors_file import TensorSpec
+from azu.models.source_errors import source_changed, unreadable_source
 
 __all__ = ["HUB_ID", "ModelSource", "hash_file", "load_json", "local_id", "revision_of", "watch"]
 
@@ -64,7 +65,7 @@ def hash_file(path: Path) -> str:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror})", code="unreadable_source") from error
+        raise unreadable_source(path, error) from error
 
 
 def local_id(name: str) -> str:
@@ -79,8 +80,7 @@ def watch(paths: Iterable[Path]) -> Callable[[], None]:
     def confirm() -> None:
         for path, stamp in before.items():
             if _stamp(path) != stamp:
-                remedy = "Run it again when nothing writes to it any more."
-                raise InputError(f"{path} was changed while it was cut", code="source_changed", remedy=remedy)
+                raise source_changed(path)
 
     return confirm
 

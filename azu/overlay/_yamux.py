@@ -139,7 +139,6 @@ class AzuYamux(Yamux):
     def _add(self, stream_id: int, *, is_initiator: bool) -> AzuYamuxStream:
         self.used_at = trio.current_time()
         stream = AzuYamuxStream(stream_id, self, is_initiator)
-        stream.owed = FLAG_SYN if is_initiator else FLAG_ACK
         self.streams[stream_id] = stream
         self.stream_buffers[stream_id] = Inbox()
         self.stream_events[stream_id] = trio.Event()

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING
 
 import trio
 from libp2p.stream_muxer.exceptions import MuxedStreamEOF, MuxedStreamError, MuxedStreamReset
-from libp2p.stream_muxer.yamux.yamux import TYPE_DATA, TYPE_WINDOW_UPDATE, YAMUX_HEADER_FORMAT, YamuxStream
+from libp2p.stream_muxer.yamux.yamux import (
+    FLAG_ACK,
+    FLAG_SYN,
+    TYPE_DATA,
+    TYPE_WINDOW_UPDATE,
+    YAMUX_HEADER_FORMAT,
+    YamuxStream,
+)
 
 from azu.overlay._link import Buffer, Inbox
 
@@ -36,7 +43,7 @@ class AzuYamuxStream(YamuxStream):
     def __init__(self, stream_id: int, conn: AzuYamux, is_initiator: bool) -> None:
         super().__init__(stream_id, conn, is_initiator)
         self.window_opened = trio.Event()
-        self.owed = 0  # flags for the next frame: SYN of a stream that we open, ACK of one that the remote does
+        self.owed = FLAG_SYN if is_initiator else FLAG_ACK  # flags for the next frame
         self._unreturned = 0  # bytes read but not yet given back as credit
 
     @property

@@ -8,6 +8,8 @@
 
 from __future__ import annotations
 
+import struct
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
@@ -63,6 +65,8 @@ __all__ = [
     "Welcome",
     "WhichBlobs",
     "encode_message",
+    "pack_tokens",
+    "unpack_tokens",
 ]
 
 CONTROL_PROTOCOL = "/azu/control/1"
@@ -195,7 +199,7 @@ class Ready(Message):
 
 
 class Prompt(Message):
-    """Body: the prompt's token ids, little-endian int32."""
+    """Body: the prompt's token ids (`pack_tokens`)."""
 
     max_body: ClassVar[int] = 4 * MAX_TOKENS
     t: Literal["prompt"] = "prompt"
@@ -362,6 +366,22 @@ class Codec:
 def encode_message(message: Message, body: Buffer = b"") -> tuple[Buffer, ...]:
     """The buffers to write for one message and its body."""
     return encode_frame(encode_cbor(message.model_dump()), body)
+
+
+def pack_tokens(tokens: Sequence[int]) -> bytes:
+    """Token ids as they travel: uint32, little-endian."""
+    return struct.pack(f"<{len(tokens)}I", *tokens)
+
+
+def unpack_tokens(body: Buffer) -> tuple[int, ...]:
+    """The token ids of a body.
+
+    Raises:
+        ProtocolError: code "bad_tokens", where it is cut off in the middle of one.
+    """
+    if len(body) % 4:
+        raise ProtocolError(f"{len(body)} bytes are no whole number of token ids", code="bad_tokens")
+    return struct.unpack(f"<{len(body) // 4}I", body)
 
 
 CONTROL = Codec("control", GetStatus, Status, Assign, Accepted, Refused)

@@ -67,8 +67,7 @@ class WorkerView:
 
     `held` is the range that it has loaded or is loading, `ready` whether it can run it; `cached` what lies on its disk.
     `network` is an opaque group, whose members may fail together; "" is a group of its own. A pass of b jobs takes
-    `decode_s + (b - 1) * decode_job_s` for each layer; a prompt `prefill_s` for each layer and position. Workers that
-    hold layers of another model are not passed in at all.
+    `decode_s + (b - 1) * decode_job_s` for each layer. Workers that hold layers of another model are not passed in.
     """
 
     peer_id: str
@@ -81,7 +80,6 @@ class WorkerView:
     network: str = ""
     decode_s: float = 0.0
     decode_job_s: float = 0.0
-    prefill_s: float = 0.0
     faults: int = 0
     relayed: bool = False
 

@@ -284,7 +284,7 @@ def test_a_source_that_gets_shorter_while_it_is_cut(save_tiny: SaveTiny, store: 
         if progress.done == 2:
             os.truncate(weights, 4096)
 
-    with pytest.raises(InputError, match="became shorter") as caught:
+    with pytest.raises(InputError, match="was changed") as caught:
         publish(str(weights.parent), store, report=shorten)
     assert caught.value.code == "source_changed"
 

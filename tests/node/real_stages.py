@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import struct
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -39,6 +38,7 @@ from azu.wire.messages import (
     Ready,
     ReceiptReply,
     Token,
+    pack_tokens,
 )
 from azu.wire.tensors import WeightFormat
 from node.engine.device import DeviceThread, open_device_thread
@@ -177,7 +177,7 @@ class Coordinator:
         async def attend(index: int) -> None:
             async with self.opened(ticket, index) as channel:
                 if index in (0, len(self.stages) - 1):
-                    await channel.send(Prompt(), packed(prompt))
+                    await channel.send(Prompt(), pack_tokens(prompt))
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(speak, channel)
                     await self._listen(channel, index, end, done)
@@ -210,10 +210,6 @@ class Coordinator:
                 return
             if end.finish or end.failures:
                 done.set()
-
-
-def packed(prompt: Sequence[int]) -> bytes:
-    return struct.pack(f"<{len(prompt)}I", *prompt)
 
 
 async def next_of(channel: Channel, kind: type[Message]) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -15,13 +14,26 @@ import trio
 from azu.channel import Channel
 from azu.identity import Identity
 from azu.tickets import JobTicket, sign_ticket
-from azu.wire.messages import Amend, End, Message, Paused, Ping, Prompt, Ready, ReceiptReply, Refused, Resume, Token
+from azu.wire.messages import (
+    Amend,
+    End,
+    Message,
+    Paused,
+    Ping,
+    Prompt,
+    Ready,
+    ReceiptReply,
+    Refused,
+    Resume,
+    Token,
+    pack_tokens,
+    unpack_tokens,
+)
 from tests.node.real_stages import (
     Coordinator,
     TinyModel,
     identity,
     next_of,
-    packed,
     prompt_of,
     real_ring,
     tiny_model,
@@ -69,14 +81,14 @@ class Running:
         before = len(self.tokens)
         paused, body = await self.until(Paused)
         assert isinstance(paused, Paused)
-        known = struct.unpack(f"<{len(body) // 4}I", body)
+        known = unpack_tokens(body)
         assert list(known[: len(self.tokens) - before]) == self.tokens[before:]
         self.tokens += known[len(self.tokens) - before :]
         return paused
 
     async def resume(self, position: int, **changes: Any) -> None:
         fields = {"epoch": self.ticket.epoch, "position": position, "send_from": 0, "known": len(self.tokens)}
-        await self.channel.send(Resume.model_validate(fields | changes), packed(self.tokens))
+        await self.channel.send(Resume.model_validate(fields | changes), pack_tokens(self.tokens))
 
     async def goes_on(self, model: TinyModel) -> None:
         count = len(self.tokens) + 10
@@ -92,7 +104,7 @@ async def running(model: TinyModel, max_tokens: int = 3_000) -> AsyncIterator[Ru
     async with real_ring(model, 1) as coordinator:
         ticket = coordinator.ticket(len(PROMPT), max_tokens)
         async with coordinator.opened(ticket) as channel:
-            await channel.send(Prompt(), packed(PROMPT))
+            await channel.send(Prompt(), pack_tokens(PROMPT))
             job = Running(coordinator, channel, ticket, [])
             token, _ = await job.until(Token)
             job.tokens.append(token.token)
@@ -178,7 +190,7 @@ async def test_a_stage_that_is_taken_over_waits_to_be_told_where_to_begin(model:
     async with real_ring(model, 1) as coordinator:
         ticket = coordinator.ticket(len(PROMPT), 20, epoch=3)
         async with coordinator.opened(ticket) as channel:
-            await channel.send(Prompt(), packed(PROMPT))
+            await channel.send(Prompt(), pack_tokens(PROMPT))
             job = Running(coordinator, channel, ticket, tokens)
             assert await job.paused() == Paused(epoch=3, position=0, can_replay=True)
             await job.resume(0)

@@ -8,11 +8,11 @@ import pytest
 import torch
 import trio
 
-from azu.wire.messages import End, Prompt, Token
+from azu.wire.messages import End, Prompt, Token, pack_tokens
 from node import instruments
 from node.engine.instruments import Passes
 from node.instruments import Instruments, LoopWatch
-from tests.node.real_stages import KV_TOKENS, TinyModel, next_of, packed, prompt_of, real_ring, tiny_model
+from tests.node.real_stages import KV_TOKENS, TinyModel, next_of, prompt_of, real_ring, tiny_model
 
 HIDDEN_BYTES = 32 * 4  # of a row of the tiny model, in float32
 
@@ -121,7 +121,7 @@ async def test_a_running_jobs_cache_is_seen_to_fill(model: TinyModel) -> None:
     async with real_ring(model, 1) as coordinator:
         jobs, ticket = coordinator.stages[0].jobs, coordinator.ticket(7, 3)
         async with coordinator.opened(ticket) as channel:
-            await channel.send(Prompt(), packed(prompt_of(7)))
+            await channel.send(Prompt(), pack_tokens(prompt_of(7)))
             while not (await next_of(channel, Token)).finish:
                 assert jobs.kv_tokens_filled >= 7
             assert (jobs.count, jobs.kv_tokens_filled, KV_TOKENS - jobs.kv_tokens_free) == (1, 9, ticket.total_tokens)

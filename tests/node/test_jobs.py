@@ -34,6 +34,7 @@ from azu.wire.messages import (
     ReceiptReply,
     Refused,
     Token,
+    pack_tokens,
 )
 from azu.wire.tensors import WeightFormat
 from node import job as job_module
@@ -46,7 +47,6 @@ from tests.node.real_stages import (
     TinyModel,
     identity,
     next_of,
-    packed,
     peer,
     prompt_of,
     real_ring,
@@ -106,7 +106,7 @@ async def test_a_prompt_of_more_chunks_than_the_window(model: TinyModel) -> None
 
 async def test_the_end_is_answered_with_a_receipt_when_the_room_is_free(model: TinyModel) -> None:
     async with real_ring(model, 1) as coordinator, coordinator.opened(coordinator.ticket(4, 2_000)) as channel:
-        await channel.send(Prompt(), packed(prompt_of(4)))
+        await channel.send(Prompt(), pack_tokens(prompt_of(4)))
         for _ in range(5):
             await next_of(channel, Token)
         await channel.send(End())
@@ -125,7 +125,7 @@ async def test_a_neighbour_that_dies_is_named(model: TinyModel) -> None:
             chain = Coordinator(coordinator.identity, coordinator.overlay, [first, lost], coordinator.manifest)
             ticket = chain.ticket(5, 3_000)
             async with chain.opened(ticket, 0) as to_first, chain.opened(ticket, 1) as to_lost:
-                await to_first.send(Prompt(), packed(prompt_of(5)))
+                await to_first.send(Prompt(), pack_tokens(prompt_of(5)))
                 await next_of(to_lost, Token)
                 await lost.overlay.disconnect(first.peer_id)
                 assert (await next_of(to_first, Failed)).peer_id == lost.peer_id
@@ -137,7 +137,7 @@ async def test_a_job_lives_on_when_strangers_knock(model: TinyModel) -> None:
         first, last = coordinator.stages
         ticket = coordinator.ticket(5, 3_000)
         async with coordinator.opened(ticket, 0) as channel, coordinator.opened(ticket, 1) as tokens:
-            await channel.send(Prompt(), packed(prompt_of(5)))
+            await channel.send(Prompt(), pack_tokens(prompt_of(5)))
             await next_of(tokens, Token)
             # The third is the right neighbour, a second time.
             for knocking, stage in ((stranger, 1), (stranger, 0), (last.overlay, 1), (last.overlay, 0)):
@@ -206,7 +206,7 @@ async def test_a_ticket_is_worth_one_job(model: TinyModel) -> None:
         async with coordinator.opened(ticket) as running:
             async with coordinator.opened(ticket) as again:
                 assert (await next_of(again, Refused)).code == "duplicate_job"
-            await running.send(Prompt(), packed(prompt))
+            await running.send(Prompt(), pack_tokens(prompt))
             assert await next_of(running, Token) is not None
         await stage.until_idle()
         async with coordinator.opened(ticket) as again:
@@ -249,7 +249,7 @@ async def test_a_prompt_that_is_not_the_tickets_ends_the_job(model: TinyModel, p
     async with real_ring(model, 1) as coordinator:
         stage = coordinator.stages[0]
         async with coordinator.opened(coordinator.ticket(4)) as channel:
-            await channel.send(Prompt(), packed(prompt))
+            await channel.send(Prompt(), pack_tokens(prompt))
             assert await next_of(channel, Token) is None
         await stage.until_idle()
         assert stage.overlay.statistics().violations == {coordinator.identity.peer_id: 1}
@@ -260,7 +260,7 @@ async def test_what_has_no_place_in_a_running_job_ends_it(model: TinyModel, seco
     async with real_ring(model, 1) as coordinator:
         stage = coordinator.stages[0]
         async with coordinator.opened(coordinator.ticket(4, 2_000)) as channel:
-            await channel.send(Prompt(), packed(prompt_of(4)))
+            await channel.send(Prompt(), pack_tokens(prompt_of(4)))
             await next_of(channel, Token)
             await channel.send(second)
             while await channel.receive() is not None:
@@ -330,7 +330,7 @@ async def test_a_bug_in_the_device_ends_its_job_alone(model: TinyModel) -> None:
             nursery.start_soon(good)
             for _ in range(3):
                 async with coordinator.opened(coordinator.ticket(13)) as channel:
-                    await channel.send(Prompt(), packed(prompt_of(13)))
+                    await channel.send(Prompt(), pack_tokens(prompt_of(13)))
                     assert (await next_of(channel, Failed)).code == "stage_failed"
         await stage.until_idle()
         assert ends[0].tokens == model.greedy(prompt_of(5), 200)
@@ -340,7 +340,7 @@ async def test_a_coordinator_that_does_not_read_stalls_its_own_job_alone(model: 
     async with real_ring(model, 1) as coordinator:
         stage = coordinator.stages[0]
         async with coordinator.opened(coordinator.ticket(4, 3_000)) as deaf:
-            await deaf.send(Prompt(), packed(prompt_of(4)))
+            await deaf.send(Prompt(), pack_tokens(prompt_of(4)))
             for number in range(3):
                 prompt = prompt_of(20, number)
                 end = await coordinator.answer(coordinator.ticket(20, 30), prompt)
@@ -359,7 +359,7 @@ async def test_a_worker_that_stops_leaves_no_job_behind(model: TinyModel) -> Non
                 async with await me.open_stream(stage.peer_id, JOB_PROTOCOL) as stream:
                     channel = Channel(stream, JOB)
                     await channel.send(Open(), sign_ticket(coordinator.identity, coordinator.ticket(4, 3_000)))
-                    await channel.send(Prompt(), packed(prompt_of(4)))
+                    await channel.send(Prompt(), pack_tokens(prompt_of(4)))
                     await next_of(channel, Token)
                     jobs.append(stage.jobs)
                     assert stage.jobs.count == 1

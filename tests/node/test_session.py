@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from collections import deque
 from typing import Any
 
@@ -15,7 +14,7 @@ from azu.errors import ProtocolError
 from azu.identity import Identity
 from azu.models.memory import chunk_rows
 from azu.tickets import JobTicket
-from azu.wire.messages import Chunk, Next, Resume, Token
+from azu.wire.messages import Chunk, Next, Resume, Token, pack_tokens
 from azu.wire.tensors import ACTIVATIONS, ITEMSIZE, WEIGHT_FORMATS, DType, TensorHeader, WeightFormat
 from node.session import StageSession
 
@@ -46,7 +45,7 @@ def accept(subject: StageSession, message: Chunk) -> int:
 
 
 def ids(*tokens: int) -> bytearray:
-    return bytearray(struct.pack(f"<{len(tokens)}I", *tokens))
+    return bytearray(pack_tokens(tokens))
 
 
 # --- chunks
