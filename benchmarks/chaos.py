@@ -64,7 +64,7 @@ class Chaos:
                 continue
             self._break(self._random.choice(running), self.failures % 3)
             self.failures += 1
-            self._swarm.add_worker(VRAM, "--threads", "1", name=f"substitute{self.failures}")
+            self._swarm.add_worker(VRAM, name=f"substitute{self.failures}")
 
     def _break(self, worker: Program, how: int) -> None:
         self._swarm.workers.remove(worker)
@@ -97,7 +97,7 @@ def main() -> None:
     questions = [QUESTIONS[n % 4].format(THINGS[n // 4 % 5]) for n in range(options.jobs)]
     with tempfile.TemporaryDirectory() as folder, LocalSwarm(Path(folder)) as swarm:
         for _ in range(options.workers):
-            swarm.add_worker(VRAM, "--threads", "1")
+            swarm.add_worker(VRAM)
         swarm.wait_until_covered()
         with ThreadPoolExecutor(options.jobs + 1) as pool:
 

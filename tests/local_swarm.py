@@ -154,9 +154,10 @@ class LocalSwarm:
         return program
 
     def add_worker(self, vram: str, *options: str, name: str | None = None) -> Program:
-        """Start a worker; `name` also names its data folder."""
+        """Start a worker with one compute thread, since all share these cores; `name` also names its data folder."""
         name = name or f"worker{len(self.workers) + 1}"
-        worker = self.start(name, "azu-node", "join", self.multiaddr, "--vram", vram, "--device", "cpu", *options)
+        computing = ["--vram", vram, "--device", "cpu", "--threads", "1"]
+        worker = self.start(name, "azu-node", "join", self.multiaddr, *computing, *options)
         self.workers.append(worker)
         return worker
 
