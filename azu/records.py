@@ -117,7 +117,7 @@ class WorkerRecord(Record):
     vram_total: Bytes
     vram_free: Bytes
     kv_tokens: Bytes  # positions of KV cache that all jobs together may reserve beside what is loaded
-    kv_tokens_free: Bytes  # of these, what is not reserved now
+    kv_tokens_free: Bytes  # of these, what a new job may begin with now
     jobs: Small
     layer_us: Small
     ranges: Annotated[Tuple[HeldRange], Field(max_length=64)]

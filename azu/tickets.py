@@ -110,6 +110,7 @@ class JobTicket(Document):
     stop_tokens: Annotated[Tuple[TokenId], Field(max_length=64)]
     sampling: Sampling
     price: Annotated[int, Field(ge=0, lt=2**63)]  # smallest units per token-layer
+    begun_at: UnixTime  # of the whole job: where KV cache is short, the oldest goes first
     issued_at: UnixTime
     expires_at: UnixTime
     coordinator: PeerId

@@ -25,7 +25,7 @@ _MAX_WAITING = 256
 
 @dataclass(eq=False, slots=True)
 class Grant:
-    """Room for a job, held until it is released: `tokens` positions at each worker of the chain as it is now."""
+    """Room for a job, held until it is released: `tokens` positions to begin with at each worker of the chain."""
 
     chain: tuple[Placement, ...]
     dtype: str
@@ -42,6 +42,7 @@ class _Asking:
 
     @property
     def tokens(self) -> int:
+        """Positions that it may come to need."""
         return len(self.request.prompt) + self.request.max_tokens
 
     def give(self, answer: Grant | AzuError) -> None:
@@ -69,7 +70,7 @@ class Admission:
         self._free = free
         self._queue = FairQueue[_Asking](_MAX_WAITING)
         self._asking: dict[_Asking, Waiting[_Asking]] = {}
-        self._too_many: dict[str, int] = {}  # by model, so many positions found no room since something changed
+        self._too_many: dict[str, int] = {}  # by model, a prompt of so many found no room since something changed
         self._next_tick = 0.0
 
     async def admit(self, request: GenerationRequest, deadline: float) -> Grant:
@@ -135,11 +136,12 @@ class Admission:
 
     def _room_for(self, asking: _Asking) -> Grant | None:
         digest = asking.request.model.manifest.digest
-        if asking.tokens >= self._too_many.get(digest, asking.tokens + 1):
+        first = len(asking.request.prompt)
+        if first >= self._too_many.get(digest, first + 1):
             return None
         grant = self._find(asking.request)
         if grant is None:
-            self._too_many[digest] = asking.tokens
+            self._too_many[digest] = first
         return grant
 
     def _check(self, asking: _Asking) -> None:

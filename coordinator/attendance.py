@@ -31,6 +31,7 @@ from azu.wire.messages import (
     ReceiptReply,
     Refused,
     Resume,
+    Waiting,
     pack_tokens,
     unpack_tokens,
 )
@@ -42,6 +43,10 @@ logger = logging.getLogger(__name__)
 
 # Messages that may wait to be written to one stage: an amendment and a resumption each for some epochs.
 _MAX_ORDERS = 32
+# What a stage's word that it waits is good for: it comes twice in that time. And how often it is taken, 20 minutes in
+# all: a stage may lie.
+_WAITING_S = 20.0
+_MAX_WAITS = 120
 
 
 class Audience(Protocol):
@@ -64,6 +69,7 @@ class Attendance:
     Attributes:
         ticket: the last that it was sent.
         is_up: whether it has taken the job up.
+        waits_until: when it may be thought to hang that has said that the job waits for KV cache, in trio's time.
         held: what it holds, since it is paused for that ticket.
         receipt: its envelope and content, once it has come.
     """
@@ -76,6 +82,7 @@ class Attendance:
         self.peer_id = ticket.stages[index].peer_id
         self.is_up = False
         self.held: Held | None = None
+        self.waits_until = 0.0
         self.receipt: tuple[bytes, Receipt] | None = None
         self._overlay = overlay
         # Shielded: when a client hangs up, the stages shall hear the end and answer it with their receipts.
@@ -85,6 +92,7 @@ class Attendance:
             self._orders.append((Prompt(), pack_tokens(prompt)))
         self._ordered = trio.Event()
         self._is_ended = False
+        self._waits = 0
 
     async def run(self, audience: Audience) -> None:
         """Attend the stage until it has given its receipt, or is lost, or is left."""
@@ -161,8 +169,15 @@ class Attendance:
                 raise RefusedError(self.peer_id, message)
             if isinstance(message, Paused):
                 self._take_paused(message, body)
+            if isinstance(message, Waiting):
+                self._note_waiting()
             self.is_up = self.is_up or isinstance(message, Ready | Paused)
             audience.hear(self, message)
+
+    def _note_waiting(self) -> None:
+        self._waits += 1
+        if self._waits <= _MAX_WAITS:
+            self.waits_until = trio.current_time() + _WAITING_S
 
     def _take_paused(self, message: Paused, body: bytearray) -> None:
         if message.epoch < self.ticket.epoch:

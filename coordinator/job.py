@@ -28,7 +28,7 @@ from azu.logs import log
 from azu.models.memory import MAX_CHUNK_ROWS
 from azu.overlay import Overlay
 from azu.tickets import JobTicket, sign_ticket
-from azu.wire.messages import Failed, Message, Paused, Ping, Ready, Token
+from azu.wire.messages import Failed, Message, Paused, Ping, Ready, Token, Waiting
 from coordinator.attendance import Attendance
 from coordinator.generation import JobReport, SampledToken
 from coordinator.mending import settle
@@ -209,7 +209,7 @@ class RunningJob:
             if stage.held is not None and max(stage.held.tokens, default=0) >= self._vocab_size:
                 raise ProtocolError("it knows a token outside the vocabulary", code="bad_token")
             self._stir()
-        elif not isinstance(message, Ready | Ping):
+        elif not isinstance(message, Ready | Ping | Waiting):
             raise ProtocolError(f"it sent {type(message).__name__}", code="unexpected_message")
 
     def _take_token(self, stage: Attendance, token: Token) -> None:
@@ -306,7 +306,8 @@ class RunningJob:
             patience = _STALL_S + _STALL_SLACK * self._pace * self._due
             if self._is_over:
                 return
-            if self._is_mending or trio.current_time() <= self._moved_at + patience:
+            waited = max(stage.waits_until for stage in self._stages)
+            if self._is_mending or trio.current_time() <= max(self._moved_at, waited) + patience:
                 continue
             if was_stirred_at != len(self._tokens) and all(stage.is_up for stage in self._stages):
                 log(logger, logging.WARNING, "job stalls", job=self.job_id)

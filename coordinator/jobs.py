@@ -51,7 +51,8 @@ class JobRunner:
         self._swarm = swarm
         self._meter = meter
         self._price = price
-        self._reserved: Counter[str] = Counter()  # positions of KV cache that our running jobs hold, by peer id
+        self._reserved: Counter[str] = Counter()  # positions of KV cache that our running jobs began with, by peer id
+        self._granted: dict[str, tuple[int, int]] = {}  # those of them since the peer's record of this sequence number
         self._running: Counter[str] = Counter()
         self._admission = Admission(self._find_room, self._refusal, self._free_room)
 
@@ -97,7 +98,7 @@ class JobRunner:
         if found is None:
             return None
         route, dtype = found
-        grant = Grant(route.stages, dtype, len(request.prompt) + request.max_tokens)
+        grant = Grant(route.stages, dtype, len(request.prompt) + 1)
         self._count(grant, 1)
         return grant
 
@@ -105,11 +106,19 @@ class JobRunner:
         self._count(grant, -1)
 
     def _count(self, grant: Grant, jobs: int) -> None:
-        for stage in grant.chain:
-            self._reserved[stage.peer_id] += jobs * grant.tokens
-            self._running[stage.peer_id] += jobs
-            if not self._running[stage.peer_id]:
-                del self._running[stage.peer_id], self._reserved[stage.peer_id]
+        sequences = {worker.peer_id: worker.sequence for worker in self._swarm.workers()}
+        for peer_id in (stage.peer_id for stage in grant.chain):
+            self._reserved[peer_id] += jobs * grant.tokens
+            self._running[peer_id] += jobs
+            if not self._running[peer_id]:
+                del self._running[peer_id], self._reserved[peer_id]
+            if jobs > 0 and (sequence := sequences.get(peer_id)) is not None:
+                self._granted[peer_id] = sequence, self._granted_since(peer_id, sequence) + grant.tokens
+
+    def _granted_since(self, peer_id: str, sequence: int) -> int:
+        """Positions of KV cache that the worker's record of this sequence number does not tell of yet."""
+        known, tokens = self._granted.get(peer_id, (sequence, 0))
+        return tokens if known == sequence else 0
 
     def _refusal(self, request: GenerationRequest) -> CapacityError | None:
         """Why the job would wait in vain, if it would."""
@@ -126,9 +135,10 @@ class JobRunner:
         Args:
             when_empty: as if no job were running.
         """
-        tokens = len(request.prompt) + request.max_tokens
+        first, most = len(request.prompt) + 1, len(request.prompt) + request.max_tokens
         manifest = request.model.manifest
-        workers = [self._adjusted(worker, when_empty=when_empty) for worker in self._swarm.workers()]
+        able = [worker for worker in self._swarm.workers() if worker.kv_tokens >= most]
+        workers = [self._adjusted(worker, when_empty=when_empty) for worker in able]
         faults = {worker.peer_id: self._swarm.faults(worker.peer_id) for worker in workers}
         for most in sorted(set(faults.values())):
             routes: list[tuple[float, WeightFormat, Route]] = []
@@ -137,7 +147,7 @@ class JobRunner:
                 alike = [worker for worker in workers if worker.dtype == dtype and faults[worker.peer_id] <= most]
                 views = views_for(manifest, alike, self._swarm.faults)
                 links = links_of(manifest, dtype, alike)
-                if (route := find_route(manifest.n_layers, views, tokens, links=links, parts=True)) is not None:
+                if (route := find_route(manifest.n_layers, views, first, links=links, parts=True)) is not None:
                     routes.append((route.seconds, dtype, route))
             if routes:
                 _, best, route = min(routes, key=lambda each: each[:2])
@@ -146,7 +156,8 @@ class JobRunner:
 
     def _adjusted(self, worker: WorkerRecord, *, when_empty: bool) -> WorkerRecord:
         """A record with our own running jobs counted in, which may be newer than the record."""
-        free = min(worker.kv_tokens - self._reserved[worker.peer_id], worker.kv_tokens_free)
+        told = worker.kv_tokens_free - self._granted_since(worker.peer_id, worker.sequence)
+        free = min(worker.kv_tokens - self._reserved[worker.peer_id], told)
         jobs = max(worker.jobs, self._running[worker.peer_id])
         free = worker.kv_tokens if when_empty else max(free, 0)
         return worker.model_copy(update={"kv_tokens_free": free, "jobs": jobs})
@@ -160,14 +171,15 @@ class JobRunner:
         self, manifest: Manifest, grant: Grant, ticket: JobTicket, lost: Collection[int], unwanted: Collection[str]
     ) -> dict[int, str] | None:
         """Peers that take the lost stages over, and count as running the job from then on, or None."""
-        alike = [worker for worker in self._swarm.workers() if worker.dtype == ticket.dtype]
+        able = [worker for worker in self._swarm.workers() if worker.kv_tokens >= ticket.total_tokens]
+        alike = [worker for worker in able if worker.dtype == ticket.dtype]
         adjusted = [self._adjusted(worker, when_empty=False) for worker in alike]
         views = views_for(manifest, adjusted, self._swarm.faults)
         without = {*unwanted, *(each.peer_id for index, each in enumerate(grant.chain) if index not in lost)}
         found: dict[int, str] = {}
         for index in lost:
             stage = ticket.stages[index]
-            chosen = stand_in(views, stage.start, stage.end, ticket.total_tokens, without=without, parts=True)
+            chosen = stand_in(views, stage.start, stage.end, grant.tokens, without=without, parts=True)
             if chosen is None:
                 return None
             found[index] = chosen.peer_id
@@ -181,7 +193,8 @@ class JobRunner:
 
     def _ticket(self, request: GenerationRequest, grant: Grant) -> JobTicket:
         now = int(time.time())
-        life = min(_TICKET_LIFE_S + _TICKET_LIFE_PER_TOKEN_S * grant.tokens, _TICKET_MAX_LIFE_S)
+        tokens = len(request.prompt) + request.max_tokens
+        life = min(_TICKET_LIFE_S + _TICKET_LIFE_PER_TOKEN_S * tokens, _TICKET_MAX_LIFE_S)
         return JobTicket.model_validate(
             {
                 "job_id": os.urandom(16),
@@ -195,6 +208,7 @@ class JobRunner:
                 "stop_tokens": request.stop_tokens,
                 "sampling": request.sampling,
                 "price": self._price,
+                "begun_at": now,
                 "issued_at": now,
                 "expires_at": now + life,
                 "coordinator": self._identity.peer_id,

@@ -25,6 +25,7 @@ from node.engine.stage import LoadedStage
 from node.history import HistoryBudget
 from node.instruments import RingMeter
 from node.job import StageJob
+from node.kv_room import KvRoom
 from node.leg import Surroundings
 
 __all__ = ["HISTORY_BYTES", "Jobs", "Loaded"]
@@ -78,7 +79,7 @@ class Jobs:
         meter: RingMeter | None = None,
         history: int = HISTORY_BYTES,
     ) -> None:
-        self.loaded: Loaded | None = None
+        self.kv = KvRoom()
         self.admitted = 0  # jobs since the start
         self.meter = meter or RingMeter()
         self.history = HistoryBudget(history)
@@ -86,10 +87,20 @@ class Jobs:
         self._overlay = overlay
         self._device = device
         self._is_trusted = is_trusted
+        self._loaded: Loaded | None = None
         self._jobs: dict[bytes, StageJob] = {}
         self._ended: OrderedDict[bytes, int] = OrderedDict()  # the last epoch by job id, the oldest first
-        self._reserved = 0
         self._changed = trio.Event()  # set when a job or a leg begins, and then replaced
+
+    @property
+    def loaded(self) -> Loaded | None:
+        """What jobs run on."""
+        return self._loaded
+
+    @loaded.setter
+    def loaded(self, loaded: Loaded | None) -> None:
+        self._loaded = loaded
+        self.kv = KvRoom() if loaded is None else KvRoom(loaded.kv_tokens, loaded.stage.kv_block)
 
     @property
     def count(self) -> int:
@@ -97,13 +108,8 @@ class Jobs:
         return len(self._jobs)
 
     @property
-    def kv_tokens_free(self) -> int:
-        """Positions of KV cache that new jobs may still reserve."""
-        return self.loaded.kv_tokens - self._reserved if self.loaded else 0
-
-    @property
     def kv_tokens_filled(self) -> int:
-        """Positions of KV cache that running jobs have computed, of those that they have reserved."""
+        """Positions of KV cache that running jobs have computed, of those that they hold."""
         return sum(job.position for job in self._jobs.values())
 
     async def handle_job(self, stream: OverlayStream) -> None:
@@ -125,7 +131,7 @@ class Jobs:
             await channel.send(Refused(code=refusal.code, message=refusal.message, remedy=refusal.remedy))
             return
         channel.limit_body(max(4 * ticket.prompt_tokens, 4 * ticket.max_tokens, _MAX_TICKET_BYTES))
-        around = Surroundings(self._identity, self._overlay, self._device, loaded.stage, channel, self.meter)
+        around = Surroundings(self._identity, self._overlay, self._device, loaded.stage, channel, self.meter, self.kv)
         job = StageJob(ticket, index, around, history=self.history, on_leg=self._wake)
         with self._admitted(job):
             self._wake()
@@ -187,25 +193,26 @@ class Jobs:
             )
         if len(self._jobs) >= MAX_JOBS:
             return Refusal("no_capacity", f"{MAX_JOBS} jobs are running here", "Try again when one has ended")
-        if ticket.total_tokens > self.kv_tokens_free:
+        if not self.kv.can_enter(ticket):
             return Refusal(
                 "no_capacity",
-                f"the job may need {ticket.total_tokens} positions of KV cache, {self.kv_tokens_free} are free",
+                f"the job has a prompt of {ticket.prompt_tokens} tokens and may come to {ticket.total_tokens}; there "
+                f"is KV cache for {self.kv.tokens}, of which a new job may take {self.kv.room} to begin with",
                 "Try again when other jobs have ended, or with a smaller max_tokens",
             )
         return None
 
     @contextmanager
     def _admitted(self, job: StageJob) -> Iterator[None]:
-        tokens = job.ticket.total_tokens
+        kv = self.kv
+        kv.enter(job.ticket)
         self._jobs[job.ticket.job_id] = job
-        self._reserved += tokens
         self.admitted += 1
         try:
             yield
         finally:
             del self._jobs[job.ticket.job_id]
-            self._reserved -= tokens
+            kv.leave(job.ticket)
             self._ended[job.ticket.job_id] = job.ticket.epoch
             if len(self._ended) > _MAX_ENDED:
                 self._ended.popitem(last=False)

@@ -26,12 +26,26 @@ from azu.identity import Identity
 from azu.logs import log
 from azu.overlay import Overlay
 from azu.tickets import JobTicket
-from azu.wire.messages import Chunk, Credit, Failed, Hello, Message, Moved, Next, Ready, Resume, Token, pack_tokens
+from azu.wire.messages import (
+    Chunk,
+    Credit,
+    Failed,
+    Hello,
+    Message,
+    Moved,
+    Next,
+    Ready,
+    Resume,
+    Token,
+    Waiting,
+    pack_tokens,
+)
 from azu.wire.tensors import ITEMSIZE, TensorHeader
 from node.engine.device import DeviceThread
 from node.engine.stage import JobState, LoadedStage, Output, Step
 from node.instruments import RingMeter
 from node.intake import Intake, Part
+from node.kv_room import KvRoom
 from node.progress import Progress
 from node.ring import GRANT, WINDOW, RingLink
 from node.session import StageSession
@@ -54,6 +68,7 @@ class Surroundings:
     stage: LoadedStage
     coordinator: Channel
     meter: RingMeter
+    kv: KvRoom
 
 
 class _PausedError(Exception):
@@ -276,6 +291,8 @@ class Leg:
     async def _run(self, step: Step, then: Callable[[], Awaitable[None]] | None = None) -> None:
         """Compute a step, and pass on what it gives."""
         progress, position = self._progress, self._progress.positions
+        with self._pausable():
+            await self._around.kv.grow(self.ticket.job_id, position + step.rows, self._tell_waiting)
         try:
             returns_to = self._number if step.sample else 0
             output: Output = await self._around.device.step(step.job.stage, step, step.rows, returns_to)
@@ -290,6 +307,9 @@ class Leg:
         if then is not None:
             await then()
         await self._pass_on(output, position, step)
+
+    async def _tell_waiting(self) -> None:
+        await self._around.coordinator.send(Waiting())
 
     async def _give_credit(self) -> None:
         self._taken += 1

@@ -65,8 +65,8 @@ class WorkerReport(Reporter):
             Metric("stage", "What is loaded.", "gauge", stage, "layers"),
             Metric("jobs_running", "Jobs in this stage.", "gauge", jobs.count),
             Metric("jobs_admitted_total", "Jobs since the start.", "counter", jobs.admitted),
-            Metric("kv_tokens", "Positions of KV cache.", "gauge", loaded.kv_tokens if loaded else 0),
-            Metric("kv_tokens_reserved", "Of them reserved.", "gauge", _reserved(worker)),
+            Metric("kv_tokens", "Positions of KV cache.", "gauge", jobs.kv.tokens),
+            Metric("kv_tokens_reserved", "Of them reserved.", "gauge", jobs.kv.tokens - jobs.kv.free),
             Metric("kv_tokens_filled", "Of those computed.", "gauge", jobs.kv_tokens_filled),
             Metric("history_bytes", "What was sent for running jobs.", "gauge", jobs.history.held),
             Metric("histories_dropped_total", "For lack of memory.", "counter", jobs.history.dropped),
@@ -110,8 +110,8 @@ class WorkerReport(Reporter):
             },
             "jobs": {"running": jobs.count, "most": MAX_JOBS, "admitted": jobs.admitted},
             "kv_tokens": {
-                "all": loaded.kv_tokens if loaded else 0,
-                "reserved": _reserved(worker),
+                "all": jobs.kv.tokens,
+                "reserved": jobs.kv.tokens - jobs.kv.free,
                 "filled": jobs.kv_tokens_filled,
             },
             "layer_files_sent_bytes": worker.layers.sent_bytes,
@@ -119,10 +119,6 @@ class WorkerReport(Reporter):
             "last_minute": _spell(instruments.last_minute()),
             "since_start": _spell(instruments.since_start()),
         }
-
-
-def _reserved(worker: Worker) -> int:
-    return worker.jobs.loaded.kv_tokens - worker.jobs.kv_tokens_free if worker.jobs.loaded else 0
 
 
 def _spell(spell: Spell) -> dict[str, float]:

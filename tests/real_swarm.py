@@ -92,7 +92,7 @@ class Worker:
         fields: dict[str, Any] = {
             "peer_id": self.peer_id, "sequence": time.time_ns(), "issued_at": now, "expires_at": now + 60,
             "agent": "test", "protocols": (), "addrs": (), "device": "test", "dtype": "float32", "vram_total": 1,
-            "vram_free": 0, "kv_tokens": jobs.kv_tokens_free, "kv_tokens_free": jobs.kv_tokens_free,
+            "vram_free": 0, "kv_tokens": jobs.kv.tokens, "kv_tokens_free": jobs.kv.room,
             "jobs": jobs.count, "layer_us": 10, "payout_address": "",
             "ranges": [{"manifest": manifest, "start": self.start, "end": self.end, "state": "loaded"}],
         }  # fmt: skip

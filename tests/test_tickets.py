@@ -54,7 +54,7 @@ TICKET: dict[str, Any] = {
     "stop_tokens": (2,),
     "sampling": {},
     "price": 2,
-    "issued_at": int(NOW) - 1,
+    **dict.fromkeys(("begun_at", "issued_at"), int(NOW) - 1),
     "expires_at": int(NOW) + 60,
     "coordinator": COORDINATOR.peer_id,
 }

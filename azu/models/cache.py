@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from transformers import DynamicCache, DynamicLayer, PreTrainedConfig
 
-__all__ = ["ReservedLayer", "new_cache"]
+__all__ = ["GROWTH", "ReservedLayer", "new_cache"]
 
-_BLOCK = 256  # tokens by which a layer grows that was told too few
+GROWTH = 256  # tokens by which a layer grows that was told too few
 
 
 def new_cache(config: PreTrainedConfig, tokens: int) -> DynamicCache:
@@ -38,7 +38,7 @@ class ReservedLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # no annota
         length = self.get_seq_length()
         end = length + key_states.shape[-2]
         if end > self._room:
-            self._room = -(-end // _BLOCK) * _BLOCK
+            self._room = -(-end // GROWTH) * GROWTH
             self._buffers = ()
         if not self._buffers:
             self._buffers = self._grown(self.keys, key_states), self._grown(self.values, value_states)

@@ -62,6 +62,7 @@ __all__ = [
     "Resume",
     "Status",
     "Token",
+    "Waiting",
     "Welcome",
     "WhichBlobs",
     "encode_message",
@@ -203,6 +204,12 @@ class Prompt(Message):
 
     max_body: ClassVar[int] = 4 * MAX_TOKENS
     t: Literal["prompt"] = "prompt"
+
+
+class Waiting(Message):
+    """The job waits for KV cache that older ones have; said again every few seconds."""
+
+    t: Literal["waiting"] = "waiting"
 
 
 class Token(Message):
@@ -386,5 +393,5 @@ def unpack_tokens(body: Buffer) -> tuple[int, ...]:
 
 CONTROL = Codec("control", GetStatus, Status, Assign, Accepted, Refused)
 LAYERS = Codec("layers", GetManifest, ManifestReply, WhichBlobs, HaveBlobs, GetBlob, BlobRange, Refused)
-JOB = Codec("job", Open, Prompt, Ping, Amend, Resume, End, Ready, Paused, Token, Failed, ReceiptReply, Refused)
+JOB = Codec("job", Open, Prompt, Ping, Amend, Resume, End, Ready, Paused, Waiting, Token, Failed, ReceiptReply, Refused)
 RING = Codec("ring", Hello, Welcome, Chunk, Next, Credit, Moved, Refused)

@@ -18,12 +18,14 @@ import torch
 
 from azu.errors import AzuError, CapacityError, InputError, InternalError, ModelError
 from azu.logs import log
+from azu.models.cache import GROWTH
 from azu.models.quantize import held_weights, return_freed_memory
 from azu.models.splice import Part, Stage, StageSpec, build_stage
 from azu.tickets import Sampling
 from azu.wire.frames import Buffer
 from azu.wire.tensors import ACTIVATIONS, DType, TensorHeader, WeightFormat
 from node.engine.allocator import settle_allocator
+from node.engine.blocks import BLOCK
 from node.engine.pace import Pace
 from node.engine.sampler import Sampler, sample_pack
 
@@ -124,7 +126,7 @@ class LoadedStage:
         output: tuple[int, ...] = (),
         part: tuple[int, int] | None = None,
     ) -> JobState:
-        """The state of a new job, with KV cache for `tokens` (it grows where more come).
+        """The state of a new job, whose KV cache will come to hold `tokens` (or more).
 
         Args:
             prompt: needed only for a repetition penalty in the last stage.
@@ -137,7 +139,8 @@ class LoadedStage:
         """
         try:
             stage = self._part(*part) if part is not None else self
-            return self.go_on(JobState(stage, stage._stage.new_cache(tokens), None), sampling, prompt, output)
+            cache = stage._stage.new_cache(tokens if self._device.type == "cpu" else min(tokens, self.kv_block))
+            return self.go_on(JobState(stage, cache, None), sampling, prompt, output)
         except AzuError:
             raise
         except Exception as error:  # a border, as in _run_alone
@@ -165,6 +168,13 @@ class LoadedStage:
     def can_pack(self) -> bool:
         """Whether several jobs' steps can share a pass."""
         return self._stage.can_pack
+
+    @property
+    def kv_block(self) -> int:
+        """Positions by which a job's KV cache takes more memory: in a system's address space it can be whole from the
+        start, since a page is taken when it is written to; on a GPU it is copied to a larger place now and then.
+        """
+        return BLOCK if self._device.type == "cpu" else GROWTH
 
     @torch.inference_mode()
     def run_steps(self, steps: Sequence[Step]) -> list[outcome.Outcome[Output]]:

@@ -60,8 +60,9 @@ class FakeWorker:
     def record(self) -> bytes:
         now = int(time.time())
         fields: dict[str, Any] = {
-            "peer_id": self.peer_id, "sequence": 1, "issued_at": now, "expires_at": now + 60, "agent": "test",
-            "protocols": (), "addrs": (), "device": "test", "dtype": "float32", "vram_total": 1, "vram_free": 0,
+            "peer_id": self.peer_id, "sequence": time.time_ns(), "issued_at": now, "expires_at": now + 60,
+            "agent": "test", "protocols": (), "addrs": (), "device": "test", "dtype": "float32",
+            "vram_total": 1, "vram_free": 0,
             "kv_tokens": KV_TOKENS, "kv_tokens_free": KV_TOKENS, "jobs": 0, "layer_us": 10, "payout_address": "",
             "ranges": [{"manifest": MANIFEST.digest, "start": self.start, "end": self.end, "state": "loaded"}],
         }  # fmt: skip

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ import trio
 from azu.channel import Channel
 from azu.errors import AzuError, CapacityError, NetworkError
 from azu.tickets import JobTicket, sign_receipt
-from azu.wire.messages import Failed, Next, Ping, ReceiptReply, Token, encode_message
+from azu.wire.messages import Failed, Next, Ping, ReceiptReply, Token, Waiting, encode_message
+from coordinator import attendance as attendance_module
 from coordinator import job as job_module
 from coordinator import jobs as jobs_module
 from coordinator.api.errors import from_exception
@@ -142,7 +144,7 @@ async def test_a_job_waits_for_room(tmp_path: Path) -> None:
         @nursery.start_soon
         async def holds_the_room() -> None:
             with client:
-                await swarm.ask(max_tokens=KV_TOKENS - 10)
+                await swarm.ask(max_tokens=4, prompt=KV_TOKENS - 5)
             swarm.workers[0].script = honest
 
         while not swarm.workers[0].tickets:
@@ -161,9 +163,9 @@ async def test_rooms_that_others_hold_are_not_ours(tmp_path: Path) -> None:
             nursery.start_soon(swarm.ask, 60)
             while not worker.tickets:
                 await trio.sleep(0.01)
-            found = swarm.runner._route(request(90))
-            assert found is not None  # what the record shows as free is free, though we hold something
-            assert swarm.runner._route(request(100)) is None
+            while swarm.runner._route(request(4, 99)) is None:  # the record may be older than our job
+                await trio.sleep(0.01)
+            assert swarm.runner._route(request(4, 100)) is None
             nursery.cancel_scope.cancel()
 
 
@@ -256,6 +258,39 @@ async def _ping(channel: Channel) -> None:
     while True:
         await channel.send(Ping())
         await trio.sleep(0.1)
+
+
+async def test_a_job_that_waits_for_kv_cache_does_not_stall(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def waits(worker: FakeWorker, channel: Channel, ticket: JobTicket) -> None:
+        for _ in range(6):
+            await channel.send(Waiting())
+            await trio.sleep(0.5)
+        await honest(worker, channel, ticket)
+
+    monkeypatch.setattr(job_module, "_STALL_S", 0.5)
+    monkeypatch.setattr(attendance_module, "_WAITING_S", 2.0)
+    async with swarm_of(tmp_path, (0, 4, waits)) as swarm:
+        assert await swarm.ask() == [7, 8, 9]
+        assert swarm.workers[0].ended == 1
+
+
+async def test_a_stage_that_says_for_ever_that_it_waits_is_not_believed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def waits(worker: FakeWorker, channel: Channel, ticket: JobTicket) -> None:
+        with suppress(NetworkError):
+            while True:
+                await channel.send(Waiting())
+                await trio.sleep(0.1)
+
+    monkeypatch.setattr(job_module, "_STALL_S", 0.5)
+    monkeypatch.setattr(jobs_module, "_TRIES", 1)
+    monkeypatch.setattr(attendance_module, "_MAX_WAITS", 3)
+    monkeypatch.setattr(attendance_module, "_WAITING_S", 0.5)
+    async with swarm_of(tmp_path, (0, 4, waits)) as swarm:
+        with pytest.raises(BaseExceptionGroup) as caught:
+            await swarm.ask()
+        assert only_error(caught).code == "job_stalled"
 
 
 @pytest.mark.parametrize("claims", [{"kv_tokens": 2**63 - 1, "kv_tokens_free": 2**63 - 1}, {"layer_us": 2**31 - 1}])

@@ -37,6 +37,7 @@ def ticket(**changes: Any) -> JobTicket:
         "stop_tokens": (),
         "sampling": {},
         "price": 2,
+        "begun_at": 0,
         "issued_at": 0,
         "expires_at": 1,
         "coordinator": ALICE.peer_id,

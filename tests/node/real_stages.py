@@ -113,7 +113,7 @@ class Stage:
 
     def assert_idle(self) -> None:
         assert self.jobs.count == 0
-        assert self.jobs.kv_tokens_free == KV_TOKENS
+        assert self.jobs.kv.room == KV_TOKENS
 
     async def until_idle(self, seconds: float = 10.0) -> None:
         with trio.fail_after(seconds):
@@ -155,6 +155,7 @@ class Coordinator:
             "stop_tokens": (),
             "sampling": {},
             "price": 2,
+            "begun_at": now,
             "issued_at": now,
             "expires_at": now + 600,
             "coordinator": self.identity.peer_id,

@@ -10,6 +10,7 @@ import trio
 
 from azu.wire.messages import End, Prompt, Token, pack_tokens
 from node import instruments
+from node.engine.blocks import BLOCK
 from node.engine.instruments import Passes
 from node.instruments import Instruments, LoopWatch
 from tests.node.real_stages import KV_TOKENS, TinyModel, next_of, prompt_of, real_ring, tiny_model
@@ -124,7 +125,7 @@ async def test_a_running_jobs_cache_is_seen_to_fill(model: TinyModel) -> None:
             await channel.send(Prompt(), pack_tokens(prompt_of(7)))
             while not (await next_of(channel, Token)).finish:
                 assert jobs.kv_tokens_filled >= 7
-            assert (jobs.count, jobs.kv_tokens_filled, KV_TOKENS - jobs.kv_tokens_free) == (1, 9, ticket.total_tokens)
+            assert (jobs.count, jobs.kv_tokens_filled, KV_TOKENS - jobs.kv.free) == (1, 9, BLOCK)
             await channel.send(End())
             await coordinator.stages[0].until_idle()
         assert jobs.kv_tokens_filled == 0

@@ -221,16 +221,16 @@ async def test_a_ticket_is_worth_one_job(model: TinyModel) -> None:
 async def test_what_is_reserved_is_not_given_twice(model: TinyModel) -> None:
     async with real_ring(model, 1) as coordinator:
         stage = coordinator.stages[0]
-        async with coordinator.opened(coordinator.ticket(4, KV_TOKENS - 10)) as running:
+        async with coordinator.opened(coordinator.ticket(KV_TOKENS - 10, 4)) as running:
             await running.send(Ping())
             while not stage.jobs.count:
                 await trio.sleep(0.005)
-            assert stage.jobs.kv_tokens_free == 6
+            assert stage.jobs.kv.room == 0
             async with coordinator.opened(coordinator.ticket(4, 3)) as refused:
                 assert (await next_of(refused, Refused)).code == "no_capacity"
-            end = await coordinator.answer(coordinator.ticket(4, 2), prompt_of(4))
-            assert end.finish == "length"
         await stage.until_idle()
+        end = await coordinator.answer(coordinator.ticket(4, 2), prompt_of(4))
+        assert end.finish == "length"
 
 
 async def test_no_more_jobs_at_once_than_memory_was_counted_for(model: TinyModel) -> None:

@@ -27,7 +27,7 @@ def ticket(stages: int = 2, **changes: Any) -> JobTicket:
         "job_id": b"j" * 16, "epoch": 0, "manifest": "c" * 64, "n_layers": stages,
         "stages": [{"peer_id": PEERS[index], "start": index, "end": index + 1} for index in range(stages)],
         "dtype": "float16", "prompt_tokens": 5, "max_tokens": 4, "stop_tokens": (), "sampling": {}, "price": 1,
-        "issued_at": 0, "expires_at": 1, "coordinator": PEERS[-1],
+        "begun_at": 0, "issued_at": 0, "expires_at": 1, "coordinator": PEERS[-1],
     }  # fmt: skip
     return JobTicket.model_validate(fields | changes)
 

@@ -143,7 +143,7 @@ def test_a_stranger_cannot_give_a_worker_jobs(swarm: LocalSwarm) -> None:
             ticket = JobTicket(
                 job_id=os.urandom(16), epoch=0, manifest=swarm.manifest, n_layers=30, stages=tuple(stages),
                 dtype="float32", prompt_tokens=4, max_tokens=4, stop_tokens=(), sampling=Sampling(), price=2,
-                issued_at=now, expires_at=now + 60, coordinator=identity.peer_id,
+                begun_at=now, issued_at=now, expires_at=now + 60, coordinator=identity.peer_id,
             )  # fmt: skip
             async with await overlay.open_stream(started["peer"], JOB_PROTOCOL, addrs=started["addrs"]) as stream:
                 channel = Channel(stream, JOB)

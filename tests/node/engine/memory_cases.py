@@ -151,7 +151,7 @@ def measure_jobs(folder: Path, case: Case, device_name: str) -> dict[str, Any]:
     device = find_device(device_name, None, THREADS)
     manifest = Manifest.from_bytes((folder / "manifest").read_bytes())
     stage = load(folder, manifest, case, device, case.end)
-    tokens, count = 256, 8
+    tokens, count = 256 - ANSWER, 8
 
     def held() -> int:
         gc.collect()
@@ -173,7 +173,8 @@ def measure_jobs(folder: Path, case: Case, device_name: str) -> dict[str, Any]:
 
 def run_together(stage: LoadedStage, prompt: int, count: int) -> list[JobState]:
     """So many jobs of a first stage: a prompt each, and a few more tokens in passes that they share."""
-    jobs = [stage.open_job(Sampling(temperature=1.0), (), prompt + ANSWER) for _ in range(count)]
+    # They may come to need many times as much, which costs nothing until they do.
+    jobs = [stage.open_job(Sampling(temperature=1.0), (), 16 * (prompt + ANSWER)) for _ in range(count)]
     steps = [Step(job, tuple(range(prompt)), prompt, sample=True) for job in jobs]
     together = max(1, MAX_CHUNK_ROWS // prompt)
     passes = [steps[at : at + together] for at in range(0, count, together)]
