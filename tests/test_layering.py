@@ -34,6 +34,7 @@ ONLY_IN = {
     ("torch", "transformers"): (*SPLICE, "node/engine"),
     ("web3", "solana", "solders", "eth_account"): ("azu/payments",),
     ("gguf",): ("azu/models",),
+    ("sqlalchemy", "alembic", "psycopg"): ("azu/ledger", "azu/accounts"),
     ("asyncio",): (),
     ("pickle", "marshal", "shelve"): (),
 }
@@ -43,6 +44,11 @@ PURE = (
     "azu/wire",
     "azu/tickets.py",
     "azu/economics.py",
+    "azu/ledger/accounts.py",
+    "azu/ledger/digests.py",
+    "azu/ledger/page.py",
+    "azu/ledger/operations.py",
+    "azu/ledger/payouts.py",
     "azu/models/memory.py",
     "coordinator/mending.py",
     "coordinator/planning",
@@ -132,7 +138,7 @@ def test_it_runs_without_torch(module: str) -> None:
 @pytest.mark.parametrize("module", ["node.cli", "coordinator.cli", "bootstrap.cli", "azu.dht_cli", "azu.demo"])
 def test_a_command_line_starts_light(module: str) -> None:
     """--help must not wait for what only the running program needs."""
-    assert loaded_by(module, "torch", "transformers", "libp2p", "numpy", "quart") == []
+    assert loaded_by(module, "torch", "transformers", "libp2p", "numpy", "quart", "sqlalchemy") == []
 
 
 def loaded_by(module: str, *heavy: str) -> list[str]:

@@ -1,0 +1,53 @@
+"""The ledger: double-entry, append-only, in SQLite or PostgreSQL.
+
+pure     accounts, digests, page, operations, payouts    what may happen, and what it does
+shell    schema, migrations, upgrade, database, store    where it is kept
+         writer                                          one thread that commits what waits, together
+         reading, verifying                              what can be asked
+         ledger                                          all of it, from trio
+"""
+
+from __future__ import annotations
+
+from azu.ledger.answers import (
+    Closed,
+    Deposited,
+    Earning,
+    EndedJob,
+    Entry,
+    JobUse,
+    KeyLimit,
+    Line,
+    Payout,
+    PayoutState,
+    Refusal,
+    Reserved,
+    Shortfall,
+    SignedPayout,
+)
+from azu.ledger.database import Database
+from azu.ledger.ledger import Ledger
+from azu.ledger.store import KeyLimits
+from azu.ledger.verifying import Finding, verify
+
+__all__ = [
+    "Closed",
+    "Database",
+    "Deposited",
+    "Earning",
+    "EndedJob",
+    "Entry",
+    "Finding",
+    "JobUse",
+    "KeyLimit",
+    "KeyLimits",
+    "Ledger",
+    "Line",
+    "Payout",
+    "PayoutState",
+    "Refusal",
+    "Reserved",
+    "Shortfall",
+    "SignedPayout",
+    "verify",
+]

@@ -1,0 +1,55 @@
+"""Bringing a ledger's tables up to this version of azu, by Alembic."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+from alembic import command
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import Connection, text
+
+from azu.errors import InputError
+
+__all__ = ["upgrade"]
+
+_LOCK = 0x617A75  # "azu": of PostgreSQL's advisory locks, the one that upgrades take
+
+
+def upgrade(connection: Connection, name: str) -> None:
+    """Make the tables, or change them, inside the connection's transaction; one that waits for another finds it done.
+
+    Raises:
+        InputError: code "ledger_newer", where a newer azu has written it.
+    """
+    if connection.dialect.name == "postgresql":
+        connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _LOCK})
+    current = MigrationContext.configure(connection).get_current_revision()
+    known, latest = _revisions()
+    if current == latest:
+        return
+    if current is not None and current not in known:
+        raise InputError(
+            f"the ledger {name} was written by a newer version of azu (revision {current[:40]})",
+            code="ledger_newer",
+            remedy="Install that version, or a newer one",
+        )
+    config = _config()
+    config.attributes["connection"] = connection
+    command.upgrade(config, "head")
+
+
+@cache
+def _revisions() -> tuple[frozenset[str], str | None]:
+    scripts = ScriptDirectory.from_config(_config())
+    return frozenset(script.revision for script in scripts.walk_revisions()), scripts.get_current_head()
+
+
+def _config() -> Config:
+    config = Config()
+    folder = Path(__file__).parent / "migrations"
+    config.set_main_option("script_location", str(folder).replace("%", "%%"))
+    config.set_main_option("path_separator", "os")
+    return config

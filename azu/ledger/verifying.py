@@ -1,0 +1,176 @@
+"""Does the ledger add up? Everything that is kept twice is compared, and every digest is computed again."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from sqlalchemy import Connection, select
+
+from azu.ledger import reading, schema
+from azu.ledger.accounts import FREE, chain, client, held, kind_of, may_be_negative, paying, reserved, worker
+from azu.ledger.answers import Entry
+from azu.ledger.digests import GENESIS, digest_of
+
+__all__ = ["Finding", "verify"]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that does not add up."""
+
+    where: str
+    what: str
+
+
+def verify(connection: Connection) -> list[Finding]:
+    """Check the whole ledger, by reading all of it; nothing is found where all is well."""
+    book = _Book()
+    found = [
+        *_check_chain(connection, book),
+        *_check_balances(connection, book),
+        *_check_reservations(connection, book),
+        *_check_deposits(connection, book),
+        *_check_jobs(connection, book),
+        *_check_payouts(connection, book),
+    ]
+    return [*found, *(Finding(key, "nothing tells what this transaction was for") for key in book.unclaimed())]
+
+
+class _Book:
+    """What the transactions say, for everything else to be compared with."""
+
+    def __init__(self) -> None:
+        self.balances: Counter[str] = Counter()
+        self.keys: dict[int, str] = {}  # by number
+        self._moves: dict[str, int] = {}  # their hashes: there may be millions
+        self._claimed: set[str] = set()
+
+    def add(self, entry: Entry) -> None:
+        self.keys[entry.seq] = entry.key
+        self._moves[entry.key] = hash(frozenset(entry.postings))
+        for account, amount in entry.postings:
+            self.balances[account] += amount
+
+    def claim(self, key: str, *moves: tuple[str, int]) -> Iterator[Finding]:
+        """Compare a transaction with what it has to be."""
+        expected: Counter[str] = Counter()
+        for account, amount in moves:
+            expected[account] += amount
+        self._claimed.add(key)
+        if key not in self._moves:
+            yield Finding(key, "the transaction is missing")
+        elif self._moves[key] != hash(frozenset(each for each in expected.items() if each[1])):
+            yield Finding(key, "the postings are not those that it has to have")
+
+    def unclaimed(self) -> Iterator[str]:
+        return (key for key in self._moves if key not in self._claimed)
+
+
+def _check_chain(connection: Connection, book: _Book) -> Iterator[Finding]:
+    digest, seq = GENESIS, 0
+    is_broken = False
+    for entry in reading.entries(connection):
+        seq += 1
+        where = f"transaction {entry.seq}"
+        if entry.seq != seq:
+            yield Finding(where, f"transaction {seq} is missing before it")
+            seq = entry.seq
+        if sum(amount for _, amount in entry.postings):
+            yield Finding(where, "its postings do not add up to zero")
+        digest = digest_of(digest, entry.seq, entry.key, entry.kind, entry.at, entry.postings)
+        if digest.hex() != entry.digest and not is_broken:
+            yield Finding(where, "its digest is another: it, or one before it, was changed")
+        is_broken = digest.hex() != entry.digest
+        digest = bytes.fromhex(entry.digest)
+        book.add(entry)
+    head = connection.execute(select(schema.head)).one_or_none()
+    if head is None or (head.seq, head.digest) != (seq, digest):
+        yield Finding("head", f"it does not name transaction {seq} and its digest as the last: some are missing")
+
+
+def _check_balances(connection: Connection, book: _Book) -> Iterator[Finding]:
+    kept = {row.account: row for row in connection.execute(select(schema.balances))}
+    for account in sorted(kept.keys() | book.balances.keys()):
+        derived, row = book.balances[account], kept.get(account)
+        if (row.balance if row else 0) != derived:
+            yield Finding(account, f"the balance is {row.balance if row else 0}, its postings add up to {derived}")
+        if row is not None and row.kind != kind_of(account):
+            yield Finding(account, "its kind is another")
+        if derived < 0 and not may_be_negative(account):
+            yield Finding(account, f"it is below zero: {derived}")
+
+
+def _check_reservations(connection: Connection, book: _Book) -> Iterator[Finding]:
+    reserved_sums: Counter[str] = Counter()
+    key_sums: Counter[str] = Counter()
+    for row in connection.execute(select(schema.reservations)):
+        place, mine = reserved(row.wallet), client(row.wallet)
+        yield from book.claim(f"reserve:{row.job_id}", (mine, -row.amount), (place, row.amount))
+        if row.state == "open":
+            reserved_sums[place] += row.amount
+        elif row.state == "released":
+            yield from book.claim(f"close:{row.job_id}", (place, -row.amount), (mine, row.amount))
+        if row.key_id is not None:
+            key_sums[row.key_id] += row.amount if row.state == "open" else row.captured
+        if not 0 <= row.captured <= row.amount or (row.captured and row.state != "settled"):
+            yield Finding(f"reservation {row.job_id}", f"{row.captured} of {row.amount} is captured")
+    for account in {name for name in book.balances if kind_of(name) == "reserved"} | reserved_sums.keys():
+        if book.balances[account] != reserved_sums[account]:
+            yield Finding(account, f"open reservations are {reserved_sums[account]}, it has {book.balances[account]}")
+    kept = {row.key_id: row.spent for row in connection.execute(select(schema.key_spending))}
+    for key_id in sorted(kept.keys() | key_sums.keys()):
+        if kept.get(key_id, 0) != key_sums[key_id]:
+            yield Finding(f"key {key_id}", f"it has spent {key_sums[key_id]}, not {kept.get(key_id, 0)}")
+
+
+def _check_deposits(connection: Connection, book: _Book) -> Iterator[Finding]:
+    for row in connection.execute(select(schema.deposits)):
+        moves = (chain(row.provider), -row.amount), (client(row.wallet), row.amount)
+        yield from book.claim(f"deposit:{row.chain}:{row.txid}", *moves)
+
+
+def _check_jobs(connection: Connection, book: _Book) -> Iterator[Finding]:
+    reservations = {row.job_id: row for row in connection.execute(select(schema.reservations))}
+    paid: dict[tuple[str, int], list[tuple[str, int]]] = {}
+    for row in connection.execute(select(schema.stages)):
+        account = worker if row.state == "credited" else held
+        paid.setdefault((row.job_id, row.epoch), []).append((account(row.peer_id), row.earned))
+        if row.token_layers != row.tokens * (row.end_layer - row.first_layer):
+            yield Finding(f"job {row.job_id}", f"stage {row.stage} has {row.token_layers} token-layers")
+    for row in connection.execute(select(schema.jobs)):
+        key, earned = book.keys.get(row.seq, f"close:{row.job_id}"), paid.pop((row.job_id, row.epoch), [])
+        reservation = reservations.pop(row.job_id, None) if key == f"close:{row.job_id}" else None
+        shares = [*earned, ("platform", row.cost - sum(amount for _, amount in earned))]
+        if reservation is None:
+            yield from book.claim(key, (FREE, -row.cost), *shares)
+            continue
+        back = reservation.amount - reservation.captured
+        source = [(reserved(row.wallet), -reservation.amount), (client(row.wallet), back)]
+        beyond = ("platform", reservation.captured - row.cost)
+        yield from book.claim(key, *source, beyond, *shares)
+        if reservation.state != "settled" or reservation.captured != min(row.cost, reservation.amount):
+            yield Finding(f"job {row.job_id}", "it is settled, and its reservation says otherwise")
+    for job_id, reservation in reservations.items():
+        if reservation.state == "settled":
+            yield Finding(f"job {job_id}", "its reservation is settled, and the job is missing")
+    for job_id, _ in paid:
+        yield Finding(f"job {job_id}", "its stages are there, and the job is missing")
+
+
+def _check_payouts(connection: Connection, book: _Book) -> Iterator[Finding]:
+    under_way: Counter[str] = Counter()
+    for row in connection.execute(select(schema.payouts)):
+        own, aside, key = worker(row.peer_id), paying(row.peer_id), f"payout:{row.payout_id}"
+        yield from book.claim(f"{key}:planned", (own, -row.amount), (aside, row.amount))
+        if row.state == "confirmed":
+            coin = (chain(row.provider), row.amount + row.fee)
+            yield from book.claim(f"{key}:confirmed", (aside, -row.amount), ("fees", -row.fee), coin)
+        elif row.state == "failed":
+            yield from book.claim(f"{key}:failed", (aside, -row.amount), (own, row.amount))
+        else:
+            under_way[aside] += row.amount
+    for account in {name for name in book.balances if kind_of(name) == "paying"} | under_way.keys():
+        if book.balances[account] != under_way[account]:
+            yield Finding(account, f"payouts under way are {under_way[account]}, it has {book.balances[account]}")
