@@ -5,12 +5,13 @@
     │   ├── ListeningSettings    what others are told
     │   │   ├── MemberSettings   where to join and to listen
     │   │   │   ├── NodeSettings azu-node join, with WorkerSettings
-    │   │   │   └── CoordinatorSettings  azu-coordinator
+    │   │   │   └── CoordinatorSettings  azu-coordinator, with LedgerPlace
     │   │   └── BootstrapSettings  azu-bootstrap
     │   └── DhtSettings          azu-dht
     ├── WorkerSettings           what a worker has and offers
     │   └── PlanSettings         azu-node plan
     ├── StatusSettings           azu-node status
+    ├── LedgerPlace              where the money is written down
     ├── CatalogueSettings        azu-coordinator models
     │   ├── ShardSettings        azu-coordinator shard
     │   └── RemoveSettings       azu-coordinator remove
@@ -54,6 +55,7 @@ __all__ = [
     "CatalogueSettings",
     "CoordinatorSettings",
     "DhtSettings",
+    "LedgerPlace",
     "NodeSettings",
     "PlanSettings",
     "RemoveSettings",
@@ -258,7 +260,18 @@ class StatusSettings(BaseAzuSettings):
     )
 
 
-class CoordinatorSettings(MemberSettings):
+class LedgerPlace(BaseAzuSettings):
+    """Where the money is written down."""
+
+    ledger_url: Text | None = Field(
+        default=None,
+        description="The ledger's database, such as postgresql://azu@db.example.org/azu (with its password in "
+        "~/.pgpass or PGPASSWORD). The file ledger.sqlite3 in the data folder where omitted.",
+        json_schema_extra=cli(metavar="URL"),
+    )
+
+
+class CoordinatorSettings(MemberSettings, LedgerPlace):
     """A coordinator: which swarm, which models, where its HTTP endpoint listens."""
 
     models: Words = Field(

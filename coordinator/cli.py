@@ -6,6 +6,7 @@ from functools import partial
 
 from azu.cli import begin_logging, program, run_program, settings_options
 from azu.config import CatalogueSettings, CoordinatorSettings, RemoveSettings, ShardSettings
+from coordinator.ledger_settings import LedgerSettings, StatementSettings
 
 __all__ = ["main"]
 
@@ -17,6 +18,7 @@ __all__ = ["main"]
         "azu-coordinator serve --bootstrap /ip4/203.0.113.7/tcp/4001/p2p/12D3KooW...",
         "azu-coordinator serve --bootstrap /dns4/boot.example.org/tcp/4001/p2p/12D3KooW... --model ./model.gguf",
         "azu-coordinator models --json",
+        "azu-coordinator ledger verify",
     ],
 )
 def main() -> None:
@@ -66,3 +68,38 @@ def remove(settings: RemoveSettings) -> None:
 
     begin_logging(settings)
     remove_model(settings)
+
+
+@main.group()
+def ledger() -> None:
+    """Check and read the ledger, whether or not coordinators write to it."""
+
+
+@ledger.command()
+@settings_options(LedgerSettings)
+def verify(settings: LedgerSettings) -> None:
+    """Compare everything that the ledger keeps twice, and every digest; ends with 1 where anything is wrong."""
+    from coordinator.ledger_commands import verify_ledger
+
+    begin_logging(settings)
+    verify_ledger(settings)
+
+
+@ledger.command()
+@settings_options(LedgerSettings)
+def export(settings: LedgerSettings) -> None:
+    """Print every transaction: CSV, a line for each posting; with --json a line for each transaction."""
+    from coordinator.ledger_commands import export_ledger
+
+    begin_logging(settings)
+    export_ledger(settings)
+
+
+@ledger.command()
+@settings_options(StatementSettings, positional="account")
+def statement(settings: StatementSettings) -> None:
+    """Show what moved on one account, and its balance after each move."""
+    from coordinator.ledger_commands import show_statement
+
+    begin_logging(settings)
+    show_statement(settings)

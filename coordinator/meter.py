@@ -8,38 +8,17 @@ came out.
 
 from __future__ import annotations
 
-import sqlite3
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
-from pathlib import Path
-
-import trio
+from collections.abc import Mapping
 
 from azu.economics import split, token_layers
 from azu.errors import InternalError
-from azu.tickets import JobTicket, Receipt
+from azu.ledger import Earning, EndedJob, Ledger
+from azu.tickets import JobTicket, Receipt, Refusal
 from coordinator.generation import JobReport, StageReport
 
 __all__ = ["Meter", "read_job"]
 
 Receipts = Mapping[int, tuple[bytes, Receipt]]
-
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS jobs (
-    job_id TEXT NOT NULL, epoch INTEGER NOT NULL, manifest TEXT NOT NULL, settled_at INTEGER NOT NULL,
-    prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL,
-    token_layers INTEGER NOT NULL, cost INTEGER NOT NULL,
-    PRIMARY KEY (job_id, epoch)
-) STRICT;
-CREATE TABLE IF NOT EXISTS stages (
-    job_id TEXT NOT NULL, epoch INTEGER NOT NULL, stage INTEGER NOT NULL,
-    peer_id TEXT NOT NULL, first_layer INTEGER NOT NULL, end_layer INTEGER NOT NULL,
-    tokens INTEGER NOT NULL, token_layers INTEGER NOT NULL, earned INTEGER NOT NULL,
-    state TEXT NOT NULL CHECK (state IN ('credited', 'held')), receipt BLOB,
-    PRIMARY KEY (job_id, epoch, stage), FOREIGN KEY (job_id, epoch) REFERENCES jobs (job_id, epoch)
-) STRICT;
-"""
 
 
 def read_job(ticket: JobTicket, emitted: int, receipts: Receipts) -> JobReport:
@@ -73,55 +52,45 @@ def _read_stage(ticket: JobTicket, index: int, positions: int, receipts: Receipt
 
 
 class Meter:
-    """The book of settled jobs: an append-only SQLite file."""
+    """Settles ended jobs in the ledger.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        with self._open() as db:
-            db.execute("PRAGMA journal_mode = WAL")
-            db.executescript(_SCHEMA)
+    Args:
+        is_free: a job that nothing is reserved for is paid out of the ledger's account `free`.
+    """
+
+    def __init__(self, ledger: Ledger, *, is_free: bool = True) -> None:
+        self._ledger = ledger
+        self._is_free = is_free
 
     async def settle(self, ticket: JobTicket, emitted: int, receipts: Receipts) -> JobReport:
         """Read the meter for an ended job and write it down; a job that is already written down stays as it is.
 
         Raises:
-            InternalError: the file cannot be written.
+            InternalError: the ledger cannot be written, or nothing is reserved for the job.
         """
         report = read_job(ticket, emitted, receipts)
-        await trio.to_thread.run_sync(self._write, ticket, report, dict(receipts))
+        job = _ended(ticket, report, {index: envelope for index, (envelope, _) in receipts.items()})
+        closed = await self._ledger.settle(job, is_free=self._is_free)
+        if isinstance(closed, Refusal):
+            raise InternalError(f"job {report.job_id} cannot be settled: {closed.message}", code=closed.code)
         return report
 
-    def _write(self, ticket: JobTicket, report: JobReport, receipts: Receipts) -> None:
-        job = (report.job_id, ticket.epoch)
-        totals = (report.prompt_tokens, report.completion_tokens, report.token_layers, report.cost)
-        rows = [
-            (*job, index, s.peer_id, s.start, s.end, s.tokens, s.token_layers, s.earned, s.state,
-             receipts[index][0] if index in receipts else None)
+    async def earnings(self) -> dict[str, int]:
+        """What workers are owed, by peer id."""
+        return await self._ledger.balances("worker")
+
+
+def _ended(ticket: JobTicket, report: JobReport, envelopes: Mapping[int, bytes]) -> EndedJob:
+    return EndedJob(
+        job_id=report.job_id,
+        epoch=ticket.epoch,
+        manifest=ticket.manifest,
+        prompt_tokens=report.prompt_tokens,
+        completion_tokens=report.completion_tokens,
+        token_layers=report.token_layers,
+        cost=report.cost,
+        earnings=tuple(
+            Earning(s.peer_id, s.start, s.end, s.tokens, s.token_layers, s.earned, s.state, envelopes.get(index))
             for index, s in enumerate(report.stages)
-        ]  # fmt: skip
-        with self._open() as db:
-            written = db.execute(
-                "INSERT INTO jobs VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
-                (*job, ticket.manifest, int(time.time()), *totals),
-            ).rowcount
-            if written:
-                db.executemany("INSERT INTO stages VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
-
-    def earnings(self) -> dict[str, int]:
-        """Credited smallest units by worker peer id, over all jobs."""
-        with self._open() as db:
-            query = "SELECT peer_id, SUM(earned) FROM stages WHERE state = 'credited' GROUP BY peer_id"
-            return {str(peer_id): int(earned) for peer_id, earned in db.execute(query)}
-
-    @contextmanager
-    def _open(self) -> Iterator[sqlite3.Connection]:
-        """A connection with one transaction: committed at the end, or rolled back."""
-        try:
-            with closing(sqlite3.connect(self._path, timeout=10)) as db, db:
-                yield db
-        except (sqlite3.Error, OverflowError) as error:  # sums past 64 bits
-            raise InternalError(
-                f"the meter's file {self._path} cannot be used: {error}",
-                code="meter_failed",
-                remedy="Check that its disk is not full and that it is not damaged",
-            ) from error
+        ),
+    )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 
 import trio
@@ -17,6 +17,7 @@ from azu.economics import LAMPORTS_PER_TOKEN_LAYER
 from azu.errors import AzuError, InputError, NetworkError
 from azu.identity import Identity
 from azu.joining import stay_joined
+from azu.ledger import Ledger
 from azu.logs import log
 from azu.models.manifest import Manifest
 from azu.overlay import Overlay, OverlayConfig, open_overlay
@@ -38,7 +39,9 @@ from coordinator.api import ApiSettings, ShardRoutes, create_app, serve_http
 from coordinator.catalogue import MAX_MODELS, Catalogue, Listed
 from coordinator.generation import Generation, GenerationRequest, ModelHealth, ServedModel
 from coordinator.jobs import JobRunner
+from coordinator.ledger_settings import ledger_place
 from coordinator.meter import Meter
+from coordinator.old_meter import take_over_meter
 from coordinator.placement import Placer, missing_layers, shape_of
 from coordinator.serving import Serving
 from coordinator.shards import LoggedProgress, Sharder, ShardQueue, run_shard
@@ -52,6 +55,7 @@ AGENT = "azu-coordinator/0.1.0"
 _REFRESH_S = 20.0
 _RECORD_LIFE_S = 90
 _PROVIDE_S = 600.0
+_CURRENCY = "units"  # of a swarm without money
 
 
 class Service:
@@ -98,7 +102,8 @@ async def serve(settings: CoordinatorSettings) -> None:
             nursery.start_soon(_set_when_cancelled, stop)
             # From here on a cancel means: let the running answers end first.
             with trio.CancelScope(shield=True):
-                await _serve(settings, identity, library, sharder, serving, token, stop)
+                async with _opened_ledger(settings, identity) as ledger:
+                    await _serve(settings, identity, library, sharder, serving, ledger, token, stop)
             nursery.cancel_scope.cancel()
 
 
@@ -109,12 +114,23 @@ async def _set_when_cancelled(stop: trio.Event) -> None:
         stop.set()
 
 
+@asynccontextmanager
+async def _opened_ledger(settings: CoordinatorSettings, identity: Identity) -> AsyncIterator[Ledger]:
+    """The ledger, with nothing left in it of this coordinator's earlier life."""
+    async with Ledger.open(ledger_place(settings), currency=_CURRENCY, owner=identity.peer_id) as ledger:
+        await take_over_meter(settings.data_dir / "meter.sqlite", ledger)
+        if released := await ledger.release_abandoned():
+            log(logger, logging.WARNING, "reservations of jobs that never ended released", jobs=len(released))
+        yield ledger
+
+
 async def _serve(
     settings: CoordinatorSettings,
     identity: Identity,
     library: Library,
     sharder: Sharder,
     serving: Serving,
+    ledger: Ledger,
     token: str,
     stop: trio.Event,
 ) -> None:
@@ -133,8 +149,7 @@ async def _serve(
         layers = LayerServer(library, slots=settings.uploads, rate=settings.upload_limit)
         overlay.handle(LAYERS_PROTOCOL, layers.handle)
         swarm = SwarmView(overlay)
-        meter = Meter(settings.data_dir / "meter.sqlite")
-        runner = JobRunner(identity, overlay, swarm, meter, price=LAMPORTS_PER_TOKEN_LAYER)
+        runner = JobRunner(identity, overlay, swarm, Meter(ledger), price=LAMPORTS_PER_TOKEN_LAYER)
         placer = Placer(identity, swarm, serving.manifests, kv_tokens=settings.kv_tokens, retired=serving.retired)
         shards = ShardQueue(partial(sharder.shard, only_hub=True))
         nursery.start_soon(

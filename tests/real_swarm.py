@@ -15,6 +15,7 @@ import outcome
 import trio
 
 from azu.channel import Channel
+from azu.ledger import Ledger
 from azu.overlay import Overlay, OverlayStream
 from azu.records import WorkerRecord, sign_worker_record
 from azu.tickets import Sampling
@@ -164,8 +165,12 @@ class RealSwarm:
 async def real_swarm(model: TinyModel, folder: Path, *ranges: tuple[int, int]) -> AsyncIterator[RealSwarm]:
     """A worker for each range. Of those with the same one, the first runs jobs, the others are its substitutes."""
     with trio.fail_after(LIMIT):
-        async with peer(COORDINATOR) as me, trio.open_nursery() as nursery:
-            view, meter = SwarmView(me), Meter(folder / "meter.sqlite")
+        async with (
+            peer(COORDINATOR) as me,
+            Ledger.open(folder / "ledger.sqlite3", currency="units") as ledger,
+            trio.open_nursery() as nursery,
+        ):
+            view, meter = SwarmView(me), Meter(ledger)
             runner = JobRunner(identity(COORDINATOR), me, view, meter, price=2)
             swarm = RealSwarm(model, me, view, runner, nursery, meter)
             for start, end in ranges:

@@ -9,6 +9,8 @@ shell    schema, migrations, upgrade, database, store    where it is kept
 
 from __future__ import annotations
 
+from sqlalchemy import Connection
+
 from azu.ledger.answers import (
     Closed,
     Deposited,
@@ -32,6 +34,7 @@ from azu.ledger.verifying import Finding, verify
 
 __all__ = [
     "Closed",
+    "Connection",
     "Database",
     "Deposited",
     "Earning",

@@ -16,12 +16,12 @@ from typing import Any, TypeVar
 
 from sqlalchemy import Connection, Engine, create_engine, event, insert, select
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 
 from azu.errors import InputError, InternalError
 from azu.ledger import schema
 from azu.ledger.digests import GENESIS
-from azu.ledger.upgrade import upgrade
+from azu.ledger.upgrade import is_current, upgrade
 
 __all__ = ["Database"]
 
@@ -54,16 +54,25 @@ class Database:
     """One ledger. Methods block, and may be called from any thread.
 
     Args:
-        url: sqlite:///FILE or postgresql://USER@HOST/NAME.
+        url: a file for SQLite, sqlite:///FILE or postgresql://USER@HOST/NAME.
 
     Raises:
         InputError: code "bad_ledger_url".
     """
 
-    def __init__(self, url: str) -> None:
-        self._url = _parsed(url)
+    def __init__(self, url: str | Path) -> None:
+        self._url = URL.create("sqlite", database=str(url)) if isinstance(url, Path) else _parsed(url)
         self.name = self._url.render_as_string(hide_password=True)
         self._engine = _engine(self._url)
+        if self._is_sqlite:
+            event.listen(self._engine, "connect", _set_pragmas)
+            event.listen(self._engine, "begin", _begin_sqlite)
+        else:
+            event.listen(self._engine, "connect", _set_session)
+
+    @property
+    def _is_sqlite(self) -> bool:
+        return self._url.get_backend_name() == "sqlite"
 
     def prepare(self, currency: str) -> None:
         """Make the tables or bring them up to date, and see that the ledger is kept in this currency.
@@ -73,11 +82,27 @@ class Database:
             InternalError: it cannot be used.
         """
 
+        if self._is_sqlite:
+            _make_private(Path(str(self._url.database)))
+
         def work(connection: Connection) -> None:
             upgrade(connection, self.name)  # which whoever else starts waits for
             self._begin(connection, currency)
 
         self.write(work)
+
+    def check(self) -> None:
+        """See that the ledger is there and of this version of azu, and leave it as it is.
+
+        Raises:
+            InputError: it is not. InternalError: it cannot be used.
+        """
+        path = Path(str(self._url.database))
+        if self._is_sqlite and not path.exists():
+            raise _missing(self.name)
+        with self.reading() as connection:
+            if not is_current(connection, self.name):
+                raise _missing(self.name)
 
     def write(self, work: Callable[[Connection], T]) -> T:
         """Run `work` in one transaction, and again where the database asks for that, or was away for a while.
@@ -116,7 +141,7 @@ class Database:
     def reading(self) -> Iterator[Connection]:
         """A connection that sees one consistent state of the ledger; raises as `read` does."""
         options: dict[str, Any] = {}
-        if self._url.get_backend_name() == "postgresql":
+        if not self._is_sqlite:
             options = {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}
         try:
             with self._engine.connect().execution_options(**options) as connection, connection.begin():
@@ -142,7 +167,7 @@ class Database:
             raise InputError(
                 f"the ledger {self.name} is kept in {known}, not in {currency}",
                 code="ledger_currency",
-                remedy="Use the payment provider that it was begun with, or another ledger",
+                remedy="Use the payment provider that it was begun with, or another ledger (--ledger-url)",
             )
 
     def _failed(self, error: SQLAlchemyError, *, code: str = "ledger_failed") -> InternalError:
@@ -169,19 +194,15 @@ def _parsed(text: str) -> URL:
 
 
 def _engine(url: URL) -> Engine:
-    try:
-        if url.get_backend_name() == "postgresql":
-            given = {name: value for name, value in _SOCKET.items() if name not in url.query}
-            engine = create_engine(url, connect_args=given, pool_pre_ping=True, pool_size=5)
-            event.listen(engine, "connect", _set_session)
-            return engine
-        engine = create_engine(url, connect_args={"timeout": _BUSY_S, "check_same_thread": False})
-    except NoSuchModuleError as error:
-        raise InputError(f"the ledger's URL names no driver: {error}", code="bad_ledger_url") from error
-    _make_private(Path(str(url.database)))
-    event.listen(engine, "connect", _set_pragmas)
-    event.listen(engine, "begin", _begin_sqlite)
-    return engine
+    if url.get_backend_name() == "sqlite":
+        return create_engine(url, connect_args={"timeout": _BUSY_S, "check_same_thread": False})
+    given = {name: value for name, value in _SOCKET.items() if name not in url.query}
+    return create_engine(url, connect_args=given, pool_pre_ping=True)
+
+
+def _missing(name: str) -> InputError:
+    remedy = "Start azu-coordinator serve on it once, or name another with --data-dir or --ledger-url"
+    return InputError(f"there is no ledger of this version of azu in {name}", code="no_ledger", remedy=remedy)
 
 
 def _make_private(path: Path) -> None:

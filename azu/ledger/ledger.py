@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 import trio
@@ -63,12 +64,12 @@ class Ledger:
     @classmethod
     @asynccontextmanager
     async def open(
-        cls, url: str, *, currency: str, owner: str = "", key_limits: KeyLimits | None = None
+        cls, url: str | Path, *, currency: str, owner: str = "", key_limits: KeyLimits | None = None
     ) -> AsyncIterator[Ledger]:
         """Open a ledger, which is made or brought up to date where needed.
 
         Args:
-            url: sqlite:///FILE or postgresql://USER@HOST/NAME.
+            url: a file for SQLite, sqlite:///FILE or postgresql://USER@HOST/NAME.
             currency: what its amounts are in, such as "wei", "lamports" or "units".
             owner: the coordinator's peer id, which its reservations carry.
             key_limits: the spending limits of API keys, read in the transaction that reserves.

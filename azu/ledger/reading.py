@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 
 from sqlalchemy import Connection, select
@@ -15,7 +16,9 @@ __all__ = [
     "MAX_ROWS",
     "balance",
     "balances",
+    "Head",
     "entries",
+    "head",
     "held_earnings",
     "open_reservations",
     "payouts",
@@ -24,6 +27,16 @@ __all__ = [
     "statement",
     "usage",
 ]
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """Where the ledger ends: `digest` covers all that is in it."""
+
+    currency: str
+    seq: int
+    digest: str
+
 
 MAX_ROWS = 1000  # of a list that is asked for over HTTP
 _CHUNK = 1000  # rows that are read at once
@@ -104,6 +117,12 @@ def held_earnings(connection: Connection, limit: int = MAX_ROWS) -> Sequence[dic
     query = select(stages, jobs.c.settled_at).join(jobs, same).where(stages.c.state == "held")
     rows = connection.execute(query.order_by(jobs.c.seq.desc(), stages.c.stage).limit(limit)).mappings()
     return [dict(row) for row in rows]
+
+
+def head(connection: Connection) -> Head:
+    """Where the ledger ends."""
+    row = connection.execute(select(schema.head)).one()
+    return Head(row.currency, row.seq, row.digest.hex())
 
 
 def entries(connection: Connection, since: int = 0) -> Iterator[Entry]:

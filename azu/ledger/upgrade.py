@@ -13,7 +13,7 @@ from sqlalchemy import Connection, text
 
 from azu.errors import InputError
 
-__all__ = ["upgrade"]
+__all__ = ["is_current", "upgrade"]
 
 _LOCK = 0x617A75  # "azu": of PostgreSQL's advisory locks, the one that upgrades take
 
@@ -26,19 +26,23 @@ def upgrade(connection: Connection, name: str) -> None:
     """
     if connection.dialect.name == "postgresql":
         connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _LOCK})
+    if not is_current(connection, name):
+        config = _config()
+        config.attributes["connection"] = connection
+        command.upgrade(config, "head")
+
+
+def is_current(connection: Connection, name: str) -> bool:
+    """Whether the tables are those of this version of azu; raises as `upgrade` does."""
     current = MigrationContext.configure(connection).get_current_revision()
     known, latest = _revisions()
-    if current == latest:
-        return
     if current is not None and current not in known:
         raise InputError(
             f"the ledger {name} was written by a newer version of azu (revision {current[:40]})",
             code="ledger_newer",
             remedy="Install that version, or a newer one",
         )
-    config = _config()
-    config.attributes["connection"] = connection
-    command.upgrade(config, "head")
+    return current == latest
 
 
 @cache

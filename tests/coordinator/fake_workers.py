@@ -13,6 +13,7 @@ import trio
 
 from azu.channel import Channel
 from azu.identity import Identity
+from azu.ledger import Ledger
 from azu.overlay import Overlay, OverlayConfig, OverlayStream, open_overlay
 from azu.records import VALIDATORS, WorkerRecord, sign_worker_record
 from azu.tickets import JobTicket, Receipt, Sampling, open_ticket, sign_receipt
@@ -164,7 +165,8 @@ async def swarm_of(tmp_path: Path, *plans: Plan) -> AsyncIterator[Swarm]:
             for worker in workers:
                 await me.connect(worker.peer_id, worker.overlay.addrs)
                 view._meet(worker.peer_id)
-            runner = JobRunner(COORDINATOR, me, view, Meter(tmp_path / "meter.sqlite"), price=2)
+            ledger = await stack.enter_async_context(Ledger.open(tmp_path / "ledger.sqlite3", currency="units"))
+            runner = JobRunner(COORDINATOR, me, view, Meter(ledger), price=2)
             nursery = await stack.enter_async_context(trio.open_nursery())
             nursery.start_soon(view.run)
             while len(view.workers()) < len(workers):

@@ -79,7 +79,7 @@ async def test_workers_that_die_cost_a_pause(model: TinyModel, tmp_path: Path, l
         # Each position is paid once, to whoever had the stage at the end.
         price = report.cost // report.token_layers
         paid = [split(token_layers(POSITIONS, end - start) * price).worker for start, end in THREE]
-        assert sum(swarm.meter.earnings().values()) == sum(paid)
+        assert sum((await swarm.meter.earnings()).values()) == sum(paid)
 
 
 async def test_a_new_first_stage_may_be_behind_the_others(model: TinyModel, tmp_path: Path) -> None:

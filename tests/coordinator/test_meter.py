@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import sqlite3
+from collections.abc import AsyncIterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,11 @@ from hypothesis import strategies as st
 
 from azu.errors import InternalError
 from azu.identity import Identity
+from azu.ledger import Ledger, reading
+from azu.ledger.accounts import FREE
 from azu.tickets import JobTicket, Receipt, sign_receipt
 from coordinator.meter import Meter, Receipts, read_job
+from coordinator.old_meter import take_over_meter
 
 WORKERS = [Identity(bytes([number]) * 32) for number in range(1, 4)]
 ALICE, BOB, CAROL = WORKERS
@@ -114,94 +118,127 @@ def test_stages_never_earn_more_than_was_charged(prompt: int, emitted: int, pric
 # --- writing
 
 
-async def test_settling_again_changes_nothing(tmp_path: Path) -> None:
-    meter = Meter(tmp_path / "meter.sqlite")
+@pytest.fixture
+async def ledger(tmp_path: Path) -> AsyncIterator[Ledger]:
+    async with Ledger.open(tmp_path / "ledger.sqlite3", currency="units") as ledger:
+        yield ledger
+        assert await ledger.verify() == []
+
+
+async def test_settling_again_changes_nothing(ledger: Ledger) -> None:
+    meter = Meter(ledger)
     subject = ticket()
     first = await meter.settle(subject, 3, receipts(subject, 7, 7, 7))
-    earned = meter.earnings()
+    earned = await meter.earnings()
     assert earned == {stage.peer_id: stage.earned for stage in first.stages}
     await meter.settle(subject, 3, receipts(subject, 7, 7, 7))
     await meter.settle(subject, 90, receipts(subject, 94, 94, 94))  # not even with other numbers
-    assert meter.earnings() == earned
-    assert _rows(tmp_path / "meter.sqlite", "SELECT COUNT(*) FROM jobs") == [(1,)]
+    await meter.settle(ticket(epoch=1), 3, receipts(ticket(epoch=1), 7, 7, 7))
+    assert await meter.earnings() == earned
+    assert len(await ledger.export()) == 1
 
 
-async def test_jobs_add_up_and_survive_a_restart(tmp_path: Path) -> None:
-    path = tmp_path / "meter.sqlite"
+async def test_jobs_add_up(ledger: Ledger) -> None:
     expected: dict[str, int] = {}
     for number in range(3):
         subject = ticket(job_id=bytes([number]) * 16)
-        report = await Meter(path).settle(subject, number + 1, receipts(subject, 100, 100, 100))
+        report = await Meter(ledger).settle(subject, number + 1, receipts(subject, 100, 100, 100))
         for stage in report.stages:
             expected[stage.peer_id] = expected.get(stage.peer_id, 0) + stage.earned
-    assert Meter(path).earnings() == expected
+    assert await Meter(ledger).earnings() == expected
+    assert await ledger.balance(FREE) == -sum(use.cost for use in await ledger.usage(""))
 
 
-async def test_an_amended_job_is_a_row_of_its_own(tmp_path: Path) -> None:
-    meter = Meter(tmp_path / "meter.sqlite")
-    for epoch in range(2):
-        await meter.settle(ticket(epoch=epoch), 1, receipts(ticket(epoch=epoch), 5, 5, 5))
-    assert meter.earnings()[ALICE.peer_id] == 2 * (5 * 4 * 2 * 8 // 10)
-
-
-async def test_a_held_stage_is_written_down_but_not_credited(tmp_path: Path) -> None:
-    path = tmp_path / "meter.sqlite"
+async def test_a_held_stage_is_written_down_but_not_credited(ledger: Ledger) -> None:
     subject = ticket()
     given_in = receipts(subject, 7, None, 3)
-    await Meter(path).settle(subject, 3, given_in)
-    assert Meter(path).earnings() == {ALICE.peer_id: 44}
-    rows = _rows(path, "SELECT peer_id, state, earned, receipt FROM stages ORDER BY stage")
-    assert [(peer_id, state) for peer_id, state, _, _ in rows] == [
-        (ALICE.peer_id, "credited"),
-        (BOB.peer_id, "held"),
-        (CAROL.peer_id, "held"),
-    ]
-    assert [receipt for *_, receipt in rows] == [given_in[0][0], None, given_in[2][0]]
-    assert all(earned > 0 for _, _, earned, _ in rows)
+    await Meter(ledger).settle(subject, 3, given_in)
+    assert await Meter(ledger).earnings() == {ALICE.peer_id: 44}
+    rows = await ledger.read(reading.held_earnings)
+    assert [(row["peer_id"], row["state"]) for row in rows] == [(BOB.peer_id, "held"), (CAROL.peer_id, "held")]
+    assert [row["receipt"] for row in rows] == [None, given_in[2][0]]
+    assert await ledger.balances("held") == {row["peer_id"]: row["earned"] for row in rows}
 
 
-async def test_what_fails_half_way_leaves_nothing(tmp_path: Path) -> None:
+async def test_where_jobs_are_paid_for_one_that_is_not_reserved_is_a_bug(ledger: Ledger) -> None:
+    with pytest.raises(InternalError) as raised:
+        await Meter(ledger, is_free=False).settle(ticket(), 3, {})
+    assert raised.value.code == "not_reserved"
+    assert await ledger.export() == []
+
+
+async def test_amounts_past_64_bits_are_counted(ledger: Ledger) -> None:
+    report = await Meter(ledger).settle(ticket(price=2**62), 3, {})
+    assert report.cost == 70 * 2**62
+    assert await ledger.balance(FREE) == -report.cost
+
+
+# --- what was written before there was a ledger
+
+OLD_SCHEMA = """
+CREATE TABLE jobs (
+    job_id TEXT NOT NULL, epoch INTEGER NOT NULL, manifest TEXT NOT NULL, settled_at INTEGER NOT NULL,
+    prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL,
+    token_layers INTEGER NOT NULL, cost INTEGER NOT NULL,
+    PRIMARY KEY (job_id, epoch)
+) STRICT;
+CREATE TABLE stages (
+    job_id TEXT NOT NULL, epoch INTEGER NOT NULL, stage INTEGER NOT NULL,
+    peer_id TEXT NOT NULL, first_layer INTEGER NOT NULL, end_layer INTEGER NOT NULL,
+    tokens INTEGER NOT NULL, token_layers INTEGER NOT NULL, earned INTEGER NOT NULL,
+    state TEXT NOT NULL CHECK (state IN ('credited', 'held')), receipt BLOB,
+    PRIMARY KEY (job_id, epoch, stage), FOREIGN KEY (job_id, epoch) REFERENCES jobs (job_id, epoch)
+) STRICT;
+"""
+
+
+def old_meter(path: Path, jobs: int) -> dict[str, int]:
+    """A file as azu wrote it before, one stage of each job held; what each peer had been credited."""
+    with closing(sqlite3.connect(path)) as db, db:
+        db.execute("PRAGMA journal_mode = WAL")
+        db.executescript(OLD_SCHEMA)
+        for number in range(jobs):
+            job = (f"{number // 2:032x}", number % 2)  # an amended job was a row of its own
+            db.execute("INSERT INTO jobs VALUES (?, ?, 'm', ?, 5, 3, 70, 140)", (*job, 1_700_000_000 + number))
+            for stage, worker in enumerate(WORKERS):
+                state = "held" if worker is BOB else "credited"
+                row = (stage, worker.peer_id, stage, stage + 1, 7, 7, 11 + stage, state, b"receipt")
+                db.execute("INSERT INTO stages VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", (*job, *row))
+        query = "SELECT peer_id, SUM(earned) FROM stages WHERE state = 'credited' GROUP BY peer_id"
+        return dict(db.execute(query).fetchall())
+
+
+async def test_an_old_meter_is_taken_over_once(tmp_path: Path, ledger: Ledger) -> None:
     path = tmp_path / "meter.sqlite"
-    meter = Meter(path)
-    with sqlite3.connect(path) as db:
-        db.execute(
-            "CREATE TRIGGER fail BEFORE INSERT ON stages WHEN NEW.stage = 2 BEGIN SELECT RAISE(ABORT, 'no'); END"
-        )
-    with pytest.raises(InternalError) as raised:
-        await meter.settle(ticket(), 3, receipts(ticket(), 7, 7, 7))
-    assert raised.value.code == "meter_failed"
-    assert _rows(path, "SELECT COUNT(*) FROM jobs") == _rows(path, "SELECT COUNT(*) FROM stages") == [(0,)]
-    with sqlite3.connect(path) as db:
-        db.execute("DROP TRIGGER fail")
-    await meter.settle(ticket(), 3, receipts(ticket(), 7, 7, 7))
-    assert len(meter.earnings()) == 3
+    earned = old_meter(path, 600)
+    kept = path.read_bytes()
+    assert await take_over_meter(path, ledger) == 600
+    assert await ledger.balances("worker") == earned
+    assert await ledger.balances("held") == {BOB.peer_id: 12 * 600}
+    assert await ledger.balance(FREE) == -140 * 600
+    newest = (await ledger.usage("", limit=1))[0]
+    assert (newest.settled_at, newest.cost) == (1_700_000_599, 140)
+    assert not path.exists()
+    assert path.with_name("meter.sqlite.imported").exists()
+    assert await take_over_meter(path, ledger) == 0
+    path.write_bytes(kept)  # as if it had been interrupted before the end
+    assert await take_over_meter(path, ledger) == 600
+    assert await ledger.balances("worker") == earned
 
 
-async def test_amounts_past_sqlites_integers_are_refused_as_a_fault_of_ours(tmp_path: Path) -> None:
-    meter = Meter(tmp_path / "meter.sqlite")
-    with pytest.raises(InternalError) as raised:
-        await meter.settle(ticket(price=2**62), 3, {})
-    assert raised.value.code == "meter_failed"
-    assert meter.earnings() == {}
+async def test_an_old_meter_is_worth_nothing_in_a_coin(tmp_path: Path) -> None:
+    path = tmp_path / "meter.sqlite"
+    old_meter(path, 2)
+    async with Ledger.open(tmp_path / "wei.sqlite3", currency="wei") as ledger:
+        assert await take_over_meter(path, ledger) == 0
+        assert await ledger.export() == []
+    assert path.exists()
 
 
-def test_a_file_that_is_no_database_is_named(tmp_path: Path) -> None:
+async def test_an_old_meter_that_cannot_be_read_is_named(tmp_path: Path, ledger: Ledger) -> None:
     path = tmp_path / "meter.sqlite"
     path.write_bytes(b"this is no database, and long enough to tell" * 50)
     with pytest.raises(InternalError) as raised:
-        Meter(path)
+        await take_over_meter(path, ledger)
     assert str(path) in raised.value.message
     assert raised.value.remedy
-
-
-def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InternalError, match="nowhere"):
-        Meter(tmp_path / "nowhere" / "meter.sqlite")
-
-
-def _rows(path: Path, query: str) -> list[tuple[Any, ...]]:
-    db = sqlite3.connect(os.fspath(path))
-    try:
-        return db.execute(query).fetchall()
-    finally:
-        db.close()
