@@ -85,7 +85,7 @@ def running(tools: Path) -> Iterator[Server]:
         try:
             yield server
         finally:
-            server.stop()
+            server.stop(signal.SIGINT)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
