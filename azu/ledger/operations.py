@@ -11,12 +11,12 @@ What a job costs beyond its reservation the platform bears. A job without a rese
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from azu.ledger.accounts import FREE, PLATFORM, chain, client, held, reserved, worker
 from azu.ledger.answers import Closed, Deposited, EndedJob, Refusal, Reserved, Shortfall
-from azu.ledger.page import Page, Touched, Wanted
+from azu.ledger.page import Page, Touched, Wanted, row_of
 
 __all__ = ["Deposit", "Extend", "Release", "Reserve", "Settle"]
 
@@ -45,7 +45,7 @@ class Deposit:
         seq = page.post(f"deposit:{self.chain}:{self.txid}", "deposit", moves)
         deposited = Deposited(self.chain, self.txid, self.wallet, self.amount, is_new=True)
         page.deposits.put(place, deposited)
-        page.add("deposits", {**asdict(self), "seq": seq})
+        page.add("deposits", {**row_of(self), "seq": seq})
         return deposited
 
 
@@ -75,7 +75,7 @@ class Reserve:
         page.post(f"reserve:{self.job_id}", "reserve", moves)
         if self.key_id is not None:
             page.spending.put(self.key_id, page.spent(self.key_id) + self.amount)
-        reservation = Reserved(**asdict(self))
+        reservation = Reserved(**row_of(self))
         page.reservations.put(self.job_id, reservation)
         return reservation
 
@@ -212,7 +212,7 @@ class Settle:
         who = {"wallet": wallet, "key_id": key_id, "manifest": job.manifest}
         page.add("jobs", {**place, **who, **totals, "settled_at": at, "seq": seq})
         for number, earning in enumerate(job.earnings):
-            row = asdict(earning)
+            row = row_of(earning)
             row |= {"first_layer": row.pop("start"), "end_layer": row.pop("end")}
             page.add("stages", {**place, "stage": number, **row})
 

@@ -15,13 +15,18 @@ from azu.ledger.accounts import MAX_AMOUNT, may_be_negative
 from azu.ledger.answers import Closed, Deposited, KeyLimit, Payout, Reserved
 from azu.ledger.digests import digest_of
 
-__all__ = ["Cells", "Operation", "Page", "Row", "Touched", "Wanted"]
+__all__ = ["Cells", "Operation", "Page", "Row", "Touched", "Wanted", "row_of"]
 
 K = TypeVar("K")
 V = TypeVar("V")
 T_co = TypeVar("T_co", covariant=True)
 
 Row = dict[str, Any]  # one of the schema's, by column
+
+
+def row_of(value: Any) -> Row:
+    """The fields of a dataclass with slots. dataclasses.asdict copies deeply, and took a third of a job's time."""
+    return {name: getattr(value, name) for name in value.__slots__}
 
 
 class Cells(Generic[K, V]):

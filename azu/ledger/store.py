@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -13,7 +12,7 @@ from sqlalchemy import Connection, RowMapping, Table, bindparam, insert, select,
 from azu.ledger import schema
 from azu.ledger.accounts import kind_of
 from azu.ledger.answers import Closed, Deposited, KeyLimit, Payout, Reserved
-from azu.ledger.page import Cells, Operation, Page
+from azu.ledger.page import Cells, Operation, Page, Row, row_of
 
 __all__ = ["KeyLimits", "commit_group", "payout_of", "reservation_of"]
 
@@ -69,8 +68,8 @@ def _write(connection: Connection, page: Page) -> None:
     _write_cells(
         connection, schema.key_spending, "key_id", page.spending, lambda key, spent: {"key_id": key, "spent": spent}
     )
-    _write_cells(connection, schema.reservations, "job_id", page.reservations, lambda _, value: asdict(value))
-    _write_cells(connection, schema.payouts, "payout_id", page.payouts, lambda _, value: asdict(value))
+    _write_cells(connection, schema.reservations, "job_id", page.reservations, lambda _, value: row_of(value))
+    _write_cells(connection, schema.payouts, "payout_id", page.payouts, lambda _, value: row_of(value))
     for table in schema.METADATA.sorted_tables:  # those that others refer to come first
         if rows := page.new.get(table.name):
             connection.execute(insert(table), rows)
@@ -87,7 +86,7 @@ def payout_of(row: RowMapping) -> Payout:
     return Payout(**row)
 
 
-def _balance_row(account: str, balance: int) -> dict[str, object]:
+def _balance_row(account: str, balance: int) -> Row:
     return {"account": account, "kind": kind_of(account), "balance": balance}
 
 
@@ -96,11 +95,11 @@ def _write_cells(
     table: Table,
     key: str,
     cells: Cells[str, Any],
-    row_of: Callable[[str, Any], dict[str, object]],
+    to_row: Callable[[str, Any], Row],
 ) -> None:
-    if added := [row_of(*each) for each in cells.added()]:
+    if added := [to_row(*each) for each in cells.added()]:
         connection.execute(insert(table), added)
-    if changed := [{**row_of(*each), "where": each[0]} for each in cells.changed()]:
+    if changed := [{**to_row(*each), "where": each[0]} for each in cells.changed()]:
         values: dict[str, Any] = {name: bindparam(name) for name in changed[0] if name not in (key, "where")}
         connection.execute(update(table).where(table.c[key] == bindparam("where")).values(values), changed)
 
