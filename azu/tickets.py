@@ -12,6 +12,7 @@ from typing import Annotated, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
+from azu.crossings import Crossing
 from azu.identity import Identity, Kind, open_envelope, seal
 from azu.wire.document import Digest, Document, PeerId, Tuple
 from azu.wire.messages import MAX_TOKENS, Count, Epoch, JobId, TokenId
@@ -137,6 +138,10 @@ class JobTicket(Document):
         """The most positions that a stage's KV cache will hold for this job."""
         return self.prompt_tokens + self.max_tokens
 
+    def positions(self, tokens: int) -> int:
+        """Positions that went through every layer where so many tokens came out: the last is sampled and never run."""
+        return self.prompt_tokens + tokens - 1 if tokens else 0
+
     def amended(self, peers: Mapping[int, str], now: int) -> JobTicket:
         """The ticket of the next epoch, issued now, with other peers in the stages of these indices."""
         stages = tuple(
@@ -167,7 +172,11 @@ class Assignment(Document):
 
 
 class Receipt(Document):
-    """A stage's statement of what it did for a job."""
+    """A stage's statement of what it did for a job, and of what it took from and gave to its neighbours.
+
+    `received` and `sent` tell of the receipt's epoch alone, up to the positions that the coordinator counts; except in
+    the first stage, which received token ids, and the last, which sent some: these tell of the whole job.
+    """
 
     job_id: JobId
     epoch: Epoch
@@ -176,8 +185,8 @@ class Receipt(Document):
     start: Layer
     end: Layer
     tokens: Count  # positions that went through its layers
-    first_input: Digest  # SHA-256 of the first body that it computed on
-    last_output: Digest  # SHA-256 of the last body (or token id) that it sent on
+    received: Crossing  # from its first input on
+    sent: Crossing  # up to its last output
     issued_at: UnixTime
 
 

@@ -32,9 +32,8 @@ from azu.wire.messages import (
     Refused,
     Resume,
     Waiting,
-    pack_tokens,
-    unpack_tokens,
 )
+from azu.wire.tokens import pack_tokens, unpack_tokens
 from coordinator.mending import Held, Start
 
 __all__ = ["Attendance", "Audience"]
@@ -93,6 +92,7 @@ class Attendance:
         self._ordered = trio.Event()
         self._is_ended = False
         self._waits = 0
+        self._counted = 0
 
     async def run(self, audience: Audience) -> None:
         """Attend the stage until it has given its receipt, or is lost, or is left."""
@@ -114,9 +114,9 @@ class Attendance:
         epoch, count = self.ticket.epoch, len(known)
         self._order(Resume(epoch=epoch, position=start.position, send_from=start.send_from, known=count), body)
 
-    def end(self) -> None:
-        """End the job in this stage, which answers with its receipt."""
-        self._is_ended = True
+    def end(self, tokens: int) -> None:
+        """End the job in this stage, which answers with its receipt for so many tokens."""
+        self._is_ended, self._counted = True, tokens
         self._ordered.set()
 
     def leave(self) -> None:
@@ -144,7 +144,7 @@ class Attendance:
                 while self._orders:
                     await channel.send(*self._orders.popleft())
                 if self._is_ended:
-                    return await channel.send(End())
+                    return await channel.send(End(tokens=self._counted))
                 self._ordered = trio.Event()
                 with trio.move_on_after(PING_S) as pause:
                     await self._ordered.wait()
@@ -193,5 +193,7 @@ class Attendance:
         signer, receipt = open_receipt(envelope)
         refusal = check_receipt(receipt, signer=signer, ticket=self.ticket, stage=self.index)
         if refusal is not None:
+            job = self.ticket.job_id.hex()
+            log(logger, logging.WARNING, "receipt refused", job=job, peer=self.peer_id, reason=refusal.message)
             raise ProtocolError(refusal.message, code=refusal.code)
         self.receipt = (envelope, receipt)

@@ -84,7 +84,9 @@ class StageReport:
     tokens: int  # positions that went through its layers
     token_layers: int
     earned: int
-    state: Literal["credited", "held"]  # held: no receipt, or one that disagrees with the coordinator's own count
+    state: Literal["credited", "held"]
+    reason: str = ""  # why it is held, see `coordinator.agreement`
+    against: tuple[str, ...] = ()  # whose word is against it, by peer id
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +99,21 @@ class JobReport:
     token_layers: int
     cost: int
     stages: tuple[StageReport, ...]
+
+    @property
+    def credited(self) -> int:
+        """What its workers earned."""
+        return sum(stage.earned for stage in self.stages if stage.state == "credited")
+
+    @property
+    def held(self) -> int:
+        """What is paid to nobody until the operator decides."""
+        return sum(stage.earned for stage in self.stages if stage.state == "held")
+
+    @property
+    def platform(self) -> int:
+        """What the platform keeps of the cost."""
+        return self.cost - self.credited - self.held
 
 
 class Generation(Protocol):

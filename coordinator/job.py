@@ -112,7 +112,7 @@ class RunningJob:
         self._told_at = trio.current_time()  # when the client got its last token
         self._stirred = trio.Event()  # set when what the mender waits for may have come, and then replaced
         self.loss: AzuError | None = None
-        self._report: JobReport | None = None
+        self.report: JobReport | None = None  # once it has ended
         # Bounded by the ticket: at most max_tokens tokens and one error are ever put in.
         self._events_in, self._events = trio.open_memory_channel[SampledToken | AzuError](ticket.max_tokens + 1)
 
@@ -156,18 +156,18 @@ class RunningJob:
 
     async def finish(self) -> JobReport:
         """End the job in every stage, collect the receipts, and write down who did what. May be called again."""
-        if self._report is None:
-            emitted = len(self._tokens)
+        if self.report is None:
+            tokens = tuple(self._tokens)
             self._is_ended = True
             self._stir()
             for stage in self._stages:
-                stage.end()
+                stage.end(len(tokens))
             with trio.move_on_after(_RECEIPT_S):
                 while self._attending:
                     await self._stirred.wait()
             receipts = {stage.index: stage.receipt for stage in self._stages if stage.receipt is not None}
-            self._report = await self._meter.settle(self.ticket, emitted, receipts)
-        return self._report
+            self.report = await self._meter.settle(self.ticket, self._prompt, tokens, receipts)
+        return self.report
 
     @property
     def is_turned_away(self) -> bool:

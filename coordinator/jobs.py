@@ -15,13 +15,15 @@ import trio
 
 from azu.errors import CapacityError
 from azu.identity import Identity
+from azu.logs import log
 from azu.models.manifest import Manifest
 from azu.overlay import Overlay
 from azu.records import WorkerRecord
 from azu.tickets import JobTicket
 from azu.wire.tensors import WeightFormat
 from coordinator.admission import Admission, Grant
-from coordinator.generation import GenerationRequest
+from coordinator.disputes import Disputes
+from coordinator.generation import GenerationRequest, JobReport
 from coordinator.job import RunningJob
 from coordinator.meter import Meter
 from coordinator.placement import layers_text, links_of, missing_layers, views_for
@@ -53,6 +55,7 @@ class JobRunner:
         self._price = price
         self._reserved: Counter[str] = Counter()  # positions of KV cache that our running jobs began with, by peer id
         self._granted: dict[str, tuple[int, int]] = {}  # those of them since the peer's record of this sequence number
+        self._disputes = Disputes(identity.peer_id)
         self._running: Counter[str] = Counter()
         self._admission = Admission(self._find_room, self._refusal, self._free_room)
 
@@ -87,10 +90,21 @@ class JobRunner:
                 on_lost=self._swarm.blame,
                 substitutes=partial(self._substitutes, request.model.manifest, grant),
             )
-            async with job.running():
-                yield job
+            try:
+                async with job.running():
+                    yield job
+            finally:
+                self._judge(job.report)
         finally:
             self._admission.release(grant)
+
+    def _judge(self, report: JobReport | None) -> None:
+        """Count disagreements of an ended job against its workers."""
+        if report is None:
+            return
+        for peer_id, weight, error in self._disputes.judge(report, trio.current_time()):
+            log(logger, logging.WARNING, "earnings held", job=report.job_id, peer=peer_id, reason=error.message)
+            self._swarm.blame(peer_id, weight, error)
 
     def _find_room(self, request: GenerationRequest) -> Grant | None:
         """Room for the job in a chain of workers, taken for it."""

@@ -1,19 +1,19 @@
 """What each job cost and who earned it, written down for good.
 
-A job's tokens are counted by the coordinator alone: it saw them come. A stage's receipt has to confirm at least as many
-positions as that count implies, else its earnings are held. With `p` prompt and `c` completion tokens, `p + c - 1`
-positions went through every layer, since the last token is sampled and never run; nothing is charged where no token
-came out.
+A job's tokens are counted by the coordinator alone: it saw them come. With `p` prompt and `c` completion tokens,
+`p + c - 1` positions went through every layer, since the last token is sampled and never run; nothing is charged where
+no token came out. A stage is paid for that count, and for what it did only if others agree: `coordinator/agreement.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from azu.economics import split, token_layers
 from azu.errors import InternalError
 from azu.ledger import Earning, EndedJob, Ledger
 from azu.tickets import JobTicket, Receipt, Refusal
+from coordinator.agreement import Finding, compare
 from coordinator.generation import JobReport, StageReport
 
 __all__ = ["Meter", "read_job"]
@@ -21,24 +21,24 @@ __all__ = ["Meter", "read_job"]
 Receipts = Mapping[int, tuple[bytes, Receipt]]
 
 
-def read_job(ticket: JobTicket, emitted: int, receipts: Receipts) -> JobReport:
-    """The meter's reading of a job of which `emitted` tokens reached the coordinator. Pure."""
-    positions = ticket.prompt_tokens + emitted - 1 if emitted else 0
-    stages = tuple(_read_stage(ticket, index, positions, receipts) for index in range(len(ticket.stages)))
+def read_job(ticket: JobTicket, prompt: Sequence[int], tokens: Sequence[int], receipts: Receipts) -> JobReport:
+    """The meter's reading of a job of which these tokens reached the coordinator. Pure."""
+    positions = ticket.positions(len(tokens))
+    found = compare(ticket, prompt, tokens, {index: receipt for index, (_, receipt) in receipts.items()})
+    stages = tuple(_read_stage(ticket, index, positions, finding) for index, finding in enumerate(found))
     total = token_layers(positions, ticket.n_layers)
     return JobReport(
         job_id=ticket.job_id.hex(),
         prompt_tokens=ticket.prompt_tokens,
-        completion_tokens=emitted,
+        completion_tokens=len(tokens),
         token_layers=total,
         cost=total * ticket.price,
         stages=stages,
     )
 
 
-def _read_stage(ticket: JobTicket, index: int, positions: int, receipts: Receipts) -> StageReport:
+def _read_stage(ticket: JobTicket, index: int, positions: int, finding: Finding) -> StageReport:
     stage = ticket.stages[index]
-    confirmed = index in receipts and receipts[index][1].tokens >= positions
     work = token_layers(positions, stage.end - stage.start)
     return StageReport(
         peer_id=stage.peer_id,
@@ -47,7 +47,9 @@ def _read_stage(ticket: JobTicket, index: int, positions: int, receipts: Receipt
         tokens=positions,
         token_layers=work,
         earned=split(work * ticket.price).worker,
-        state="credited" if confirmed else "held",
+        state="held" if finding.reason else "credited",
+        reason=finding.reason or "",
+        against=finding.against,
     )
 
 
@@ -62,13 +64,15 @@ class Meter:
         self._ledger = ledger
         self._is_free = is_free
 
-    async def settle(self, ticket: JobTicket, emitted: int, receipts: Receipts) -> JobReport:
+    async def settle(
+        self, ticket: JobTicket, prompt: Sequence[int], tokens: Sequence[int], receipts: Receipts
+    ) -> JobReport:
         """Read the meter for an ended job and write it down; a job that is already written down stays as it is.
 
         Raises:
             InternalError: the ledger cannot be written, or nothing is reserved for the job.
         """
-        report = read_job(ticket, emitted, receipts)
+        report = read_job(ticket, prompt, tokens, receipts)
         job = _ended(ticket, report, {index: envelope for index, (envelope, _) in receipts.items()})
         closed = await self._ledger.settle(job, is_free=self._is_free)
         if isinstance(closed, Refusal):
@@ -90,7 +94,17 @@ def _ended(ticket: JobTicket, report: JobReport, envelopes: Mapping[int, bytes])
         token_layers=report.token_layers,
         cost=report.cost,
         earnings=tuple(
-            Earning(s.peer_id, s.start, s.end, s.tokens, s.token_layers, s.earned, s.state, envelopes.get(index))
+            Earning(
+                s.peer_id,
+                s.start,
+                s.end,
+                s.tokens,
+                s.token_layers,
+                s.earned,
+                s.state,
+                envelopes.get(index),
+                " ".join((s.reason, *s.against)),
+            )
             for index, s in enumerate(report.stages)
         ),
     )

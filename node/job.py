@@ -10,7 +10,6 @@ other neighbours. What the stage holds of the job is kept from leg to leg. Leavi
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 from collections.abc import Callable
@@ -18,11 +17,13 @@ from collections.abc import Callable
 import trio
 
 from azu.channel import Channel
+from azu.crossings import NOTHING, Crossing, token_crossing
 from azu.errors import AzuError, NetworkError, ProtocolError
 from azu.logs import log
-from azu.tickets import JobTicket, Receipt, check_amendment, open_ticket, sign_receipt
-from azu.wire.messages import PING_S, SILENCE_S, Amend, End, Hello, Message, Paused, Ping, Prompt, Resume, pack_tokens
+from azu.tickets import JobTicket, Receipt, check_amendment, open_ticket
+from azu.wire.messages import PING_S, SILENCE_S, Amend, End, Hello, Message, Paused, Ping, Prompt, Resume
 from azu.wire.tensors import ITEMSIZE
+from azu.wire.tokens import pack_tokens
 from node.history import History, HistoryBudget
 from node.leg import Leg, Surroundings
 from node.progress import Progress
@@ -37,7 +38,12 @@ class StageJob:
     """Stage `index` of a ticket's job on this worker.
 
     Args:
+        envelope: the ticket, signed.
         on_leg: called when another leg begins.
+
+    Attributes:
+        ticket, envelope: those in force.
+        counted: the tokens that the coordinator had when it ended the job; None where it has not.
     """
 
     def __init__(
@@ -46,10 +52,11 @@ class StageJob:
         index: int,
         around: Surroundings,
         *,
+        envelope: bytes,
         history: HistoryBudget,
         on_leg: Callable[[], None],
     ) -> None:
-        self.ticket = ticket
+        self.ticket, self.envelope = ticket, envelope
         self.index = index
         self._around = around
         self._on_leg = on_leg
@@ -59,6 +66,7 @@ class StageJob:
         self._progress = Progress(History(history, stage.hidden_size * ITEMSIZE[self._session.dtype]))
         self._leg = Leg(ticket, index, around, self._progress)
         self._known = 0  # tokens that the coordinator has, as it last said
+        self.counted: int | None = None
         self.expiry = trio.CancelScope()
         self._set_expiry()
 
@@ -128,6 +136,7 @@ class StageJob:
                 raise NetworkError("the coordinator closed the job stream", code="coordinator_lost")
             message, body = received
             if isinstance(message, End):
+                self.counted = message.tokens
                 return
             self._take(message, body)
 
@@ -157,7 +166,7 @@ class StageJob:
         if refusal is not None:
             raise ProtocolError(refusal.message, code=refusal.code)
         log(logger, logging.INFO, "job amended", job=ticket.job_id.hex(), epoch=ticket.epoch)
-        self.ticket, self._known = ticket, message.known
+        self.ticket, self.envelope, self._known = ticket, envelope, message.known
         self._set_expiry()
         self._leg.pause()
 
@@ -172,20 +181,31 @@ class StageJob:
             except NetworkError:
                 return  # listen() sees the same end and tells why
 
-    def receipt(self) -> bytes:
-        """What this stage did, signed."""
+    def receipt(self) -> Receipt:
+        """What this stage did, by itself and with its neighbours."""
         entry = self.ticket.stages[self.index]
-        progress = self._progress
-        receipt = Receipt(
+        received, sent = self._crossings(self.counted or 0)
+        return Receipt(
             job_id=self.ticket.job_id,
             epoch=self.ticket.epoch,
             stage=self.index,
             peer_id=entry.peer_id,
             start=entry.start,
             end=entry.end,
-            tokens=progress.positions,
-            first_input=progress.first_input,
-            last_output=hashlib.sha256(progress.last_output).hexdigest(),
+            tokens=self._progress.positions,
+            received=received,
+            sent=sent,
             issued_at=int(time.time()),
         )
-        return sign_receipt(self._around.identity, receipt)
+
+    def _crossings(self, counted: int) -> tuple[Crossing, Crossing]:
+        """What was received and sent for the tokens that the coordinator counts."""
+        progress, prompt, positions = self._progress, self.ticket.prompt_tokens, self.ticket.positions(counted)
+        received = sent = NOTHING
+        if self._leg.ticket.epoch == self.ticket.epoch:  # else nothing has gone to or from the new neighbours yet
+            received, sent = self._leg.received.until(positions), self._leg.sent.until(positions)
+        if self._session.is_first:
+            received = token_crossing(0, [*progress.prompt, *progress.tokens][:positions])
+        if self._session.is_last:
+            sent = token_crossing(prompt, progress.tokens[:counted])
+        return received, sent

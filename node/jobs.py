@@ -12,13 +12,14 @@ from dataclasses import dataclass, field
 import trio
 
 from azu.channel import Channel, refusal_of
-from azu.errors import AzuError, NetworkError
+from azu.errors import AzuError, InternalError, NetworkError
 from azu.identity import Identity
 from azu.logs import log
 from azu.models.memory import MAX_JOBS
 from azu.overlay import Overlay, OverlayStream
-from azu.tickets import JobTicket, LoadedLayers, Refusal, check_ticket, open_ticket
+from azu.tickets import JobTicket, LoadedLayers, Refusal, check_ticket, open_ticket, sign_receipt
 from azu.wire.messages import JOB, RING, Failed, Hello, Open, ReceiptReply, Refused
+from node.book import Book, entry_of
 from node.engine.device import DeviceThread
 from node.engine.pace import Pace
 from node.engine.stage import LoadedStage
@@ -78,6 +79,7 @@ class Jobs:
         is_trusted: Callable[[str], bool],
         meter: RingMeter | None = None,
         history: int = HISTORY_BYTES,
+        book: Book | None = None,
     ) -> None:
         self.kv = KvRoom()
         self.admitted = 0  # jobs since the start
@@ -88,6 +90,7 @@ class Jobs:
         self._device = device
         self._is_trusted = is_trusted
         self._loaded: Loaded | None = None
+        self._book = book
         self._jobs: dict[bytes, StageJob] = {}
         self._ended: OrderedDict[bytes, int] = OrderedDict()  # the last epoch by job id, the oldest first
         self._changed = trio.Event()  # set when a job or a leg begins, and then replaced
@@ -132,16 +135,32 @@ class Jobs:
             return
         channel.limit_body(max(4 * ticket.prompt_tokens, 4 * ticket.max_tokens, _MAX_TICKET_BYTES))
         around = Surroundings(self._identity, self._overlay, self._device, loaded.stage, channel, self.meter, self.kv)
-        job = StageJob(ticket, index, around, history=self.history, on_leg=self._wake)
-        with self._admitted(job):
-            self._wake()
-            await job.run()
+        job = StageJob(ticket, index, around, envelope=bytes(body), history=self.history, on_leg=self._wake)
+        try:
+            with self._admitted(job):
+                self._wake()
+                await job.run()
+        except AzuError:
+            await self._account(job)
+            raise
+        receipt = await self._account(job)
         # Only now, with its room free again: the coordinator may send the next job as soon as it reads this.
         if job.expiry.cancelled_caught:
             log(logger, logging.WARNING, "job expired", job=ticket.job_id.hex())
             await channel.send(Failed(code="job_expired", message="its ticket expired", peer_id=self._identity.peer_id))
         else:
-            await channel.send(ReceiptReply(), job.receipt())
+            await channel.send(ReceiptReply(), receipt)
+
+    async def _account(self, job: StageJob) -> bytes:
+        """The receipt of an ended job, signed, and written down."""
+        receipt = job.receipt()
+        envelope = sign_receipt(self._identity, receipt)
+        if self._book is not None and receipt.tokens:
+            try:
+                await self._book.write(entry_of(job.ticket, receipt, job.counted, (job.envelope, envelope)))
+            except InternalError as error:  # the coordinator may know of it all the same
+                log(logger, logging.ERROR, "earnings not written down", job=job.ticket.job_id.hex(), reason=str(error))
+        return envelope
 
     async def handle_ring(self, stream: OverlayStream) -> None:
         """Serve a /azu/ring/1 stream: hand it to the job that it names."""

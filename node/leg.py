@@ -21,6 +21,7 @@ from functools import partial
 import trio
 
 from azu.channel import Channel
+from azu.crossings import SeamLog
 from azu.errors import AzuError, InternalError, NetworkError, ProtocolError
 from azu.identity import Identity
 from azu.logs import log
@@ -38,7 +39,6 @@ from azu.wire.messages import (
     Resume,
     Token,
     Waiting,
-    pack_tokens,
 )
 from azu.wire.tensors import ITEMSIZE, TensorHeader
 from node.engine.device import DeviceThread
@@ -76,10 +76,15 @@ class _PausedError(Exception):
 
 
 class Leg:
-    """Stage `index` of a ticket's job, with this ticket's neighbours."""
+    """Stage `index` of a ticket's job, with this ticket's neighbours.
+
+    Attributes:
+        received, sent: the hidden states that it computed on, and those that it gave to the next stage.
+    """
 
     def __init__(self, ticket: JobTicket, index: int, around: Surroundings, progress: Progress) -> None:
         self.ticket = ticket
+        self.received, self.sent = SeamLog(), SeamLog()
         self._index = index
         self._around = around
         self._progress = progress
@@ -247,7 +252,6 @@ class Leg:
         await self._replay()
         if self._session.is_first:
             for ids, sample in self._session.id_chunks(self._progress.prompt + self._tokens):
-                self._progress.note_input(pack_tokens(ids))
                 await self._run(Step(state, ids, len(ids), sample))
         while True:
             since = time.perf_counter()
@@ -279,13 +283,14 @@ class Leg:
             header = TensorHeader(dtype=session.dtype, shape=(rows, session.hidden_size))
             with self._pausable():
                 chunk = Chunk(position=position, tensor=header, sample=position + rows == session.base)
+                self.sent.note(position, rows, body)
                 await self._link.send_chunk(chunk, body)
 
     async def _step(self, state: JobState, message: Chunk | Next, body: bytearray, rows: int) -> None:
         if isinstance(message, Next):
             await self._run(Step(state, (message.token,), 1, sample=True))
             return
-        self._progress.note_input(body)
+        self.received.note(message.position, rows, body)
         await self._run(Step(state, body, rows, message.sample), self._give_credit)
 
     async def _run(self, step: Step, then: Callable[[], Awaitable[None]] | None = None) -> None:
@@ -321,23 +326,22 @@ class Leg:
                 return  # receive_from() sees the same end and tells whose it is
 
     async def _pass_on(self, output: Output, position: int, step: Step) -> None:
-        progress = self._progress
         if output.tensor is not None and self._link is not None:
             skipped = min(max(0, self._send_from - position), step.rows)  # rows that the next stage has
             if skipped == step.rows:
                 return
             rows = step.rows - skipped
-            progress.last_output = output.body[len(output.body) // step.rows * skipped :]
+            body = output.body[len(output.body) // step.rows * skipped :]
             header = output.tensor.model_copy(update={"shape": (rows, self._session.hidden_size)})
             with self._pausable():
                 chunk = Chunk(position=position + skipped, tensor=header, sample=step.sample)
-                await self._link.send_chunk(chunk, progress.last_output)
+                self.sent.note(chunk.position, rows, body)
+                await self._link.send_chunk(chunk, body)
         elif output.token is not None:
             await self._pass_token(self._session.sampled(output.token))
 
     async def _pass_token(self, token: Token) -> None:
         """To the first stage first, since the next step waits for it there."""
-        self._progress.last_output = pack_tokens([token.token])
         with self._pausable():
             if not token.finish:
                 next_step = Next(index=token.index, token=token.token)

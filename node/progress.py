@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, field
 
 import trio
 
-from azu.wire.frames import Buffer
 from node.engine.stage import JobState
 from node.history import History
 
@@ -27,13 +25,6 @@ class Progress:
     prompt: tuple[int, ...] = ()
     prompt_came: trio.Event = field(default_factory=trio.Event)
     tokens: list[int] = field(default_factory=list)
-    first_input: str = hashlib.sha256().hexdigest()
-    last_output: Buffer = b""
-
-    def note_input(self, body: Buffer) -> None:
-        """Take note of what is computed on next."""
-        if self.positions == 0:
-            self.first_input = hashlib.sha256(body).hexdigest()
 
     def clear(self) -> None:
         """Begin at position 0 again."""

@@ -17,8 +17,9 @@ from collections.abc import Iterator
 from azu.errors import ProtocolError
 from azu.models.memory import chunk_rows
 from azu.tickets import JobTicket
-from azu.wire.messages import Chunk, Next, Resume, Token, unpack_tokens
+from azu.wire.messages import Chunk, Next, Resume, Token
 from azu.wire.tensors import ACTIVATIONS, ITEMSIZE
+from azu.wire.tokens import unpack_tokens
 
 __all__ = ["StageSession"]
 

@@ -77,8 +77,8 @@ RECEIPT: dict[str, Any] = {
     "start": 6,
     "end": 10,
     "tokens": 11,
-    "first_input": "1" * 64,
-    "last_output": "2" * 64,
+    "received": {"start": 0, "end": 11, "digest": "1" * 64},
+    "sent": {"start": 0, "end": 11, "digest": "2" * 64},
     "issued_at": int(NOW),
 }
 LOADED = LoadedLayers(MANIFEST, 6, 10, 10, "float16")

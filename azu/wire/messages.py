@@ -8,8 +8,6 @@
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
@@ -66,8 +64,6 @@ __all__ = [
     "Welcome",
     "WhichBlobs",
     "encode_message",
-    "pack_tokens",
-    "unpack_tokens",
 ]
 
 CONTROL_PROTOCOL = "/azu/control/1"
@@ -200,7 +196,7 @@ class Ready(Message):
 
 
 class Prompt(Message):
-    """Body: the prompt's token ids (`pack_tokens`)."""
+    """Body: the prompt's token ids (`azu.wire.tokens`)."""
 
     max_body: ClassVar[int] = 4 * MAX_TOKENS
     t: Literal["prompt"] = "prompt"
@@ -267,9 +263,13 @@ class Ping(Message):
 
 
 class End(Message):
-    """The coordinator is done with the job (finished or cancelled): free it and answer with the receipt."""
+    """The coordinator is done with the job (finished or cancelled): free it and answer with the receipt.
+
+    `tokens` came out of it; the receipt says what the neighbours gave each other for as many.
+    """
 
     t: Literal["end"] = "end"
+    tokens: Count = 0
 
 
 class Failed(Message):
@@ -373,22 +373,6 @@ class Codec:
 def encode_message(message: Message, body: Buffer = b"") -> tuple[Buffer, ...]:
     """The buffers to write for one message and its body."""
     return encode_frame(encode_cbor(message.model_dump()), body)
-
-
-def pack_tokens(tokens: Sequence[int]) -> bytes:
-    """Token ids as they travel: uint32, little-endian."""
-    return struct.pack(f"<{len(tokens)}I", *tokens)
-
-
-def unpack_tokens(body: Buffer) -> tuple[int, ...]:
-    """The token ids of a body.
-
-    Raises:
-        ProtocolError: code "bad_tokens", where it is cut off in the middle of one.
-    """
-    if len(body) % 4:
-        raise ProtocolError(f"{len(body)} bytes are no whole number of token ids", code="bad_tokens")
-    return struct.unpack(f"<{len(body) // 4}I", body)
 
 
 CONTROL = Codec("control", GetStatus, Status, Assign, Accepted, Refused)

@@ -109,4 +109,5 @@ def _stage_object(stage: StageReport) -> dict[str, Any]:
         "token_layers": stage.token_layers,
         "earned": stage.earned,
         "state": stage.state,
+        **({"reason": stage.reason} if stage.reason else {}),
     }

@@ -12,6 +12,7 @@ from typing import Any
 import trio
 
 from azu.channel import Channel
+from azu.crossings import NOTHING, token_crossing
 from azu.identity import Identity
 from azu.ledger import Ledger
 from azu.overlay import Overlay, OverlayConfig, OverlayStream, open_overlay
@@ -86,14 +87,22 @@ class FakeWorker:
         while (received := await channel.receive()) is not None:
             if isinstance(received[0], End):
                 self.ended += 1
-                await channel.send(ReceiptReply(), sign_receipt(self.identity, self.receipt(ticket)))
+                await channel.send(
+                    ReceiptReply(), sign_receipt(self.identity, self.receipt(ticket, received[0].tokens))
+                )
                 return
 
-    def receipt(self, ticket: JobTicket) -> Receipt:
+    def receipt(self, ticket: JobTicket, counted: int = 0) -> Receipt:
+        """An honest one of a job with this module's prompt, in which the tokens 7, 8, 9, ... came."""
+        stage, positions = ticket.stage_of(self.peer_id) or 0, ticket.positions(counted)
+        tokens = range(7, 7 + counted)
+        ran = [*prompt_of(ticket.prompt_tokens), *tokens][:positions]
         return Receipt(
-            job_id=ticket.job_id, epoch=0, stage=ticket.stage_of(self.peer_id) or 0, peer_id=self.peer_id,
-            start=self.start, end=self.end, tokens=ticket.total_tokens - 1, first_input="0" * 64,
-            last_output="0" * 64, issued_at=int(time.time()),
+            job_id=ticket.job_id, epoch=0, stage=stage, peer_id=self.peer_id,
+            start=self.start, end=self.end, tokens=ticket.total_tokens - 1,
+            received=NOTHING if stage else token_crossing(0, ran),
+            sent=token_crossing(ticket.prompt_tokens, tokens) if stage == len(ticket.stages) - 1 else NOTHING,
+            issued_at=int(time.time()),
         )  # fmt: skip
 
 
@@ -133,9 +142,13 @@ class Swarm:
             return [sampled.token async for sampled in job.tokens()]
 
 
+def prompt_of(length: int) -> tuple[int, ...]:
+    return tuple(range(3, 3 + length))
+
+
 def request(max_tokens: int = 3, prompt: int = 4) -> GenerationRequest:
     model = ServedModel(manifest=MANIFEST, tokenizer_files={}, config={}, created=0)
-    return GenerationRequest(model, tuple(range(3, 3 + prompt)), max_tokens, Sampling(), ())
+    return GenerationRequest(model, prompt_of(prompt), max_tokens, Sampling(), ())
 
 
 @asynccontextmanager

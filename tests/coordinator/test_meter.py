@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from azu.crossings import NOTHING, Crossing, token_crossing
 from azu.errors import InternalError
 from azu.identity import Identity
 from azu.ledger import Ledger, reading
 from azu.ledger.accounts import FREE
 from azu.tickets import JobTicket, Receipt, sign_receipt
+from coordinator.generation import JobReport
 from coordinator.meter import Meter, Receipts, read_job
 from coordinator.old_meter import take_over_meter
 
@@ -49,9 +51,18 @@ def ticket(**changes: Any) -> JobTicket:
     return JobTicket.model_validate(fields | changes)
 
 
-def receipts(subject: JobTicket, *tokens: int | None) -> Receipts:
-    """One receipt per stage with the positions that it states; None for a stage that sent none."""
+PROMPT = (3, 4, 5, 6, 7)
+
+
+def answer(count: int) -> tuple[int, ...]:
+    return tuple(range(10, 10 + count))
+
+
+def receipts(subject: JobTicket, counted: int, *tokens: int | None) -> Receipts:
+    """Receipts that agree, one per stage with the positions that it states; None for a stage that sent none."""
     made: dict[int, tuple[bytes, Receipt]] = {}
+    positions = subject.positions(counted)
+    last = len(subject.stages) - 1
     for index, count in enumerate(tokens):
         if count is None:
             continue
@@ -64,19 +75,28 @@ def receipts(subject: JobTicket, *tokens: int | None) -> Receipts:
             start=entry.start,
             end=entry.end,
             tokens=count,
-            first_input="1" * 64,
-            last_output="2" * 64,
+            received=seam(index, positions) if index else token_crossing(0, (*PROMPT, *answer(counted))[:positions]),
+            sent=seam(index + 1, positions) if index < last else token_crossing(len(PROMPT), answer(counted)),
             issued_at=0,
         )
         made[index] = (sign_receipt(WORKERS[index], receipt), receipt)
     return made
 
 
+def seam(index: int, positions: int) -> Crossing:
+    """What the stages at both sides of a seam say of it."""
+    return Crossing(start=0, end=positions, digest=f"{index:064x}") if positions else NOTHING
+
+
+def settled(meter: Meter, subject: JobTicket, counted: int, given: Receipts) -> Awaitable[JobReport]:
+    return meter.settle(subject, PROMPT, answer(counted), given)
+
+
 # --- reading
 
 
 def test_the_last_token_is_sampled_but_never_run() -> None:
-    report = read_job(ticket(), 3, receipts(ticket(), 7, 7, 7))
+    report = read_job(ticket(), PROMPT, answer(3), receipts(ticket(), 3, 7, 7, 7))
     assert (report.prompt_tokens, report.completion_tokens) == (5, 3)
     assert report.token_layers == (5 + 3 - 1) * 10
     assert report.cost == report.token_layers * 2
@@ -87,21 +107,20 @@ def test_the_last_token_is_sampled_but_never_run() -> None:
 
 
 def test_one_token_costs_its_prompt() -> None:
-    assert read_job(ticket(), 1, {}).token_layers == 5 * 10
+    assert read_job(ticket(), PROMPT, answer(1), {}).token_layers == 5 * 10
 
 
 def test_nothing_is_charged_where_no_token_came() -> None:
-    report = read_job(ticket(), 0, receipts(ticket(), 5, 5, 5))
+    report = read_job(ticket(), PROMPT, (), receipts(ticket(), 0, 5, 5, 5))
     assert (report.cost, report.token_layers) == (0, 0)
-    assert [stage.earned for stage in report.stages] == [0, 0, 0]
+    assert [(stage.earned, stage.state) for stage in report.stages] == [(0, "credited")] * 3
 
 
-@pytest.mark.parametrize(
-    ("stated", "state"), [(None, "held"), (0, "held"), (6, "held"), (7, "credited"), (9, "credited")]
-)
-def test_a_stage_is_credited_once_it_confirms_the_count(stated: int | None, state: str) -> None:
-    report = read_job(ticket(), 3, receipts(ticket(), 7, stated, 7))
-    assert [stage.state for stage in report.stages] == ["credited", state, "credited"]
+@pytest.mark.parametrize(("stated", "reason"), [(None, "no_receipt"), (0, "short"), (6, "short"), (7, ""), (9, "")])
+def test_a_stage_is_credited_once_it_confirms_the_count(stated: int | None, reason: str) -> None:
+    report = read_job(ticket(), PROMPT, answer(3), receipts(ticket(), 3, 7, stated, 7))
+    assert [stage.reason for stage in report.stages] == ["", reason, ""]
+    assert [stage.state for stage in report.stages] == ["credited", "held" if reason else "credited", "credited"]
     # A receipt that states more earns no more: the coordinator's count is what pays.
     assert report.stages[1].tokens == 7
     assert report.stages[1].earned == 56
@@ -109,7 +128,7 @@ def test_a_stage_is_credited_once_it_confirms_the_count(stated: int | None, stat
 
 @given(st.integers(1, 1_000), st.integers(0, 100), st.integers(0, 10**9))
 def test_stages_never_earn_more_than_was_charged(prompt: int, emitted: int, price: int) -> None:
-    report = read_job(ticket(prompt_tokens=prompt, price=price), emitted, {})
+    report = read_job(ticket(prompt_tokens=prompt, price=price), range(prompt), answer(emitted), {})
     assert sum(stage.token_layers for stage in report.stages) == report.token_layers
     earned = sum(stage.earned for stage in report.stages)
     assert report.cost * 8 // 10 - len(report.stages) <= earned <= report.cost * 8 // 10
@@ -128,12 +147,12 @@ async def ledger(tmp_path: Path) -> AsyncIterator[Ledger]:
 async def test_settling_again_changes_nothing(ledger: Ledger) -> None:
     meter = Meter(ledger)
     subject = ticket()
-    first = await meter.settle(subject, 3, receipts(subject, 7, 7, 7))
+    first = await settled(meter, subject, 3, receipts(subject, 3, 7, 7, 7))
     earned = await meter.earnings()
     assert earned == {stage.peer_id: stage.earned for stage in first.stages}
-    await meter.settle(subject, 3, receipts(subject, 7, 7, 7))
-    await meter.settle(subject, 90, receipts(subject, 94, 94, 94))  # not even with other numbers
-    await meter.settle(ticket(epoch=1), 3, receipts(ticket(epoch=1), 7, 7, 7))
+    await settled(meter, subject, 3, receipts(subject, 3, 7, 7, 7))
+    await settled(meter, subject, 90, receipts(subject, 90, 94, 94, 94))  # not even with other numbers
+    await settled(meter, ticket(epoch=1), 3, receipts(ticket(epoch=1), 3, 7, 7, 7))
     assert await meter.earnings() == earned
     assert len(await ledger.export()) == 1
 
@@ -142,7 +161,7 @@ async def test_jobs_add_up(ledger: Ledger) -> None:
     expected: dict[str, int] = {}
     for number in range(3):
         subject = ticket(job_id=bytes([number]) * 16)
-        report = await Meter(ledger).settle(subject, number + 1, receipts(subject, 100, 100, 100))
+        report = await settled(Meter(ledger), subject, number + 1, receipts(subject, number + 1, 100, 100, 100))
         for stage in report.stages:
             expected[stage.peer_id] = expected.get(stage.peer_id, 0) + stage.earned
     assert await Meter(ledger).earnings() == expected
@@ -151,8 +170,8 @@ async def test_jobs_add_up(ledger: Ledger) -> None:
 
 async def test_a_held_stage_is_written_down_but_not_credited(ledger: Ledger) -> None:
     subject = ticket()
-    given_in = receipts(subject, 7, None, 3)
-    await Meter(ledger).settle(subject, 3, given_in)
+    given_in = receipts(subject, 3, 7, None, 3)
+    await settled(Meter(ledger), subject, 3, given_in)
     assert await Meter(ledger).earnings() == {ALICE.peer_id: 44}
     rows = await ledger.read(reading.held_earnings)
     assert [(row["peer_id"], row["state"]) for row in rows] == [(BOB.peer_id, "held"), (CAROL.peer_id, "held")]
@@ -162,13 +181,13 @@ async def test_a_held_stage_is_written_down_but_not_credited(ledger: Ledger) -> 
 
 async def test_where_jobs_are_paid_for_one_that_is_not_reserved_is_a_bug(ledger: Ledger) -> None:
     with pytest.raises(InternalError) as raised:
-        await Meter(ledger, is_free=False).settle(ticket(), 3, {})
+        await settled(Meter(ledger, is_free=False), ticket(), 3, {})
     assert raised.value.code == "not_reserved"
     assert await ledger.export() == []
 
 
 async def test_amounts_past_64_bits_are_counted(ledger: Ledger) -> None:
-    report = await Meter(ledger).settle(ticket(price=2**62), 3, {})
+    report = await settled(Meter(ledger), ticket(price=2**62), 3, {})
     assert report.cost == 70 * 2**62
     assert await ledger.balance(FREE) == -report.cost
 

@@ -38,9 +38,9 @@ from azu.wire.messages import (
     Ready,
     ReceiptReply,
     Token,
-    pack_tokens,
 )
 from azu.wire.tensors import WeightFormat
+from azu.wire.tokens import pack_tokens
 from node.engine.device import DeviceThread, open_device_thread
 from node.engine.stage import LoadedStage, find_device, load_stage
 from node.jobs import Jobs, Loaded
@@ -190,7 +190,7 @@ class Coordinator:
                     await done.wait()
                 if not done.is_set():
                     await channel.send(Ping())
-            await channel.send(End())
+            await channel.send(End(tokens=len(end.tokens)))
 
         async with trio.open_nursery() as nursery:
             for index in range(len(self.stages)):

@@ -26,9 +26,8 @@ from azu.wire.messages import (
     Refused,
     Resume,
     Token,
-    pack_tokens,
-    unpack_tokens,
 )
+from azu.wire.tokens import pack_tokens, unpack_tokens
 from tests.node.real_stages import (
     Coordinator,
     TinyModel,

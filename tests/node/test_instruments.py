@@ -8,7 +8,8 @@ import pytest
 import torch
 import trio
 
-from azu.wire.messages import End, Prompt, Token, pack_tokens
+from azu.wire.messages import End, Prompt, Token
+from azu.wire.tokens import pack_tokens
 from node import instruments
 from node.engine.blocks import BLOCK
 from node.engine.instruments import Passes

@@ -34,9 +34,9 @@ from azu.wire.messages import (
     ReceiptReply,
     Refused,
     Token,
-    pack_tokens,
 )
 from azu.wire.tensors import WeightFormat
+from azu.wire.tokens import pack_tokens
 from node import job as job_module
 from node.engine.stage import Step
 from node.jobs import Jobs

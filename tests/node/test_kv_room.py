@@ -8,7 +8,8 @@ import trio
 
 from azu.channel import Channel
 from azu.tickets import JobTicket
-from azu.wire.messages import End, Message, Prompt, ReceiptReply, Refused, Token, Waiting, pack_tokens
+from azu.wire.messages import End, Message, Prompt, ReceiptReply, Refused, Token, Waiting
+from azu.wire.tokens import pack_tokens
 from node.engine.blocks import BLOCK
 from node.kv_room import KvRoom
 from tests.node.real_stages import Coordinator, TinyModel, next_of, prompt_of, real_ring, tiny_model

@@ -14,8 +14,9 @@ from azu.errors import ProtocolError
 from azu.identity import Identity
 from azu.models.memory import chunk_rows
 from azu.tickets import JobTicket
-from azu.wire.messages import Chunk, Next, Resume, Token, pack_tokens
+from azu.wire.messages import Chunk, Next, Resume, Token
 from azu.wire.tensors import ACTIVATIONS, ITEMSIZE, WEIGHT_FORMATS, DType, TensorHeader, WeightFormat
+from azu.wire.tokens import pack_tokens
 from node.session import StageSession
 
 PEERS = [Identity(bytes([number]) * 32).peer_id for number in range(1, 5)]

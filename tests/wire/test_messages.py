@@ -77,7 +77,7 @@ EXAMPLES: dict[Codec, tuple[Message, ...]] = {
         Ping(),
         Amend(known=7),
         Resume(epoch=1, position=0, send_from=9, known=7),
-        End(),
+        End(tokens=7),
         Ready(),
         Paused(epoch=2**31, position=MAX_TOKENS, can_replay=False),
         Waiting(),
