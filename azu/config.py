@@ -10,7 +10,7 @@
     │   └── DhtSettings          azu-dht
     ├── WorkerSettings           what a worker has and offers
     │   └── PlanSettings         azu-node plan
-    ├── StatusSettings           azu-node status
+    ├── StatusSettings           azu-node status, and earnings (node.settings)
     ├── LedgerPlace              where the money is written down
     ├── CatalogueSettings        azu-coordinator models
     │   ├── ShardSettings        azu-coordinator shard
@@ -50,6 +50,7 @@ from azu.wire.tensors import WeightFormat
 __all__ = [
     "ENV_PREFIX",
     "MAX_TOKENS",
+    "NODE_DIR",
     "BaseAzuSettings",
     "BootstrapSettings",
     "CatalogueSettings",
@@ -60,14 +61,13 @@ __all__ = [
     "PlanSettings",
     "RemoveSettings",
     "ShardSettings",
-    "StatusSettings",
     "format_size",
     "parse_size",
 ]
 
 ENV_PREFIX = "AZU_"
 _COORDINATOR_DIR = Path("~/.azu/coordinator")
-_NODE_DIR = Path("~/.azu/node")
+NODE_DIR = Path("~/.azu/node")
 _KV_TOKENS = 8192  # what every worker keeps room for, unless the coordinator's operator says otherwise
 MAX_TOKENS = 1_000_000  # tokens; far above any context length, below what could overflow an estimate
 
@@ -167,7 +167,7 @@ class WorkerSettings(BaseAzuSettings):
         "take a quarter and a sixth of float32's memory, compute in bfloat16, and need torchao.",
     )
     data_dir: Folder = Field(
-        default=_NODE_DIR,
+        default=NODE_DIR,
         description="Holds the identity key (keep it: it is your peer id and earns your money) and the layers fetched. "
         "Every program that runs at once needs its own.",
         json_schema_extra=cli(metavar="FOLDER"),
@@ -194,6 +194,19 @@ class NodeSettings(WorkerSettings, MemberSettings):
         description="Main memory that may hold what was sent on for running jobs, such as 2GiB, so that a worker which "
         "takes the next stage over can be sent it again. Beyond that, this one computes it again.",
         json_schema_extra=cli(metavar="SIZE"),
+    )
+    receipts_limit: Size = Field(
+        default=256 << 20,
+        description="Disk space for the tickets and receipts of jobs that were served, such as 1GiB; the oldest are "
+        "deleted. What they earned is kept as sums.",
+        json_schema_extra=cli(metavar="SIZE"),
+    )
+    receipts_days: int = Field(
+        default=400,
+        ge=1,
+        le=36_500,
+        description="Days to keep tickets and receipts for.",
+        json_schema_extra=cli(metavar="DAYS"),
     )
     no_hub: bool = Field(
         default=False,
@@ -241,21 +254,6 @@ class PlanSettings(WorkerSettings):
     as_json: bool = Field(
         default=False,
         description="Print one JSON document instead of tables, with all sizes in bytes.",
-        json_schema_extra=cli(option="--json"),
-    )
-
-
-class StatusSettings(BaseAzuSettings):
-    """A look at the worker that runs on a data folder."""
-
-    data_dir: Folder = Field(
-        default=_NODE_DIR,
-        description="The worker's data folder, as given to `azu-node join`.",
-        json_schema_extra=cli(metavar="FOLDER"),
-    )
-    as_json: bool = Field(
-        default=False,
-        description="Print one JSON document: sizes in bytes, times in seconds, sums instead of means.",
         json_schema_extra=cli(option="--json"),
     )
 

@@ -43,6 +43,7 @@ def cli(*, metavar: str | None = None, option: str | None = None) -> dict[str, A
     return {"metavar": metavar, "option": option}
 
 
+JobIdText = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 Text = Annotated[str, Field(min_length=1, max_length=1024)]
 Words = Annotated[tuple[Text, ...], NoDecode, BeforeValidator(words)]
 Multiaddr = Annotated[str, AfterValidator(checked(check_multiaddr))]

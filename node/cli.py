@@ -6,7 +6,8 @@ import os
 from functools import partial
 
 from azu.cli import begin_logging, program, run_program, settings_options
-from azu.config import NodeSettings, PlanSettings, StatusSettings
+from azu.config import NodeSettings, PlanSettings
+from node.settings import EarningsSettings, StatusSettings
 
 __all__ = ["main"]
 
@@ -58,3 +59,16 @@ def status(settings: StatusSettings) -> None:
 
     begin_logging(settings)
     print_status(settings)
+
+
+@main.command()
+@settings_options(EarningsSettings)
+def earnings(settings: EarningsSettings) -> None:
+    """Say what this machine's worker has earned, by its own signed tickets and receipts.
+
+    The worker may be running or not. Amounts are in the smallest unit of each coordinator's currency.
+    """
+    from node.earnings import print_earnings
+
+    begin_logging(settings)
+    print_earnings(settings)

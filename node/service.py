@@ -19,6 +19,7 @@ from azu.peerbook import PeerBook
 from azu.records import VALIDATORS
 from azu.sizes import format_size
 from azu.swarm_key import read_swarm_key
+from node.book import Book
 from node.engine.device import open_device_thread
 from node.engine.stage import find_device, require_packages
 from node.report import serve_report
@@ -86,6 +87,9 @@ async def serve(settings: NodeSettings) -> None:
                 payout_address=settings.payout_address or "",
                 use_hub=not settings.no_hub,
                 failover_memory=settings.failover_memory,
+                book=Book(
+                    settings.data_dir, keep_bytes=settings.receipts_limit, keep_s=settings.receipts_days * 86_400
+                ),
             )
             await nursery.start(serve_report, worker, overlay, settings.metrics, settings.data_dir)
             nursery.start_soon(partial(stay_joined, overlay, settings.bootstrap, book=book))

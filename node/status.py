@@ -11,11 +11,11 @@ from urllib.parse import urlsplit
 
 import click
 
-from azu.config import StatusSettings
 from azu.dht.text import duration, link_text, short_digest, speed_text
 from azu.errors import NetworkError
 from azu.records import Link, Speed
 from azu.sizes import format_size
+from node.settings import StatusSettings
 
 __all__ = ["ADDRESS_FILE", "fetch_status", "print_status", "show_status"]
 

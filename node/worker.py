@@ -29,6 +29,7 @@ from azu.wire.messages import (
     Status,
 )
 from azu.wire.tensors import WeightFormat
+from node.book import Book
 from node.engine.device import DeviceThread
 from node.engine.stage import Device
 from node.idle import explain_idleness
@@ -74,13 +75,20 @@ class Worker:
         payout_address: str,
         use_hub: bool = True,
         failover_memory: int = HISTORY_BYTES,
+        book: Book | None = None,
     ) -> None:
         self.dtype = dtype
         self.device = device
         self.layers = layers
         self.instruments = Instruments(thread.passes)
         self.jobs = Jobs(
-            identity, overlay, thread, is_trusted=trust, meter=self.instruments.ring, history=failover_memory
+            identity,
+            overlay,
+            thread,
+            is_trusted=trust,
+            meter=self.instruments.ring,
+            history=failover_memory,
+            book=book,
         )
         self._identity = identity
         self._overlay = overlay

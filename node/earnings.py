@@ -1,0 +1,100 @@
+"""`azu-node earnings`: what a worker has earned by its own book, and the proof of a job."""
+
+from __future__ import annotations
+
+import base64
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from azu.errors import InputError
+from node.book import BOOK_FILE, Book, Earned
+from node.settings import EarningsSettings
+
+__all__ = ["facts_of", "print_earnings", "proof_of", "show"]
+
+
+def print_earnings(settings: EarningsSettings) -> None:
+    """Raises InputError where there is nothing to print, InternalError where the book cannot be read."""
+    if settings.proof is not None:
+        click.echo(json.dumps(proof_of(settings.data_dir, settings.proof), indent=2))
+        return
+    earned = _book(settings.data_dir).earned()
+    click.echo(json.dumps(facts_of(earned), indent=2) if settings.as_json else show(earned))
+
+
+def proof_of(data_dir: Path, job_id: str) -> dict[str, Any]:
+    """What proves a job: the envelopes of its last ticket and of its receipt in base64, and what they say.
+
+    Raises:
+        InputError: code "unknown_job", where it is not in the book, or not any more.
+    """
+    found = _book(data_dir).find(job_id)
+    if not found:
+        raise InputError(
+            f"the book in {data_dir} has no job {job_id}",
+            code="unknown_job",
+            remedy="Job ids are in the coordinator's answers and statements; old receipts are deleted, see "
+            "--receipts-limit and --receipts-days of `azu-node join`",
+        )
+    last = found[-1]
+    return {
+        "job_id": last.job_id,
+        "epoch": last.epoch,
+        "coordinator": last.coordinator,
+        "ended_at": last.ended_at,
+        "settled": last.is_settled,
+        "tokens": last.positions,
+        "token_layers": last.token_layers,
+        "earned": last.earned,
+        "ticket": base64.b64encode(last.ticket).decode(),
+        "receipt": base64.b64encode(last.receipt).decode(),
+    }
+
+
+def facts_of(earned: Sequence[Earned]) -> dict[str, Any]:
+    """The document that --json prints. Pure."""
+    return {"total": _sums(earned), "coordinators": [{"coordinator": e.coordinator, **_sums([e])} for e in earned]}
+
+
+def show(earned: Sequence[Earned]) -> str:
+    """The page. Pure."""
+    if not earned:
+        return "nothing yet: no job has ended here"
+    rows = [(each.coordinator, _sums([each])) for each in earned]
+    if len(rows) > 1:
+        rows.append(("all", _sums(earned)))
+    width = max(len(name) for name, _ in rows)
+    lines = [f"{'coordinator':<{width}}{'jobs':>10}{'unsettled':>11}{'token-layers':>16}{'earned':>24}  last job"]
+    for name, sums in rows:
+        last = time.strftime("%Y-%m-%d %H:%M", time.localtime(sums["last"]))
+        lines.append(
+            f"{name:<{width}}{sums['jobs']:>10,}{sums['unsettled']:>11,}{sums['token_layers']:>16,}"
+            f"{sums['earned']:>24,}  {last}"
+        )
+    return "\n".join(lines)
+
+
+def _sums(earned: Sequence[Earned]) -> dict[str, int]:
+    return {
+        "jobs": sum(each.jobs for each in earned),
+        "unsettled": sum(each.unsettled for each in earned),
+        "token_layers": sum(each.token_layers for each in earned),
+        "earned": sum(each.earned for each in earned),
+        "since": min((each.since for each in earned), default=0),
+        "last": max((each.last for each in earned), default=0),
+    }
+
+
+def _book(data_dir: Path) -> Book:
+    if not (data_dir / BOOK_FILE).exists():
+        raise InputError(
+            f"the data folder {data_dir} has no book of earnings",
+            code="no_book",
+            remedy="Name the worker's folder with --data-dir; `azu-node join` makes the book when it first starts",
+        )
+    return Book(data_dir)
