@@ -22,6 +22,7 @@ from pydantic import Field
 
 from azu.wire.document import Digest, Document
 from azu.wire.frames import Buffer
+from azu.wire.messages import pack_tokens
 
 __all__ = ["NOTHING", "Crossing", "SeamLog", "token_crossing"]
 
@@ -47,7 +48,7 @@ def token_crossing(start: int, ids: Sequence[int]) -> Crossing:
     """What goes over a seam as token ids: the prompt and sampled tokens into the first stage, or out of the last."""
     if not ids:
         return NOTHING
-    digest = hashlib.sha256(struct.pack(f"<{len(ids)}I", *ids)).hexdigest()
+    digest = hashlib.sha256(pack_tokens(ids)).hexdigest()
     return Crossing(start=start, end=start + len(ids), digest=digest)
 
 

@@ -4,6 +4,7 @@ pure     accounts, digests, page, operations, payouts    what may happen, and wh
 shell    schema, migrations, upgrade, database, store    where it is kept
          writer                                          one thread that commits what waits, together
          reading, verifying                              what can be asked
+         decisions                                       what becomes of held earnings
          ledger                                          all of it, from trio
 """
 
@@ -28,6 +29,7 @@ from azu.ledger.answers import (
     SignedPayout,
 )
 from azu.ledger.database import Database
+from azu.ledger.decisions import HeldEarning, Outcome
 from azu.ledger.ledger import Ledger
 from azu.ledger.store import KeyLimits
 from azu.ledger.verifying import Finding, verify
@@ -41,11 +43,13 @@ __all__ = [
     "EndedJob",
     "Entry",
     "Finding",
+    "HeldEarning",
     "JobUse",
     "KeyLimit",
     "KeyLimits",
     "Ledger",
     "Line",
+    "Outcome",
     "Payout",
     "PayoutState",
     "Refusal",

@@ -29,6 +29,7 @@ from azu.ledger.answers import (
     SignedPayout,
 )
 from azu.ledger.database import Database
+from azu.ledger.decisions import Decide, HeldEarning, Outcome, find_held
 from azu.ledger.operations import Deposit, Extend, Release, Reserve, Settle
 from azu.ledger.payouts import ConfirmPayouts, FailPayouts, PlanPayout, SendPayouts, SignPayouts
 from azu.ledger.store import KeyLimits
@@ -187,6 +188,22 @@ class Ledger:
     async def signings(self, payout_id: str) -> list[SignedPayout]:
         """The transactions that were signed for a payout, the latest last."""
         return await self.read(partial(reading.signings, payout_id=payout_id))
+
+    # --- earnings in dispute
+
+    async def held(self, *, peer_id: str | None = None, job_id: str | None = None) -> Sequence[HeldEarning]:
+        """The latest held earnings, decided or not: all, one worker's, or one job's."""
+        return await self.read(partial(find_held, peer_id=peer_id, job_id=job_id))
+
+    async def decide(self, job_id: str, epoch: int, stage: int, outcome: Outcome) -> Outcome | Refusal:
+        """Pay held earnings to their worker, or give them back to the client. A decision is final."""
+        found = await self.read(partial(find_held, job_id=job_id, limit=None))
+        earning = next((each for each in found if (each.epoch, each.stage) == (epoch, stage)), None)
+        if earning is None:
+            return Refusal("not_held", f"nothing is held of stage {stage} of job {job_id}")
+        if earning.outcome == outcome:
+            return outcome
+        return await self._writer.do(Decide(earning, outcome))
 
     # --- the books
 

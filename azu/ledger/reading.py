@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -19,7 +19,6 @@ __all__ = [
     "Head",
     "entries",
     "head",
-    "held_earnings",
     "open_reservations",
     "payouts",
     "signings",
@@ -108,15 +107,6 @@ def signings(connection: Connection, payout_id: str) -> list[SignedPayout]:
     columns = [table.c[name] for name in SignedPayout.__slots__]
     rows = connection.execute(select(*columns).where(table.c.payout_id == payout_id).order_by(table.c.number))
     return [SignedPayout(**row) for row in rows.mappings()]
-
-
-def held_earnings(connection: Connection, limit: int = MAX_ROWS) -> Sequence[dict[str, object]]:
-    """The latest stages whose earnings are held, as rows of `stages` with the job's `settled_at`."""
-    stages, jobs = schema.stages, schema.jobs
-    same = (stages.c.job_id == jobs.c.job_id) & (stages.c.epoch == jobs.c.epoch)
-    query = select(stages, jobs.c.settled_at).join(jobs, same).where(stages.c.state == "held")
-    rows = connection.execute(query.order_by(jobs.c.seq.desc(), stages.c.stage).limit(limit)).mappings()
-    return [dict(row) for row in rows]
 
 
 def head(connection: Connection) -> Head:

@@ -11,6 +11,7 @@ from sqlalchemy import Connection, select
 from azu.ledger import reading, schema
 from azu.ledger.accounts import FREE, chain, client, held, kind_of, may_be_negative, paying, reserved, worker
 from azu.ledger.answers import Entry
+from azu.ledger.decisions import find_held
 from azu.ledger.digests import GENESIS, digest_of
 
 __all__ = ["Finding", "verify"]
@@ -33,6 +34,7 @@ def verify(connection: Connection) -> list[Finding]:
         *_check_reservations(connection, book),
         *_check_deposits(connection, book),
         *_check_jobs(connection, book),
+        *_check_decisions(connection, book),
         *_check_payouts(connection, book),
     ]
     return [*found, *(Finding(key, "nothing tells what this transaction was for") for key in book.unclaimed())]
@@ -157,6 +159,13 @@ def _check_jobs(connection: Connection, book: _Book) -> Iterator[Finding]:
             yield Finding(f"job {job_id}", "its reservation is settled, and the job is missing")
     for job_id, _ in paid:
         yield Finding(f"job {job_id}", "its stages are there, and the job is missing")
+
+
+def _check_decisions(connection: Connection, book: _Book) -> Iterator[Finding]:
+    """That what was decided moved what was held; whose key is no held stage's stays unclaimed."""
+    for earning in find_held(connection, limit=None):
+        if earning.outcome is not None:
+            yield from book.claim(earning.key, *earning.moves(earning.outcome))
 
 
 def _check_payouts(connection: Connection, book: _Book) -> Iterator[Finding]:

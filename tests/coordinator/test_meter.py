@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from azu.crossings import NOTHING, Crossing, token_crossing
 from azu.errors import InternalError
 from azu.identity import Identity
-from azu.ledger import Ledger, reading
+from azu.ledger import Ledger
 from azu.ledger.accounts import FREE
 from azu.tickets import JobTicket, Receipt, sign_receipt
 from coordinator.generation import JobReport
@@ -173,10 +173,10 @@ async def test_a_held_stage_is_written_down_but_not_credited(ledger: Ledger) -> 
     given_in = receipts(subject, 3, 7, None, 3)
     await settled(Meter(ledger), subject, 3, given_in)
     assert await Meter(ledger).earnings() == {ALICE.peer_id: 44}
-    rows = await ledger.read(reading.held_earnings)
-    assert [(row["peer_id"], row["state"]) for row in rows] == [(BOB.peer_id, "held"), (CAROL.peer_id, "held")]
-    assert [row["receipt"] for row in rows] == [None, given_in[2][0]]
-    assert await ledger.balances("held") == {row["peer_id"]: row["earned"] for row in rows}
+    held = await ledger.held()
+    assert [(each.peer_id, each.reason) for each in held] == [(BOB.peer_id, "no_receipt"), (CAROL.peer_id, "short")]
+    assert [each.receipt for each in held] == [None, given_in[2][0]]
+    assert await ledger.balances("held") == {each.peer_id: each.earned for each in held}
 
 
 async def test_where_jobs_are_paid_for_one_that_is_not_reserved_is_a_bug(ledger: Ledger) -> None:

@@ -142,10 +142,10 @@ async def test_a_receipt_of_another_job_or_epoch_is_none(
 async def test_a_job_that_is_ended_while_rows_are_under_way_is_agreed_on(model: TinyModel, tmp_path: Path) -> None:
     async with real_swarm(model, tmp_path, *FOUR) as swarm:
         for count in (1, 2, 9):
-            async with swarm.runner.generate(swarm.request(PROMPT, 2_000)) as job:
-                async with aclosing(job.tokens()) as tokens:
-                    while count and await anext(tokens):
-                        count -= 1
+            request = swarm.request(PROMPT, 2_000)
+            async with swarm.runner.generate(request) as job, aclosing(job.tokens()) as tokens:
+                while count and await anext(tokens):
+                    count -= 1
             report = await job.finish()
             assert reasons(report) == [""] * 4
             assert report.completion_tokens < 2_000
