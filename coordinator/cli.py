@@ -6,7 +6,7 @@ from functools import partial
 
 from azu.cli import begin_logging, program, run_program, settings_options
 from azu.config import CatalogueSettings, CoordinatorSettings, RemoveSettings, ShardSettings
-from coordinator.ledger_settings import LedgerSettings, StatementSettings
+from coordinator.ledger_settings import DecideSettings, HeldSettings, LedgerSettings, StatementSettings
 
 __all__ = ["main"]
 
@@ -103,3 +103,22 @@ def statement(settings: StatementSettings) -> None:
 
     begin_logging(settings)
     show_statement(settings)
+
+
+@ledger.command()
+@settings_options(HeldSettings)
+def held(settings: HeldSettings) -> None:
+    """Show earnings that are paid to nobody, since receipts are missing or disagree."""
+    from coordinator.held_commands import show_held
+
+    begin_logging(settings)
+    show_held(settings)
+
+
+@ledger.command()
+@settings_options(DecideSettings, positional="worker")
+def decide(settings: DecideSettings) -> None:
+    """Decide what becomes of a worker's held earnings. This is final."""
+    from coordinator.held_commands import decide_held
+
+    run_program(partial(decide_held, settings), settings=settings)

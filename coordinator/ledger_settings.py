@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from datetime import date
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 
 from azu.config import CatalogueSettings, CoordinatorSettings, LedgerPlace
-from azu.setting_types import Text, cli
+from azu.setting_types import JobIdText, PeerId, Text, cli
 
-__all__ = ["LedgerSettings", "StatementSettings", "ledger_place"]
+__all__ = ["DecideSettings", "HeldSettings", "LedgerSettings", "StatementSettings", "ledger_place"]
 
 
 class LedgerSettings(CatalogueSettings, LedgerPlace):
@@ -28,6 +29,29 @@ class StatementSettings(LedgerSettings):
         default=None,
         description="The first day to show, in UTC, such as 2026-11-29. All where omitted.",
         json_schema_extra=cli(metavar="DAY"),
+    )
+
+
+class HeldSettings(LedgerSettings):
+    """Earnings in dispute."""
+
+    decided: bool = Field(default=False, description="Show those that were decided on, too.")
+
+
+class DecideSettings(LedgerSettings):
+    """What becomes of a worker's earnings in dispute."""
+
+    worker: PeerId = Field(
+        description="The worker whose earnings are held, by its peer id.", json_schema_extra=cli(metavar="PEER_ID")
+    )
+    outcome: Literal["worker", "client"] = Field(
+        description="Pay the worker, or give the client back what it paid, with the platform's share.",
+        json_schema_extra=cli(option="--for"),
+    )
+    job: JobIdText | None = Field(
+        default=None,
+        description="Decide on this job alone; on all that is held of this worker where omitted.",
+        json_schema_extra=cli(metavar="JOB_ID"),
     )
 
 

@@ -29,7 +29,7 @@ from azu.ledger.answers import (
     SignedPayout,
 )
 from azu.ledger.database import Database
-from azu.ledger.decisions import HeldEarning, Outcome
+from azu.ledger.decisions import HeldEarning, Outcome, find_held
 from azu.ledger.ledger import Ledger
 from azu.ledger.store import KeyLimits
 from azu.ledger.verifying import Finding, verify
@@ -56,5 +56,6 @@ __all__ = [
     "Reserved",
     "Shortfall",
     "SignedPayout",
+    "find_held",
     "verify",
 ]

@@ -87,9 +87,14 @@ class Decide:
 
 
 def find_held(
-    connection: Connection, *, peer_id: str | None = None, job_id: str | None = None, limit: int | None = 1_000
+    connection: Connection,
+    *,
+    peer_id: str | None = None,
+    job_id: str | None = None,
+    is_undecided: bool = False,
+    limit: int | None = 1_000,
 ) -> Sequence[HeldEarning]:
-    """Held earnings, decided or not, the latest first: all, one worker's, or one job's."""
+    """Held earnings, the latest first: all, one worker's, one job's, or those that nobody has decided on."""
     stages, jobs, reservations, decided = schema.stages, schema.jobs, schema.reservations, schema.transactions
     query = (
         select(
@@ -112,6 +117,8 @@ def find_held(
         query = query.where(stages.c.peer_id == peer_id)
     if job_id is not None:
         query = query.where(stages.c.job_id == job_id)
+    if is_undecided:
+        query = query.where(decided.c.kind.is_(None))
     return [_held_of(row._mapping) for row in connection.execute(query)]
 
 

@@ -191,9 +191,11 @@ class Ledger:
 
     # --- earnings in dispute
 
-    async def held(self, *, peer_id: str | None = None, job_id: str | None = None) -> Sequence[HeldEarning]:
-        """The latest held earnings, decided or not: all, one worker's, or one job's."""
-        return await self.read(partial(find_held, peer_id=peer_id, job_id=job_id))
+    async def held(
+        self, *, peer_id: str | None = None, job_id: str | None = None, is_undecided: bool = False
+    ) -> Sequence[HeldEarning]:
+        """The latest held earnings: all, one worker's, one job's, or those that nobody has decided on."""
+        return await self.read(partial(find_held, peer_id=peer_id, job_id=job_id, is_undecided=is_undecided))
 
     async def decide(self, job_id: str, epoch: int, stage: int, outcome: Outcome) -> Outcome | Refusal:
         """Pay held earnings to their worker, or give them back to the client. A decision is final."""
