@@ -50,6 +50,7 @@ class Kind(StrEnum):
     ASSIGNMENT = "/azu/assignment/1"
     JOB_TICKET = "/azu/job-ticket/1"
     RECEIPT = "/azu/receipt/1"
+    ACCOUNT = "/azu/account/1"
 
 
 def peer_id_of(public_key: bytes) -> str:

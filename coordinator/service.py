@@ -32,7 +32,7 @@ from azu.records import (
     sign_coordinator_record,
 )
 from azu.swarm_key import read_swarm_key
-from azu.wire.messages import LAYERS_PROTOCOL
+from azu.wire.messages import ACCOUNT_PROTOCOL, LAYERS_PROTOCOL
 from azu.wire.tensors import WEIGHT_FORMATS, WeightFormat
 from coordinator.admin import admin_token
 from coordinator.api import ApiSettings, ShardRoutes, create_app, serve_http
@@ -42,6 +42,7 @@ from coordinator.jobs import JobRunner
 from coordinator.ledger_settings import ledger_place
 from coordinator.meter import Meter
 from coordinator.old_meter import take_over_meter
+from coordinator.owed import Owed
 from coordinator.placement import Placer, missing_layers, shape_of
 from coordinator.serving import Serving
 from coordinator.shards import LoggedProgress, Sharder, ShardQueue, run_shard
@@ -148,6 +149,7 @@ async def _serve(
         log(logger, logging.INFO, "coordinator starting", peer=identity.peer_id, addrs=overlay.addrs)
         layers = LayerServer(library, slots=settings.uploads, rate=settings.upload_limit)
         overlay.handle(LAYERS_PROTOCOL, layers.handle)
+        overlay.handle(ACCOUNT_PROTOCOL, Owed(identity, ledger).handle)
         swarm = SwarmView(overlay)
         runner = JobRunner(identity, overlay, swarm, Meter(ledger), price=LAMPORTS_PER_TOKEN_LAYER)
         placer = Placer(identity, swarm, serving.manifests, kv_tokens=settings.kv_tokens, retired=serving.retired)
@@ -202,7 +204,7 @@ async def _advertise(identity: Identity, overlay: Overlay, serving: Serving, kv_
             issued_at=int(now),
             expires_at=int(now) + _RECORD_LIFE_S,
             agent=AGENT,
-            protocols=(LAYERS_PROTOCOL,),
+            protocols=(LAYERS_PROTOCOL, ACCOUNT_PROTOCOL),
             addrs=overlay.addrs[:16],
             models=tuple(offers[:MAX_MODELS]),
         )

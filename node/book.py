@@ -40,6 +40,9 @@ CREATE TABLE IF NOT EXISTS sums (
     coordinator TEXT PRIMARY KEY, jobs INTEGER NOT NULL, unsettled INTEGER NOT NULL,
     token_layers INTEGER NOT NULL, earned TEXT NOT NULL, since INTEGER NOT NULL, last INTEGER NOT NULL
 ) STRICT;
+CREATE TABLE IF NOT EXISTS statements (
+    coordinator TEXT PRIMARY KEY, envelope BLOB NOT NULL, issued_at INTEGER NOT NULL
+) STRICT;
 CREATE TRIGGER IF NOT EXISTS served_is_append_only BEFORE UPDATE ON served
     BEGIN SELECT RAISE(ABORT, 'what was served does not change'); END;
 """
@@ -127,6 +130,24 @@ class Book:
                 "SELECT coordinator, jobs, unsettled, token_layers, earned, since, last FROM sums ORDER BY coordinator"
             )
             return tuple(Earned(c, jobs, lost, work, int(earned), *when) for c, jobs, lost, work, earned, *when in rows)
+
+    async def keep_statement(self, coordinator: str, envelope: bytes, issued_at: int) -> None:
+        """Keep what a coordinator signed that it owes us, in place of an older one; raises as `write` does."""
+        async with self._turn:
+            await trio.to_thread.run_sync(self._keep_statement, coordinator, envelope, issued_at)
+
+    def _keep_statement(self, coordinator: str, envelope: bytes, issued_at: int) -> None:
+        with self._open() as db:
+            db.execute(
+                "INSERT INTO statements VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET envelope = excluded.envelope, "
+                "issued_at = excluded.issued_at WHERE excluded.issued_at >= issued_at",
+                (coordinator, envelope, issued_at),
+            )
+
+    def statements(self) -> dict[str, bytes]:
+        """The last statement of each coordinator, in its envelope; raises as `write` does."""
+        with self._open() as db:
+            return dict(db.execute("SELECT coordinator, envelope FROM statements"))
 
     def find(self, job_id: str) -> tuple[Served, ...]:
         """What is kept of a job, for each of its epochs that ended here; raises InternalError as `write` does."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import base64
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
 from azu.errors import InputError
+from azu.statements import AccountStatement, open_statement
 from node.book import BOOK_FILE, Book, Earned
 from node.settings import EarningsSettings
 
@@ -23,8 +24,10 @@ def print_earnings(settings: EarningsSettings) -> None:
     if settings.proof is not None:
         click.echo(json.dumps(proof_of(settings.data_dir, settings.proof), indent=2))
         return
-    earned = _book(settings.data_dir).earned()
-    click.echo(json.dumps(facts_of(earned), indent=2) if settings.as_json else show(earned))
+    book = _book(settings.data_dir)
+    earned = book.earned()
+    said = {coordinator: open_statement(each)[1] for coordinator, each in book.statements().items()}
+    click.echo(json.dumps(facts_of(earned, said), indent=2) if settings.as_json else show(earned, said))
 
 
 def proof_of(data_dir: Path, job_id: str) -> dict[str, Any]:
@@ -56,13 +59,27 @@ def proof_of(data_dir: Path, job_id: str) -> dict[str, Any]:
     }
 
 
-def facts_of(earned: Sequence[Earned]) -> dict[str, Any]:
-    """The document that --json prints. Pure."""
-    return {"total": _sums(earned), "coordinators": [{"coordinator": e.coordinator, **_sums([e])} for e in earned]}
+def facts_of(earned: Sequence[Earned], said: Mapping[str, AccountStatement]) -> dict[str, Any]:
+    """The document that --json prints. Pure.
+
+    Args:
+        said: by coordinator, what it last signed that it owes this worker.
+    """
+    return {
+        "total": _sums(earned),
+        "coordinators": [
+            {
+                "coordinator": each.coordinator,
+                **_sums([each]),
+                "says": _said(said[each.coordinator]) if each.coordinator in said else None,
+            }
+            for each in earned
+        ],
+    }
 
 
-def show(earned: Sequence[Earned]) -> str:
-    """The page. Pure."""
+def show(earned: Sequence[Earned], said: Mapping[str, AccountStatement]) -> str:
+    """The page; see `facts_of`. Pure."""
     if not earned:
         return "nothing yet: no job has ended here"
     rows = [(each.coordinator, _sums([each])) for each in earned]
@@ -71,12 +88,24 @@ def show(earned: Sequence[Earned]) -> str:
     width = max(len(name) for name, _ in rows)
     lines = [f"{'coordinator':<{width}}{'jobs':>10}{'unsettled':>11}{'token-layers':>16}{'earned':>24}  last job"]
     for name, sums in rows:
-        last = time.strftime("%Y-%m-%d %H:%M", time.localtime(sums["last"]))
         lines.append(
             f"{name:<{width}}{sums['jobs']:>10,}{sums['unsettled']:>11,}{sums['token_layers']:>16,}"
-            f"{sums['earned']:>24,}  {last}"
+            f"{sums['earned']:>24,}  {_when(sums['last'])}"
         )
+        if name in said:
+            says = _said(said[name])
+            amounts = ", ".join(f"{says[each]:,} {each}" for each in ("owed", "held", "paying", "paid"))
+            lines.append(f"  says at {_when(said[name].issued_at)}: {amounts} ({said[name].currency})")
     return "\n".join(lines)
+
+
+def _said(statement: AccountStatement) -> dict[str, Any]:
+    amounts = {name: int(getattr(statement, name)) for name in ("owed", "held", "paying", "paid")}
+    return {"currency": statement.currency, **amounts, "issued_at": statement.issued_at}
+
+
+def _when(at: int) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(at))
 
 
 def _sums(earned: Sequence[Earned]) -> dict[str, int]:

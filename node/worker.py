@@ -37,6 +37,7 @@ from node.instruments import Instruments
 from node.jobs import HISTORY_BYTES, Jobs
 from node.links import keep_pinging
 from node.loader import Loader
+from node.owed import keep_asking
 from node.supply import Supply
 from node.trust import Trust
 
@@ -90,6 +91,7 @@ class Worker:
             history=failover_memory,
             book=book,
         )
+        self._book = book
         self._identity = identity
         self._overlay = overlay
         self._library = library
@@ -118,6 +120,8 @@ class Worker:
                 nursery.start_soon(self._provide)
                 nursery.start_soon(self._note_what_comes)
                 nursery.start_soon(keep_pinging, self._overlay, self.instruments.ring.links)
+                if self._book is not None:
+                    nursery.start_soon(keep_asking, self._overlay, self._identity.peer_id, self._book)
                 nursery.start_soon(
                     partial(
                         explain_idleness,

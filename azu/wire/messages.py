@@ -1,5 +1,6 @@
 """The messages of azu's protocols. docs/protocol.md tells their order; here are their fields and limits.
 
+/azu/account/1   worker -> coordinator   what it is owed
 /azu/control/1   anyone -> worker        what it is, and (from a coordinator) which range to load
 /azu/layers/1    anyone -> any holder    a signed manifest, which files are there, or a range of one
 /azu/job/1       coordinator -> stage    one job's ticket, prompt, tokens and end
@@ -18,6 +19,8 @@ from azu.wire.frames import MAX_HEADER_BYTES, Buffer, Frame, encode_frame
 from azu.wire.tensors import TensorHeader
 
 __all__ = [
+    "ACCOUNT",
+    "ACCOUNT_PROTOCOL",
     "CONTROL",
     "CONTROL_PROTOCOL",
     "JOB",
@@ -66,6 +69,7 @@ __all__ = [
     "encode_message",
 ]
 
+ACCOUNT_PROTOCOL = "/azu/account/1"
 CONTROL_PROTOCOL = "/azu/control/1"
 LAYERS_PROTOCOL = "/azu/layers/1"
 JOB_PROTOCOL = "/azu/job/1"
@@ -112,13 +116,13 @@ class Refused(Message):
 
 
 class GetStatus(Message):
-    """Ask a worker for its newest record."""
+    """Ask a worker for its newest record, or a coordinator for the asker's account."""
 
     t: Literal["get-status"] = "get-status"
 
 
 class Status(Message):
-    """Body: the worker's signed record."""
+    """Body: the worker's signed record, or the asker's account signed by the coordinator."""
 
     max_body: ClassVar[int] = _MAX_SIGNED_BYTES
     t: Literal["status"] = "status"
@@ -375,6 +379,7 @@ def encode_message(message: Message, body: Buffer = b"") -> tuple[Buffer, ...]:
     return encode_frame(encode_cbor(message.model_dump()), body)
 
 
+ACCOUNT = Codec("account", GetStatus, Status, Refused)
 CONTROL = Codec("control", GetStatus, Status, Assign, Accepted, Refused)
 LAYERS = Codec("layers", GetManifest, ManifestReply, WhichBlobs, HaveBlobs, GetBlob, BlobRange, Refused)
 JOB = Codec("job", Open, Prompt, Ping, Amend, Resume, End, Ready, Paused, Waiting, Token, Failed, ReceiptReply, Refused)
