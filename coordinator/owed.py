@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 
+import trio
+
 from azu.channel import IDLE_S, Channel
 from azu.errors import ProtocolError
 from azu.identity import Identity
@@ -25,6 +27,7 @@ class Owed:
     def __init__(self, identity: Identity, ledger: Ledger) -> None:
         self._identity = identity
         self._ledger = ledger
+        self._turn = trio.Lock()  # whoever asks without end keeps one thread of the ledger's busy, and no more
 
     async def handle(self, stream: OverlayStream) -> None:
         """Serve an /azu/account/1 stream."""
@@ -43,10 +46,12 @@ class Owed:
             done = reading.payouts(connection, _PAID, peer_id=peer_id, limit=_MAX_PAYOUTS)
             return {name: str(amount) for name, amount in {**sums, "paid": sum(each.amount for each in done)}.items()}
 
+        async with self._turn:
+            amounts = await self._ledger.read(read)
         return AccountStatement(
             coordinator=self._identity.peer_id,
             worker=peer_id,
             currency=self._ledger.currency,
             issued_at=int(time.time()),
-            **await self._ledger.read(read),
+            **amounts,
         )
