@@ -42,6 +42,8 @@ ONLY_IN = {
 # Decided in sync code, by arguments alone: no IO, no clock, no chance of its own.
 PURE = (
     "azu/wire",
+    "azu/crossings.py",
+    "azu/statements.py",
     "azu/tickets.py",
     "azu/economics.py",
     "azu/ledger/accounts.py",
@@ -50,6 +52,8 @@ PURE = (
     "azu/ledger/operations.py",
     "azu/ledger/payouts.py",
     "azu/models/memory.py",
+    "coordinator/agreement.py",
+    "coordinator/disputes.py",
     "coordinator/mending.py",
     "coordinator/planning",
 )

@@ -12,6 +12,7 @@ import pytest
 import trio
 from click.testing import CliRunner
 
+import node.owed
 from azu.channel import Channel
 from azu.errors import NetworkError, ProtocolError, TrustError
 from azu.ledger import Earning, EndedJob, Ledger
@@ -21,7 +22,7 @@ from azu.wire.messages import ACCOUNT, ACCOUNT_PROTOCOL, GetStatus, Status
 from coordinator.owed import Owed
 from node.book import Book
 from node.cli import main
-from node.owed import ask
+from node.owed import ask, keep_asking
 from tests.node.real_stages import LIMIT, identity, peer
 from tests.node.test_book import served
 
@@ -77,6 +78,33 @@ async def test_a_worker_is_told_what_it_is_owed_and_shows_it(tmp_path: Path) -> 
         assert says == {"currency": "wei", "owed": WEI, "held": WEI, "paying": WEI, "paid": WEI}
         page = CliRunner().invoke(main, arguments).output.splitlines()
         assert page[2].partition(": ")[2] == f"{WEI:,} owed, {WEI:,} held, {WEI:,} paying, {WEI:,} paid (wei)"
+
+
+async def test_a_coordinator_is_asked_after_each_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(node.owed, "_AFTER_JOB_S", 0.01)
+    asked = 0
+
+    async def count(stream: OverlayStream) -> None:
+        nonlocal asked
+        asked += 1
+        await owed.handle(stream)
+
+    async with (
+        peers() as (coordinator, worker),
+        Ledger.open(tmp_path / "ledger.sqlite3", currency="wei") as ledger,
+        trio.open_nursery() as nursery,
+    ):
+        owed, book = Owed(COORDINATOR, ledger), Book(tmp_path)
+        coordinator.handle(ACCOUNT_PROTOCOL, count)
+        nursery.start_soon(keep_asking, worker, WORKER.peer_id, book)
+        for number in (1, 2):
+            await book.write(served(number, coordinator=COORDINATOR.peer_id))
+            while asked < number:
+                await trio.sleep(0.01)
+            await trio.sleep(0.2)  # it is left alone until the next one
+            assert asked == number
+        assert book.statements().keys() == {COORDINATOR.peer_id}
+        nursery.cancel_scope.cancel()
 
 
 async def test_who_never_earned_is_owed_nothing(tmp_path: Path) -> None:
