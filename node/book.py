@@ -1,14 +1,15 @@
 """What this worker did for whom: its own copy of every ended job's ticket and receipt, and sums that outlive them.
 
-A SQLite file in the data folder. A job is written down once, with what it adds to the sums, in one transaction that is
-on disk before the receipt is handed over. Nothing is changed afterwards; the oldest tickets and receipts are deleted
-where they take more room, or are older, than the owner wants. The sums keep what they told.
+A SQLite file in the data folder. A job is written down once, with what it adds to the sums, in a transaction that is on
+disk before the receipt is handed over; jobs that end together share one, since coordinators wait for receipts. Nothing
+is changed afterwards; the oldest tickets and receipts are deleted where they take more room, or are older, than the
+owner wants. The sums keep what they told.
 """
 
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,6 +81,12 @@ class Earned:
     last: int
 
 
+@dataclass(eq=False, slots=True)
+class _Waiting:
+    entry: Served
+    error: InternalError | None = None
+
+
 def entry_of(ticket: JobTicket, receipt: Receipt, counted: int | None, envelopes: tuple[bytes, bytes]) -> Served:
     """What to write down of a job. Pure.
 
@@ -111,6 +118,7 @@ class Book:
         self._keep_bytes = keep_bytes
         self._keep_s = keep_s
         self._turn = trio.Lock()
+        self._waiting: list[_Waiting] = []
         with self._open() as db:
             db.executescript(_SCHEMA)
 
@@ -120,8 +128,22 @@ class Book:
         Raises:
             InternalError: the file cannot be written.
         """
+        mine = _Waiting(entry)
+        self._waiting.append(mine)
         async with self._turn:
-            await trio.to_thread.run_sync(self._write, entry)
+            if mine in self._waiting:  # else it was written in somebody else's turn
+                together, self._waiting = self._waiting, []
+                await self._write_together(together)
+        if mine.error is not None:
+            raise mine.error
+
+    async def _write_together(self, together: list[_Waiting]) -> None:
+        with trio.CancelScope(shield=True):  # the others would not learn that it was not done
+            try:
+                await trio.to_thread.run_sync(self._write, [each.entry for each in together])
+            except InternalError as error:
+                for each in together:
+                    each.error = error
 
     def earned(self) -> tuple[Earned, ...]:
         """The sums for each coordinator; raises InternalError as `write` does."""
@@ -162,18 +184,22 @@ class Book:
                 for job, epoch, c, at, settled, positions, work, earned, ticket, receipt in rows
             )
 
-    def _write(self, entry: Served) -> None:
+    def _write(self, entries: Sequence[Served]) -> None:
         with self._open() as db:
             db.execute("BEGIN IMMEDIATE")
-            is_new = db.execute(
-                "INSERT INTO served (job_id, epoch, coordinator, ended_at, is_settled, positions, token_layers, "
-                "earned, ticket, receipt) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
-                (entry.job_id, entry.epoch, entry.coordinator, entry.ended_at, int(entry.is_settled), entry.positions,
-                 entry.token_layers, str(entry.earned), entry.ticket, entry.receipt),
-            ).rowcount  # fmt: skip
-            if is_new:
-                self._add(db, entry)
-                self._prune(db, entry.ended_at)
+            for entry in entries:
+                self._insert(db, entry)
+
+    def _insert(self, db: sqlite3.Connection, entry: Served) -> None:
+        is_new = db.execute(
+            "INSERT INTO served (job_id, epoch, coordinator, ended_at, is_settled, positions, token_layers, "
+            "earned, ticket, receipt) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
+            (entry.job_id, entry.epoch, entry.coordinator, entry.ended_at, int(entry.is_settled), entry.positions,
+             entry.token_layers, str(entry.earned), entry.ticket, entry.receipt),
+        ).rowcount  # fmt: skip
+        if is_new:
+            self._add(db, entry)
+            self._prune(db, entry.ended_at)
 
     def _add(self, db: sqlite3.Connection, entry: Served) -> None:
         query = "SELECT earned FROM sums WHERE coordinator = ?"

@@ -9,9 +9,9 @@ platform bore a part of the job, that part stays with it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from sqlalchemy import Connection, RowMapping, Text, cast, literal, select
 from sqlalchemy.sql.elements import ColumnElement
@@ -129,7 +129,7 @@ def _key_of(*parts: ColumnElement[object]) -> ColumnElement[str]:
     return key
 
 
-def _held_of(row: RowMapping) -> HeldEarning:
+def _held_of(row: Mapping[str, Any] | RowMapping) -> HeldEarning:
     is_reserved = row["captured"] is not None
     share = row["cost"] // row["all_layers"] * row["token_layers"] if row["all_layers"] else 0
     charged = row["captured"] if is_reserved else row["cost"]

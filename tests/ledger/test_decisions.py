@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import trio
+from hypothesis import given
+from hypothesis import strategies as st
 
 from azu.economics import split
 from azu.ledger import Earning, EndedJob, Ledger, Outcome, Refusal
 from azu.ledger.accounts import FREE, PLATFORM, client, held, worker
+from azu.ledger.decisions import OUTCOMES, _held_of
 from tests.ledger.books import FOREVER, PEERS, WALLET, opened
 
 JOB = "a" * 32
@@ -95,6 +98,42 @@ async def test_a_client_gets_no_more_back_than_it_paid(url: str) -> None:
         for stage in (1, 2):
             await ledger.decide(JOB, 0, stage, "client")
         assert await ledger.balance(client(WALLET)) == 700 + 100 + 50
+
+
+@given(st.lists(st.integers(1, 100), min_size=1, max_size=9), st.integers(1, 10**6), st.integers(1, 2**40), st.data())
+def test_what_is_given_back_never_exceeds_what_was_charged(
+    layers: list[int], tokens: int, price: int, data: st.DataObject
+) -> None:
+    cost = sum(layers) * tokens * price
+    charged = data.draw(st.integers(0, cost))
+    found = [
+        _held_of(
+            {
+                "job_id": JOB,
+                "epoch": 0,
+                "stage": stage,
+                "peer_id": PEERS[0],
+                "tokens": tokens,
+                "reason": "short",
+                "earned": split(count * tokens * price).worker,
+                "first_layer": 0,
+                "end_layer": count,
+                "receipt": None,
+                "settled_at": 0,
+                "wallet": WALLET,
+                "captured": charged,
+                "cost": cost,
+                "kind": None,
+                "all_layers": sum(layers) * tokens,
+                "token_layers": count * tokens,
+            }
+        )
+        for stage, count in enumerate(layers)
+    ]
+    assert charged - len(layers) < sum(each.refund for each in found) <= charged
+    for each in found:
+        for outcome in OUTCOMES:
+            assert sum(amount for _, amount in each.moves(outcome)) == 0
 
 
 async def test_a_free_job_gives_back_to_free(url: str) -> None:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import trio
 
 from azu.crossings import NOTHING
 from azu.errors import InternalError
@@ -35,6 +36,28 @@ async def test_a_job_is_written_down_once(tmp_path: Path) -> None:
     )
     assert Book(tmp_path).find(served().job_id) == (served(),)
     assert book.find("f" * 32) == ()
+
+
+async def test_jobs_that_end_together_are_written_together(tmp_path: Path) -> None:
+    book = Book(tmp_path)
+    async with trio.open_nursery() as nursery:
+        for number in range(200):
+            nursery.start_soon(book.write, served(number))
+        nursery.start_soon(book.write, served(7))
+    assert book.earned()[0].jobs == 200
+    (tmp_path / BOOK_FILE).write_bytes(b"damaged" * 2_000)
+    failed = 0
+
+    async def write(number: int) -> None:
+        nonlocal failed
+        with pytest.raises(InternalError):
+            await book.write(served(number))
+        failed += 1
+
+    async with trio.open_nursery() as nursery:
+        for number in range(200, 205):
+            nursery.start_soon(write, number)
+    assert failed == 5
 
 
 async def test_sums_outlive_what_is_deleted_for_its_room(tmp_path: Path) -> None:
