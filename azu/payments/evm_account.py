@@ -1,0 +1,71 @@
+"""An EVM private key, and the library that works with it."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Protocol
+
+from azu.errors import InputError
+
+__all__ = ["EvmAccount", "evm_account", "load_eth_account"]
+
+
+def load_eth_account() -> None:
+    """Load eth_account, which takes most of a second; every first import of it has to come through here.
+
+    It brings py_ecc, which raises the process's recursion limit a hundredfold as it is imported: a few kilobytes of "["
+    to any JSON reader of the process, and the stack overflows. The limit is put back.
+    """
+    limit = sys.getrecursionlimit()
+    try:
+        importlib.import_module("eth_account")
+    finally:
+        sys.setrecursionlimit(limit)
+
+
+class EvmAccount(Protocol):
+    """A private key at work."""
+
+    address: str
+
+    def sign(self, fields: dict[str, object]) -> tuple[str, bytes]:
+        """A transaction's hash and its bytes."""
+
+    def has_made(self, raw: bytes, chain_id: int) -> bool:
+        """Whether the key signed these bytes, for that chain."""
+
+
+def evm_account(key: bytes) -> EvmAccount:
+    """The account of a private key.
+
+    Raises:
+        InputError: code "bad_key": no private key of the curve.
+    """
+    load_eth_account()
+    from eth_account import Account
+    from eth_account.typed_transactions.typed_transaction import TypedTransaction
+    from eth_utils.exceptions import ValidationError
+    from hexbytes import HexBytes
+
+    try:
+        account = Account.from_key(key)
+    except (ValueError, ValidationError) as error:
+        raise InputError(
+            "the private key is none of secp256k1",
+            code="bad_key",
+            remedy="SCHEDULER_PRIVATE_KEY takes the 32 bytes of an EVM account",
+        ) from error
+
+    class _Account:
+        address = str(account.address)
+
+        def sign(self, fields: dict[str, object]) -> tuple[str, bytes]:
+            signed = account.sign_transaction(fields)
+            return f"0x{bytes(signed.hash).hex()}", bytes(signed.raw_transaction)
+
+        def has_made(self, raw: bytes, chain_id: int) -> bool:
+            fields = TypedTransaction.from_bytes(HexBytes(raw)).as_dict()
+            return bool(fields["chainId"] == chain_id and Account.recover_transaction(raw) == self.address)
+
+    return _Account()
