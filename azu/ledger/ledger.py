@@ -163,11 +163,15 @@ class Ledger:
         return await self._writer.do(PlanPayout(payout_id, peer_id, provider, address, check_amount(amount, least=1)))
 
     async def payout_signed(
-        self, payout_ids: Sequence[str], txid: str, raw: bytes, nonce: int | None = None
+        self, payout_ids: Sequence[str], txid: str, raw: bytes, nonce: int | None = None, *, is_first: bool = False
     ) -> Sequence[Payout] | Refusal:
-        """Write down a signed transaction that pays all of these, before it is sent."""
+        """Write down a signed transaction that pays all of these, before it is sent.
+
+        Args:
+            is_first: refuse it, code "payout_signed", where another was signed before.
+        """
         check_name(txid, "transaction")
-        return await self._writer.do(SignPayouts(tuple(payout_ids), txid, raw, nonce))
+        return await self._writer.do(SignPayouts(tuple(payout_ids), txid, raw, nonce, is_first))
 
     async def payout_sent(self, payout_ids: Sequence[str]) -> Sequence[Payout] | Refusal:
         """Note that a node took the last transaction signed for these."""
@@ -177,9 +181,15 @@ class Ledger:
         """Note that a transaction landed for good, and what it cost in all."""
         return await self._writer.do(ConfirmPayouts(tuple(payout_ids), txid, check_amount(fee)))
 
-    async def payout_failed(self, payout_ids: Sequence[str], reason: str) -> Sequence[Payout] | Refusal:
-        """Give the workers back what none of the signed transactions can ever pay any more."""
-        return await self._writer.do(FailPayouts(tuple(payout_ids), reason[:500]))
+    async def payout_failed(
+        self, payout_ids: Sequence[str], reason: str, *, fee: int = 0
+    ) -> Sequence[Payout] | Refusal:
+        """Give the workers back what none of the signed transactions can ever pay any more.
+
+        Args:
+            fee: what the chain took for one that landed and paid nothing.
+        """
+        return await self._writer.do(FailPayouts(tuple(payout_ids), reason[:500], check_amount(fee)))
 
     async def payouts(self, states: Collection[PayoutState] = (), *, peer_id: str | None = None) -> list[Payout]:
         """The latest payouts in these states (in any where empty), newest first."""

@@ -85,16 +85,23 @@ class _OfPayouts:
 
 @dataclass(frozen=True, slots=True)
 class SignPayouts(_OfPayouts):
-    """Write a signed transaction down before it is sent."""
+    """Write a signed transaction down before it is sent.
+
+    Where `is_first`, it is refused once another was signed: of two runners that sign one payout with two nonces, one
+    comes too late.
+    """
 
     txid: str
     raw: bytes
     nonce: int | None
+    is_first: bool = False
 
     def decide(self, page: Page) -> Sequence[Payout] | Refusal:
         payouts = self._checked(page, *_OPEN)
         if isinstance(payouts, Refusal):
             return payouts
+        if self.is_first and any({*page.signings.get(payout.payout_id, ())} - {self.txid} for payout in payouts):
+            return Refusal("payout_signed", "another transaction was signed for a payout of these")
         for payout in payouts:
             signings = page.signings.setdefault(payout.payout_id, [])
             if self.txid in signings:
@@ -148,20 +155,29 @@ class ConfirmPayouts(_OfPayouts):
 
 @dataclass(frozen=True, slots=True)
 class FailPayouts(_OfPayouts):
-    """Give the workers back what can never be paid by these payouts any more."""
+    """Give the workers back what can never be paid by these payouts any more.
+
+    A transaction that landed and paid nothing has cost its `fee` all the same, which is shared as a confirmed one's.
+    """
 
     reason: str
+    fee: int = 0
 
     def decide(self, page: Page) -> Sequence[Payout] | Refusal:
         payouts = self._checked(page, *_OPEN, "failed")
         if isinstance(payouts, Refusal):
             return payouts
-        for payout in payouts:
+        share, remainder = divmod(self.fee, len(payouts))
+        for number, payout in enumerate(payouts):
             if payout.state != "failed":
-                moves = ((paying(payout.peer_id), -payout.amount), (worker(payout.peer_id), payout.amount))
-                page.post(f"payout:{payout.payout_id}:failed", "payout failed", moves)
-                _move_on(page, payout, state="failed", reason=self.reason)
+                self._fail(page, payout, share + (remainder if number == 0 else 0))
         return list(self._known(page))
+
+    def _fail(self, page: Page, payout: Payout, fee: int) -> None:
+        back = ((paying(payout.peer_id), -payout.amount), (worker(payout.peer_id), payout.amount))
+        taken = ((FEES, -fee), (chain(payout.provider), fee)) if fee else ()
+        page.post(f"payout:{payout.payout_id}:failed", "payout failed", (*back, *taken))
+        _move_on(page, payout, state="failed", reason=self.reason, fee=fee)
 
 
 def _accounts(payout: Payout) -> tuple[str, ...]:

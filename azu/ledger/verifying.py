@@ -177,7 +177,8 @@ def _check_payouts(connection: Connection, book: _Book) -> Iterator[Finding]:
             coin = (chain(row.provider), row.amount + row.fee)
             yield from book.claim(f"{key}:confirmed", (aside, -row.amount), ("fees", -row.fee), coin)
         elif row.state == "failed":
-            yield from book.claim(f"{key}:failed", (aside, -row.amount), (own, row.amount))
+            taken = (("fees", -row.fee), (chain(row.provider), row.fee)) if row.fee else ()
+            yield from book.claim(f"{key}:failed", (aside, -row.amount), (own, row.amount), *taken)
         else:
             under_way[aside] += row.amount
     for account in {name for name in book.balances if kind_of(name) == "paying"} | under_way.keys():

@@ -74,6 +74,23 @@ async def test_one_that_replaces_another_may_be_the_one_that_lands(ledger: Ledge
     assert payout.txid == "cheap"
 
 
+async def test_of_two_runners_that_sign_one_payout_the_second_is_too_late(ledger: Ledger) -> None:
+    await plan(ledger, "p", ONE, 240)
+    await ledger.payout_signed(["p"], "t", b"raw", nonce=3, is_first=True)
+    assert refusal(await ledger.payout_signed(["p"], "u", b"raw", nonce=4, is_first=True)) == "payout_signed"
+    await ledger.payout_signed(["p"], "t", b"raw", nonce=3, is_first=True)
+    assert [signed.txid for signed in await ledger.signings("p")] == ["t"]
+
+
+async def test_what_failed_on_the_chain_has_cost_its_fee(ledger: Ledger) -> None:
+    await plan(ledger, "p", ONE, 240)
+    await ledger.payout_signed(["p"], "t", b"raw")
+    for _ in range(2):
+        await ledger.payout_failed(["p"], "refused by the payee", fee=5)
+    assert (await ledger.balance(worker(ONE)), await ledger.balance(FEES)) == (240, -5)
+    assert await ledger.balance(chain("solana")) == 5
+
+
 async def test_a_failed_payout_gives_the_money_back_once(ledger: Ledger) -> None:
     await plan(ledger, "p", ONE, 240)
     await ledger.payout_signed(["p"], "t", b"raw")
