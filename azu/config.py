@@ -35,6 +35,7 @@ from azu.setting_types import (
     Folder,
     HostPort,
     Multiaddrs,
+    PayoutAddress,
     PeerAddresses,
     PeerIds,
     Port,
@@ -213,7 +214,7 @@ class NodeSettings(WorkerSettings, MemberSettings):
         description="Never fetch from the model hub: without it, files that no peer has come from the repository that "
         "the model was published from.",
     )
-    payout_address: Text | None = Field(
+    payout_address: PayoutAddress | None = Field(
         default=None,
         description="The wallet that earnings are paid to. Earnings are only counted where omitted.",
         json_schema_extra=cli(metavar="ADDRESS"),

@@ -33,6 +33,12 @@ def checked(check: Callable[[T], R]) -> Callable[[T], R]:
     return validate
 
 
+def _check_payout_address(text: str) -> str:
+    from azu.payments.addresses import check_payout_address  # which other programs need not load
+
+    return check_payout_address(text)
+
+
 def words(value: object) -> object:
     """A variable's text as a list; what the command line gives is one already."""
     return tuple(value.replace(",", " ").split()) if isinstance(value, str) else value
@@ -52,6 +58,7 @@ PeerId = Annotated[str, AfterValidator(checked(check_peer_id))]
 Multiaddrs = Annotated[tuple[Multiaddr, ...], NoDecode, BeforeValidator(words)]
 PeerAddresses = Annotated[tuple[PeerAddress, ...], NoDecode, BeforeValidator(words)]
 PeerIds = Annotated[tuple[PeerId, ...], NoDecode, BeforeValidator(words)]
+PayoutAddress = Annotated[str, AfterValidator(checked(_check_payout_address))]
 Size = Annotated[int, BeforeValidator(checked(parse_size))]
 Device = Annotated[str, AfterValidator(checked(check_device))]
 Folder = Annotated[Path, AfterValidator(lambda path: path.expanduser())]

@@ -7,7 +7,6 @@ import os
 import stat
 from pathlib import Path
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import SecretStr
 
 from azu.errors import InputError
@@ -35,6 +34,8 @@ def ed25519_seed(key: bytes) -> bytes:
     Raises:
         InputError: code "bad_key".
     """
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
     seed, public = key[:_SEED_BYTES], key[_SEED_BYTES:]
     if public and Ed25519PrivateKey.from_private_bytes(seed).public_key().public_bytes_raw() != public:
         raise _bad("the private key's two halves do not belong together")
