@@ -139,11 +139,11 @@ def _told(
 ) -> InputError:
     """The first thing that is wrong, named as the operator wrote it: an option, a variable, or a line in .env."""
     first = error.errors(include_input=False)[0]
-    name = str(first["loc"][0]) if first["loc"] else ""
+    name = _field_of(cls, str(first["loc"][0]) if first["loc"] else "")
     field = cls.model_fields.get(name)
     option = _option_name(name, field) if field is not None else name
     argument = any(isinstance(p, click.Argument) and p.name == name for p in ctx.command.params)
-    variable = _variable(cls, name)
+    variable = _told_variable(cls, name)
     shown = (_metavar(field) if argument and field is not None else None) or option
     if first["type"] == "missing":
         problem, remedy = f"{shown} is missing", f"see `{ctx.command_path} --help`"
@@ -154,6 +154,24 @@ def _told(
         where = f"the environment variable {variable}" if _in_environment(variable) else f"{variable} in .env"
     remedy = str(first.get("ctx", {}).get("remedy") or f"see `{ctx.command_path} --help` for what {shown} takes")
     return InputError(f"{where}: {_lowered(first['msg'])}", code="bad_setting", remedy=remedy)
+
+
+def _told_variable(cls: type[BaseAzuSettings], name: str) -> str:
+    """The variable as the operator wrote it: some have an older name too, without the prefix."""
+    variable, older = _variable(cls, name), name.upper()
+    field = cls.model_fields.get(name)
+    is_older = field is not None and field.validation_alias is not None and not _in_environment(variable)
+    return older if is_older and _in_environment(older) else variable
+
+
+def _field_of(cls: type[BaseAzuSettings], place: str) -> str:
+    """The field that an error is about: pydantic names one that has aliases by the first of them."""
+    from pydantic import AliasChoices
+
+    for name, field in cls.model_fields.items():
+        if isinstance(field.validation_alias, AliasChoices) and place in field.validation_alias.choices:
+            return name
+    return place
 
 
 def _in_environment(variable: str) -> bool:

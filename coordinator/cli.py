@@ -7,6 +7,7 @@ from functools import partial
 from azu.cli import begin_logging, program, run_program, settings_options
 from azu.config import CatalogueSettings, CoordinatorSettings, RemoveSettings, ShardSettings
 from coordinator.ledger_settings import DecideSettings, HeldSettings, LedgerSettings, StatementSettings
+from coordinator.payout_settings import PayoutSettings, RetrySettings
 
 __all__ = ["main"]
 
@@ -19,6 +20,7 @@ __all__ = ["main"]
         "azu-coordinator serve --bootstrap /dns4/boot.example.org/tcp/4001/p2p/12D3KooW... --model ./model.gguf",
         "azu-coordinator models --json",
         "azu-coordinator ledger verify",
+        "azu-coordinator payouts list",
     ],
 )
 def main() -> None:
@@ -122,3 +124,40 @@ def decide(settings: DecideSettings) -> None:
     from coordinator.held_commands import decide_held
 
     run_program(partial(decide_held, settings), settings=settings)
+
+
+@main.group()
+def payouts() -> None:
+    """See what workers are owed, and pay them."""
+
+
+@payouts.command("list")
+@settings_options(PayoutSettings)
+def list_payouts(settings: PayoutSettings) -> None:
+    """Show what workers are owed, and every payout."""
+    from coordinator.payout_commands import list_payouts as show
+
+    begin_logging(settings)
+    show(settings)
+
+
+@payouts.command()
+@settings_options(PayoutSettings)
+def run(settings: PayoutSettings) -> None:
+    """Pay what is planned, and see every payout through; needs the private key.
+
+    A coordinator plans a payout for each worker that is owed enough and names a wallet; one that has the private key
+    pays them too. May be interrupted and run again, and beside a coordinator that pays: nobody is paid twice.
+    """
+    from coordinator.payout_commands import run_payouts
+
+    run_program(partial(run_payouts, settings), settings=settings)
+
+
+@payouts.command()
+@settings_options(RetrySettings, positional="payout_id")
+def retry(settings: RetrySettings) -> None:
+    """Take one payout up again: one that failed is planned and paid anew, one under way is sent again."""
+    from coordinator.payout_commands import retry_payout
+
+    run_program(partial(retry_payout, settings), settings=settings)

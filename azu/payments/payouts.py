@@ -55,6 +55,7 @@ class Payouts:
     def __init__(self, ledger: Ledger, provider: PaymentProvider, *, threshold: int) -> None:
         self._ledger = ledger
         self._provider = provider
+        self.coin = provider.coin
         self._threshold = max(threshold, 1)
 
     async def open(self) -> list[Payout]:

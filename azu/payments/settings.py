@@ -85,6 +85,14 @@ class PaymentSettings(BaseSettings):
         description="What a worker must have earned before it is paid, in coins.",
         json_schema_extra=cli(metavar="AMOUNT"),
     )
+    payout_every: int = Field(
+        default=600,
+        ge=1,
+        le=31_536_000,
+        validation_alias=_names("payout_every"),
+        description="Seconds between the rounds in which a coordinator that has the private key pays its workers.",
+        json_schema_extra=cli(metavar="SECONDS"),
+    )
     min_deposit: Text = Field(
         default="0.0001",
         validation_alias=_names("min_deposit"),
