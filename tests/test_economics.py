@@ -6,7 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from azu.economics import LAMPORTS_PER_TOKEN_LAYER, Split, split, token_layers
+from azu.economics import (
+    LAMPORTS_PER_TOKEN_LAYER,
+    MAX_PRICE,
+    PRICES,
+    Split,
+    highest_token_layers,
+    split,
+    token_layers,
+)
 
 amounts = st.integers(0, 10**30)
 
@@ -52,3 +60,17 @@ def test_stages_together_do_the_models_token_layers(tokens: int, stages: list[in
 def test_the_default_price_is_a_whole_number() -> None:
     assert type(LAMPORTS_PER_TOKEN_LAYER) is int
     assert LAMPORTS_PER_TOKEN_LAYER > 0
+
+
+def test_every_provider_has_a_price_that_a_ticket_can_hold() -> None:
+    assert set(PRICES) == {"hyperliquid", "solana", "none"}
+    assert all(type(price) is int and 0 < price <= MAX_PRICE for price in PRICES.values())
+    assert PRICES["solana"] == 2
+    assert PRICES["hyperliquid"] == 2 * 10 ** (18 - 9), "the same part of a coin"
+
+
+@given(st.integers(1, 10**6), st.integers(1, 10**6), st.integers(1, 1000), st.data())
+def test_no_job_comes_to_more_than_the_highest(prompt: int, most: int, layers: int, data: st.DataObject) -> None:
+    emitted = data.draw(st.integers(1, most))
+    assert token_layers(prompt + emitted - 1, layers) <= highest_token_layers(prompt, most, layers)
+    assert highest_token_layers(prompt, most, layers) == token_layers(prompt + most - 1, layers)

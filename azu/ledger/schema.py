@@ -8,6 +8,7 @@ transactions ─┬─ postings             append-only; each digest covers the 
               └─ payouts ── payout_transactions (append-only)
 balances      what the postings add up to, by account
 key_spending  what the reservations add up to, by API key
+api_keys      who may spend; challenges that were redeemed for one; sign_in, the secret that they are made with
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ from sqlalchemy.types import TypeDecorator, TypeEngine
 __all__ = [
     "METADATA",
     "Amount",
+    "api_keys",
     "balances",
+    "challenges",
     "deposits",
     "head",
     "jobs",
@@ -45,6 +48,7 @@ __all__ = [
     "payouts",
     "postings",
     "reservations",
+    "sign_in",
     "stages",
     "transactions",
 ]
@@ -204,4 +208,33 @@ payout_transactions = Table(
     Column("nonce", BigInteger),
     Column("signed_at", BigInteger, nullable=False),
     UniqueConstraint("payout_id", "txid", name="payout_signed_once"),
+)
+
+api_keys = Table(
+    "api_keys",
+    METADATA,
+    Column("key_id", Text, primary_key=True),
+    Column("digest", LargeBinary, nullable=False),  # of the secret, which is kept nowhere
+    Column("wallet", Text, nullable=False, index=True),
+    Column("name", Text, nullable=False),
+    Column("scopes", Text, nullable=False),  # with blanks between
+    Column("spending_limit", Amount),
+    Column("created_at", BigInteger, nullable=False),
+    Column("expires_at", BigInteger, nullable=False, index=True),
+    Column("revoked_at", BigInteger),
+)
+
+challenges = Table(
+    "challenges",
+    METADATA,
+    Column("nonce", Text, primary_key=True),
+    Column("key_id", Text, nullable=False),  # that it was redeemed for
+    Column("expires_at", BigInteger, nullable=False, index=True),
+)
+
+sign_in = Table(
+    "sign_in",
+    METADATA,
+    Column("id", BigInteger, CheckConstraint("id = 1", name="one_secret"), primary_key=True, autoincrement=False),
+    Column("secret", LargeBinary, nullable=False),  # what challenges are made with
 )
