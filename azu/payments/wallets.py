@@ -13,6 +13,7 @@ from typing import Final, Literal
 import base58
 
 from azu.payments.addresses import check_evm_address, check_solana_address
+from azu.payments.evm_account import load_eth_account
 
 __all__ = ["MAX_SIGNATURE_CHARS", "Wallet", "WalletKind", "has_signed", "parse_wallet"]
 
@@ -59,6 +60,7 @@ def has_signed(wallet: Wallet, text: str, signature: str) -> bool:
 
 
 def _evm_signer(text: str, signature: str) -> str | None:
+    load_eth_account()
     from eth_account import Account
     from eth_account.messages import encode_defunct
     from eth_keys.exceptions import BadSignature

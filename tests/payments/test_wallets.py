@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import pytest
 from base58 import b58encode
-from eth_account import Account
-from eth_account.messages import encode_defunct
 from hypothesis import given
 from hypothesis import strategies as st
 from solders.keypair import Keypair
 from solders.pubkey import Pubkey
 
 from azu.errors import InputError
+from azu.payments.evm_account import load_eth_account
 from azu.payments.wallets import MAX_SIGNATURE_CHARS, Wallet, has_signed, parse_wallet
+from tests.payments.anvil import account
+
+load_eth_account()
+from eth_account.messages import encode_defunct  # noqa: E402 - after its loader
 
 TEXT = "azu.example.org wants you to sign in\n\nwith ünicode"
-ALICE = Account.from_key(b"\1" * 32)
+ALICE = account(1)
 BOB = Keypair.from_seed(b"\2" * 32)
 EVM = Wallet("evm", ALICE.address)
 SOLANA = Wallet("solana", str(BOB.pubkey()))
@@ -55,7 +58,7 @@ def test_its_own_signature_counts() -> None:
 
 
 def test_a_signature_of_another_text_or_wallet_does_not() -> None:
-    other = Wallet("evm", Account.from_key(b"\3" * 32).address)
+    other = Wallet("evm", account(3).address)
     assert not has_signed(EVM, TEXT + " ", evm_signature())
     assert not has_signed(other, TEXT, evm_signature())
     assert not has_signed(SOLANA, TEXT + " ", solana_signature())
