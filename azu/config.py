@@ -5,7 +5,8 @@
     │   ├── ListeningSettings    what others are told
     │   │   ├── MemberSettings   where to join and to listen
     │   │   │   ├── NodeSettings azu-node join, with WorkerSettings
-    │   │   │   └── CoordinatorSettings  azu-coordinator, with LedgerPlace
+    │   │   │   └── CoordinatorSettings  azu-coordinator, with LedgerPlace,
+    │   │   │                    PaymentSettings (azu.payments.settings), AccountSettings (azu.accounts.settings)
     │   │   └── BootstrapSettings  azu-bootstrap
     │   └── DhtSettings          azu-dht
     ├── WorkerSettings           what a worker has and offers
@@ -30,6 +31,8 @@ from typing import Literal
 from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from azu.accounts.settings import AccountSettings
+from azu.payments.settings import PaymentSettings
 from azu.setting_types import (
     Device,
     Folder,
@@ -270,7 +273,7 @@ class LedgerPlace(BaseAzuSettings):
     )
 
 
-class CoordinatorSettings(MemberSettings, LedgerPlace):
+class CoordinatorSettings(PaymentSettings, AccountSettings, MemberSettings, LedgerPlace):
     """A coordinator: which swarm, which models, where its HTTP endpoint listens."""
 
     models: Words = Field(

@@ -22,7 +22,7 @@ from pydantic import Field
 
 from azu.wire.document import Digest, Document
 from azu.wire.frames import Buffer
-from azu.wire.messages import pack_tokens
+from azu.wire.tokens import pack_tokens
 
 __all__ = ["NOTHING", "Crossing", "SeamLog", "token_crossing"]
 

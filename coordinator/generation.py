@@ -6,9 +6,10 @@ hands back token ids and, at the end, who did what.
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -24,7 +25,19 @@ __all__ = [
     "SampledToken",
     "ServedModel",
     "StageReport",
+    "known_as",
+    "new_job_id",
 ]
+
+
+def new_job_id() -> bytes:
+    """A fresh job's id. Its last byte counts the chains that were tried for it, from 0."""
+    return os.urandom(15) + b"\0"
+
+
+def known_as(job_id: bytes) -> str:
+    """How the client and the ledger know a job, whichever chain of workers a ticket's `job_id` is for."""
+    return (job_id[:-1] + b"\0").hex()
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +68,11 @@ class ModelHealth:
 class GenerationRequest:
     """One job for the swarm. `len(prompt) + max_tokens` never exceeds the model's context length.
 
-    Jobs wait for room in turns of their accounts; "" is one account too.
+    Args:
+        account: jobs wait for room in turns of their accounts; "" is one account too.
+        wallet: who pays; "" where use is free.
+        key_id: the API key that it was asked with.
+        job_id: under which the ledger knows it, see `new_job_id`.
     """
 
     model: ServedModel
@@ -64,6 +81,9 @@ class GenerationRequest:
     sampling: Sampling
     stop_tokens: tuple[int, ...]
     account: str = ""
+    wallet: str = ""
+    key_id: str | None = None
+    job_id: bytes = field(default_factory=new_job_id)
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,9 +30,9 @@ from azu.overlay import Overlay
 from azu.tickets import JobTicket, sign_ticket
 from azu.wire.messages import Failed, Message, Paused, Ping, Ready, Token, Waiting
 from coordinator.attendance import Attendance
-from coordinator.generation import JobReport, SampledToken
+from coordinator.generation import JobReport, SampledToken, known_as
 from coordinator.mending import settle
-from coordinator.meter import Meter
+from coordinator.meter import Meter, read_job
 
 __all__ = ["RunningJob", "Substitutes"]
 
@@ -96,6 +96,7 @@ class RunningJob:
         self._stages: list[Attendance] = []
         self._attending = 0
         self._is_ended = False
+        self.is_abandoned = False  # before its first token, to another chain, which settles it
         self._tokens: list[int] = []
         self._is_complete = False
         self._begun = trio.Event()
@@ -118,8 +119,8 @@ class RunningJob:
 
     @property
     def job_id(self) -> str:
-        """The job's id in hex."""
-        return self.ticket.job_id.hex()
+        """How the client and the ledger know it."""
+        return known_as(self.ticket.job_id)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -166,7 +167,8 @@ class RunningJob:
                 while self._attending:
                     await self._stirred.wait()
             receipts = {stage.index: stage.receipt for stage in self._stages if stage.receipt is not None}
-            self.report = await self._meter.settle(self.ticket, self._prompt, tokens, receipts)
+            read = (self.ticket, self._prompt, tokens, receipts)
+            self.report = read_job(*read) if self.is_abandoned else await self._meter.settle(*read)
         return self.report
 
     @property
@@ -306,8 +308,8 @@ class RunningJob:
             patience = _STALL_S + _STALL_SLACK * self._pace * self._due
             if self._is_over:
                 return
-            waited = max(stage.waits_until for stage in self._stages)
-            if self._is_mending or trio.current_time() <= max(self._moved_at, waited) + patience:
+            moved_at = max(self._moved_at, *(stage.waits_until for stage in self._stages))
+            if self._is_mending or trio.current_time() <= moved_at + patience:
                 continue
             if was_stirred_at != len(self._tokens) and all(stage.is_up for stage in self._stages):
                 log(logger, logging.WARNING, "job stalls", job=self.job_id)
@@ -315,9 +317,7 @@ class RunningJob:
                 self._is_mending = True
                 self._stir()
                 continue
-            error = NetworkError(
-                f"no token came for {patience:.0f} s", code="job_stalled", remedy="Send the request again"
-            )
+            error = NetworkError(f"no token came for {patience:.0f} s", code="job_stalled", remedy="Send it again")
             for stage in self.ticket.stages:
                 self._on_lost(stage.peer_id, _SUSPECT, error)
             self._give_up(error)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import count
 
 import trio
 
@@ -64,27 +64,28 @@ class JobRunner:
         """Run a job; see `coordinator.generation.GenerationService.generate`."""
         deadline = trio.current_time() + _WAIT_S
         tries = _TRIES
-        while True:
-            async with self._started(request, deadline) as job:
+        for number in count():
+            async with self._started(request, number, deadline) as job:
                 # Before its first token nobody has seen anything of a job, and another chain can run it as well.
                 begun = await job.begins()
                 tries -= not job.is_turned_away
                 if begun or not tries:
                     yield job
                     return
+                job.is_abandoned = True
 
     @asynccontextmanager
-    async def _started(self, request: GenerationRequest, deadline: float) -> AsyncIterator[RunningJob]:
-        """The job in a chain of workers that has room for it."""
+    async def _started(self, request: GenerationRequest, number: int, deadline: float) -> AsyncIterator[RunningJob]:
+        """The job in a chain of workers that has room for it; the `number`-th that is tried, from 0."""
         grant = await self._admission.admit(request, deadline)
         try:
-            ticket = self._ticket(request, grant)
+            ticket = self._ticket(request, number, grant)
             job = RunningJob(
                 self._identity,
                 self._overlay,
                 ticket,
                 request.prompt,
-                self._meter,
+                self._meter.asked_by(request.wallet, request.key_id),
                 vocab_size=request.model.manifest.vocab_size,
                 pace=self._pace(grant.chain),
                 on_lost=self._swarm.blame,
@@ -205,13 +206,14 @@ class JobRunner:
         self._count(grant, 1)
         return found
 
-    def _ticket(self, request: GenerationRequest, grant: Grant) -> JobTicket:
+    def _ticket(self, request: GenerationRequest, number: int, grant: Grant) -> JobTicket:
         now = int(time.time())
         tokens = len(request.prompt) + request.max_tokens
         life = min(_TICKET_LIFE_S + _TICKET_LIFE_PER_TOKEN_S * tokens, _TICKET_MAX_LIFE_S)
         return JobTicket.model_validate(
             {
-                "job_id": os.urandom(16),
+                # A worker takes no job's id twice, and it may have a part in the next chain too.
+                "job_id": request.job_id[:-1] + bytes([number % 256]),
                 "epoch": 0,
                 "manifest": request.model.manifest.digest,
                 "n_layers": request.model.manifest.n_layers,

@@ -8,13 +8,14 @@ no token came out. A stage is paid for that count, and for what it did only if o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from azu.economics import split, token_layers
 from azu.errors import InternalError
 from azu.ledger import Earning, EndedJob, Ledger
 from azu.tickets import JobTicket, Receipt, Refusal
 from coordinator.agreement import Finding, compare
-from coordinator.generation import JobReport, StageReport
+from coordinator.generation import JobReport, StageReport, known_as
 
 __all__ = ["Meter", "read_job"]
 
@@ -28,7 +29,7 @@ def read_job(ticket: JobTicket, prompt: Sequence[int], tokens: Sequence[int], re
     stages = tuple(_read_stage(ticket, index, positions, finding) for index, finding in enumerate(found))
     total = token_layers(positions, ticket.n_layers)
     return JobReport(
-        job_id=ticket.job_id.hex(),
+        job_id=known_as(ticket.job_id),
         prompt_tokens=ticket.prompt_tokens,
         completion_tokens=len(tokens),
         token_layers=total,
@@ -58,11 +59,17 @@ class Meter:
 
     Args:
         is_free: a job that nothing is reserved for is paid out of the ledger's account `free`.
+        wallet, key_id: who asked for such a job.
     """
 
-    def __init__(self, ledger: Ledger, *, is_free: bool = True) -> None:
+    def __init__(self, ledger: Ledger, *, is_free: bool = True, wallet: str = "", key_id: str | None = None) -> None:
         self._ledger = ledger
         self._is_free = is_free
+        self._asker = (wallet, key_id)
+
+    def asked_by(self, wallet: str, key_id: str | None) -> Meter:
+        """The same, for the jobs of one who asks."""
+        return Meter(self._ledger, is_free=self._is_free, wallet=wallet, key_id=key_id)
 
     async def settle(
         self, ticket: JobTicket, prompt: Sequence[int], tokens: Sequence[int], receipts: Receipts
@@ -74,7 +81,8 @@ class Meter:
         """
         report = read_job(ticket, prompt, tokens, receipts)
         job = _ended(ticket, report, {index: envelope for index, (envelope, _) in receipts.items()})
-        closed = await self._ledger.settle(job, is_free=self._is_free)
+        wallet, key_id = self._asker
+        closed = await self._ledger.settle(replace(job, wallet=wallet, key_id=key_id), is_free=self._is_free)
         if isinstance(closed, Refusal):
             raise InternalError(f"job {report.job_id} cannot be settled: {closed.message}", code=closed.code)
         return report

@@ -10,10 +10,11 @@ from functools import partial
 
 import trio
 
+from azu.accounts.store import key_limits
 from azu.config import CoordinatorSettings
 from azu.datadir import open_data_dir
 from azu.distribution import LayerServer, Library
-from azu.economics import LAMPORTS_PER_TOKEN_LAYER
+from azu.economics import PRICES
 from azu.errors import AzuError, InputError, NetworkError
 from azu.identity import Identity
 from azu.joining import stay_joined
@@ -21,6 +22,7 @@ from azu.ledger import Ledger
 from azu.logs import log
 from azu.models.manifest import Manifest
 from azu.overlay import Overlay, OverlayConfig, open_overlay
+from azu.payments import PaymentProvider, open_provider
 from azu.peerbook import PeerBook
 from azu.records import (
     COORDINATORS_KEY,
@@ -35,7 +37,7 @@ from azu.swarm_key import read_swarm_key
 from azu.wire.messages import ACCOUNT_PROTOCOL, LAYERS_PROTOCOL
 from azu.wire.tensors import WEIGHT_FORMATS, WeightFormat
 from coordinator.admin import admin_token
-from coordinator.api import ApiSettings, ShardRoutes, create_app, serve_http
+from coordinator.api import ApiSettings, AuthMode, Money, ShardRoutes, auth_mode, create_app, serve_http
 from coordinator.catalogue import MAX_MODELS, Catalogue, Listed
 from coordinator.generation import Generation, GenerationRequest, ModelHealth, ServedModel
 from coordinator.jobs import JobRunner
@@ -56,7 +58,7 @@ AGENT = "azu-coordinator/0.1.0"
 _REFRESH_S = 20.0
 _RECORD_LIFE_S = 90
 _PROVIDE_S = 600.0
-_CURRENCY = "units"  # of a swarm without money
+_FREE_CURRENCY = "units"  # of a swarm without money
 
 
 class Service:
@@ -90,22 +92,32 @@ async def serve(settings: CoordinatorSettings) -> None:
     if not settings.bootstrap:
         remedy = "See azu-coordinator serve --help"
         raise InputError("--bootstrap MULTIADDR is missing", code="missing_option", remedy=remedy)
-    with open_data_dir(settings.data_dir) as identity:
-        token = admin_token(settings)
-        library, catalogue = Library(settings.data_dir), Catalogue(settings.data_dir)
-        sharder = Sharder(identity, library, catalogue, settings.data_dir)
-        serving = Serving(library, catalogue)
-        for source in settings.models:
-            serving.pin(await _publish(sharder, source))
-        serving.refresh()
-        stop = trio.Event()
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(_set_when_cancelled, stop)
-            # From here on a cancel means: let the running answers end first.
-            with trio.CancelScope(shield=True):
-                async with _opened_ledger(settings, identity) as ledger:
-                    await _serve(settings, identity, library, sharder, serving, ledger, token, stop)
-            nursery.cancel_scope.cancel()
+    mode = auth_mode(settings.auth_mode, settings.payment_provider, settings.host, settings.public_url)
+    async with open_provider(settings) as provider:
+        with open_data_dir(settings.data_dir) as identity:
+            await _publish_and_serve(settings, identity, provider, mode)
+
+
+async def _publish_and_serve(
+    settings: CoordinatorSettings, identity: Identity, provider: PaymentProvider, mode: AuthMode
+) -> None:
+    token = admin_token(settings)
+    library, catalogue = Library(settings.data_dir), Catalogue(settings.data_dir)
+    sharder = Sharder(identity, library, catalogue, settings.data_dir)
+    serving = Serving(library, catalogue)
+    for source in settings.models:
+        serving.pin(await _publish(sharder, source))
+    serving.refresh()
+    stop = trio.Event()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_set_when_cancelled, stop)
+        # From here on a cancel means: let the running answers end first.
+        with trio.CancelScope(shield=True):
+            async with _opened_ledger(settings, identity, provider) as ledger:
+                price = settings.price_per_token_layer or PRICES[settings.payment_provider]
+                money = Money(ledger, provider, mode, price, settings.public_url)
+                await _serve(settings, identity, library, sharder, serving, money, token, stop)
+        nursery.cancel_scope.cancel()
 
 
 async def _set_when_cancelled(stop: trio.Event) -> None:
@@ -116,9 +128,13 @@ async def _set_when_cancelled(stop: trio.Event) -> None:
 
 
 @asynccontextmanager
-async def _opened_ledger(settings: CoordinatorSettings, identity: Identity) -> AsyncIterator[Ledger]:
+async def _opened_ledger(
+    settings: CoordinatorSettings, identity: Identity, provider: PaymentProvider
+) -> AsyncIterator[Ledger]:
     """The ledger, with nothing left in it of this coordinator's earlier life."""
-    async with Ledger.open(ledger_place(settings), currency=_CURRENCY, owner=identity.peer_id) as ledger:
+    currency = provider.coin.unit if provider.address else _FREE_CURRENCY
+    place = ledger_place(settings)
+    async with Ledger.open(place, currency=currency, owner=identity.peer_id, key_limits=key_limits) as ledger:
         await take_over_meter(settings.data_dir / "meter.sqlite", ledger)
         if released := await ledger.release_abandoned():
             log(logger, logging.WARNING, "reservations of jobs that never ended released", jobs=len(released))
@@ -131,7 +147,7 @@ async def _serve(
     library: Library,
     sharder: Sharder,
     serving: Serving,
-    ledger: Ledger,
+    money: Money,
     token: str,
     stop: trio.Event,
 ) -> None:
@@ -149,9 +165,10 @@ async def _serve(
         log(logger, logging.INFO, "coordinator starting", peer=identity.peer_id, addrs=overlay.addrs)
         layers = LayerServer(library, slots=settings.uploads, rate=settings.upload_limit)
         overlay.handle(LAYERS_PROTOCOL, layers.handle)
-        overlay.handle(ACCOUNT_PROTOCOL, Owed(identity, ledger).handle)
+        overlay.handle(ACCOUNT_PROTOCOL, Owed(identity, money.ledger).handle)
         swarm = SwarmView(overlay)
-        runner = JobRunner(identity, overlay, swarm, Meter(ledger), price=LAMPORTS_PER_TOKEN_LAYER)
+        meter = Meter(money.ledger, is_free=not money.provider.address)
+        runner = JobRunner(identity, overlay, swarm, meter, price=money.price)
         placer = Placer(identity, swarm, serving.manifests, kv_tokens=settings.kv_tokens, retired=serving.retired)
         shards = ShardQueue(partial(sharder.shard, only_hub=True))
         nursery.start_soon(
@@ -165,11 +182,13 @@ async def _serve(
             service,
             ApiSettings(default_max_tokens=settings.default_max_tokens),
             ShardRoutes(shards, serving.models, token),
+            money,
         )
         async with trio.open_nursery() as serving_http:
             url = await serving_http.start(partial(serve_http, app, settings.host, settings.port, stop=stop))
             names = [model.model_id for model in serving.models()]
-            log(logger, logging.INFO, "answering OpenAI clients", url=f"{url}/v1", models=names)
+            log(logger, logging.INFO, "answering OpenAI clients", url=f"{url}/v1", models=names,
+                auth=money.mode, payments=money.provider.name)  # fmt: skip
             if not names:
                 log(logger, logging.WARNING, "no model to serve", remedy="Run: azu-coordinator shard MODEL")
         nursery.cancel_scope.cancel()

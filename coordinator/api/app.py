@@ -15,12 +15,15 @@ from quart_trio import QuartTrio
 from quart_trio.asgi import TrioASGIHTTPConnection
 from werkzeug.exceptions import HTTPException
 
+from coordinator.api.auth import Gate
 from coordinator.api.completions import Completions, find_model
 from coordinator.api.errors import ApiError, from_exception, from_http_exception
 from coordinator.api.jobs import InFlight
+from coordinator.api.money import Money, add_money_routes
 from coordinator.api.responses import health_object, model_object
 from coordinator.api.settings import ApiSettings
 from coordinator.api.shards import ShardRoutes
+from coordinator.api.submit import Submissions
 from coordinator.generation import GenerationService
 
 __all__ = ["ApiApp", "create_app"]
@@ -65,19 +68,30 @@ class ApiApp(QuartTrio):
     def __init__(self, import_name: str) -> None:
         super().__init__(import_name, static_folder=None)
         self.in_flight = InFlight()
+        self.submissions: Submissions | None = None
+        self.url = ""  # where it listens, once it does
         self.url_map.strict_slashes = False
         self.json.sort_keys = False  # type: ignore[attr-defined]  # the default provider's
         # Answers take as long as they take; `Bodies` has its own limits of size and time.
         self.config |= {"RESPONSE_TIMEOUT": None, "BODY_TIMEOUT": None, "MAX_CONTENT_LENGTH": None}
 
 
-def create_app(service: GenerationService, settings: ApiSettings, shards: ShardRoutes | None = None) -> ApiApp:
-    """The application over a generation service; serve it with `serve_http`. Without `shards` it cuts no models."""
+def create_app(
+    service: GenerationService, settings: ApiSettings, shards: ShardRoutes | None = None, money: Money | None = None
+) -> ApiApp:
+    """The application over a generation service; serve it with `serve_http`.
+
+    Without `shards` it cuts no models. Without `money` there are no accounts, and use is free and not counted.
+    """
     app = ApiApp(__name__)
+    gate = Gate() if money is None else money.gate()
+    completions = Completions(service, settings, app.in_flight, gate, None if money is None else money.till())
     _add_error_handlers(app, settings)
-    _add_routes(app, service, settings)
+    _add_routes(app, service, completions, gate)
     if shards is not None:
         _add_shard_routes(app, shards)
+    if money is not None:
+        app.submissions = add_money_routes(app, money, gate, completions, service, lambda: app.url)
 
     @app.after_request
     async def add_request_id(response: Response) -> Response:
@@ -87,19 +101,19 @@ def create_app(service: GenerationService, settings: ApiSettings, shards: ShardR
     return app
 
 
-def _add_routes(app: ApiApp, service: GenerationService, settings: ApiSettings) -> None:
-    completions = Completions(service, settings, app.in_flight)
-
+def _add_routes(app: ApiApp, service: GenerationService, completions: Completions, gate: Gate) -> None:
     @app.post("/v1/chat/completions")
     async def chat_completions() -> Response | dict[str, Any]:
         return await completions.answer(request, _nursery.get())
 
     @app.get("/v1/models")
     async def list_models() -> dict[str, Any]:
+        await gate.admit(request, None)
         return {"object": "list", "data": [model_object(model) for model in service.models()]}
 
     @app.get("/v1/models/<path:model_id>")
     async def retrieve_model(model_id: str) -> dict[str, Any]:
+        await gate.admit(request, None)
         return model_object(find_model(service, model_id))
 
     @app.get("/healthz")

@@ -54,7 +54,7 @@ class Bodies:
                 refusal = self._refusal(len(data))
                 if refusal is not None:
                     data.clear()
-                    await self._drain(request)
+                    await self.drain(request)
                     raise refusal
         if timeout.cancelled_caught:
             raise ApiError(
@@ -83,8 +83,8 @@ class Bodies:
             )
         return None
 
-    async def _drain(self, request: Request) -> None:
-        # A connection closed on unread data is reset, and the client would not see why.
+    async def drain(self, request: Request) -> None:
+        """Read what is left of a refused request: a connection closed on unread data is reset, and nobody sees why."""
         with trio.move_on_after(self._settings.drain_s):
             async for _ in request.body:
                 pass

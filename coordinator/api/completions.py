@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-import ipaddress
 import secrets
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
 import trio
 from quart import Request, Response
 
 from azu.wire.messages import MAX_TOKENS
+from coordinator.api.auth import Caller, Gate
 from coordinator.api.bodies import Bodies
-from coordinator.api.errors import ApiError
-from coordinator.api.jobs import ChatJob, Delta, Event, Finished, InFlight, run_job
+from coordinator.api.errors import ApiError, from_exception
+from coordinator.api.jobs import ChatJob, Delta, Emit, Event, Finished, InFlight, run_job
 from coordinator.api.requests import ChatRequest, parse_chat_request
 from coordinator.api.responses import Answer
 from coordinator.api.settings import ApiSettings
 from coordinator.api.stream import BUFFERED_EVENTS, EventBody, EventEncoder, produce, wait_for_first
+from coordinator.api.till import Till
 from coordinator.chat import ChatFormat
-from coordinator.generation import GenerationRequest, GenerationService, ServedModel
+from coordinator.generation import GenerationRequest, GenerationService, ServedModel, new_job_id
 
-__all__ = ["Completions", "account_of", "find_model"]
+__all__ = ["Completions", "find_model"]
 
 T = TypeVar("T")
 
@@ -35,12 +37,26 @@ _STREAM_HEADERS = {
 
 
 class Completions:
-    """Answers chat completion requests; one for the app."""
+    """Answers chat completion requests; one for the app.
 
-    def __init__(self, service: GenerationService, settings: ApiSettings, in_flight: InFlight) -> None:
+    Args:
+        gate: who may ask.
+        till: takes what answers cost; None where nobody keeps count.
+    """
+
+    def __init__(
+        self,
+        service: GenerationService,
+        settings: ApiSettings,
+        in_flight: InFlight,
+        gate: Gate,
+        till: Till | None = None,
+    ) -> None:
         self._service = service
         self._settings = settings
         self._in_flight = in_flight
+        self._gate = gate
+        self._till = till
         self._bodies = Bodies(settings)
         # Big prompts take seconds to parse and tokenise: not on the event loop, and not on every core either.
         self._limiter = trio.CapacityLimiter(settings.cpu_threads)
@@ -52,19 +68,63 @@ class Completions:
         Raises:
             ApiError: there is no answer.
         """
-        with self._bodies.lease() as lease:
-            job, asked = await self._plan(await self._bodies.read(request, lease), account_of(request.remote_addr))
+        job, asked = await self.asked_for(request)
         if asked.stream:
             include_usage = asked.stream_options is not None and asked.stream_options.include_usage
             return await self._stream(job, nursery, include_usage=include_usage)
         return await self._whole(job)
 
-    async def _plan(self, body: bytes, account: str) -> tuple[ChatJob, ChatRequest]:
-        asked = await self._in_thread(lambda: parse_chat_request(body, max_choices=self._settings.max_choices))
+    async def asked_for(self, request: Request) -> tuple[ChatJob, ChatRequest]:
+        """What a chat completion request asks of the swarm.
+
+        Raises:
+            ApiError: it may not, or makes no sense.
+        """
+        caller = self._gate.claim(await self.identify(request), None)
+        with self._bodies.lease() as lease:
+            body = await self._bodies.read(request, lease)
+            most = self._settings.max_choices
+            asked = await self._in_thread(lambda: parse_chat_request(body, max_choices=most))
+            return await self.plan(asked, caller), asked
+
+    async def identify(self, request: Request) -> Caller | None:
+        """Who asks; see `Gate.identify`. Who may not gets to see why, however much they were about to send."""
+        try:
+            return await self._gate.identify(request, "inference")
+        except ApiError:
+            await self._bodies.drain(request)
+            raise
+
+    async def read(self, request: Request) -> bytes:
+        """A body of another route that asks for an answer; see `Bodies.read`."""
+        with self._bodies.lease() as lease:
+            return await self._bodies.read(request, lease)
+
+    async def plan(self, asked: ChatRequest, caller: Caller) -> ChatJob:
+        """The jobs of a request.
+
+        Raises:
+            ApiError: there is no such model, or its context is too short.
+        """
         model = find_model(self._service, asked.model)
         chat = await self._format(model)
         prompt = await self._in_thread(lambda: chat.encode(asked.template_messages()))
-        return plan_job(asked, model, chat, prompt, self._settings, account), asked
+        return plan_job(asked, model, chat, prompt, self._settings, caller)
+
+    def reserved(self, job: ChatJob) -> AbstractAsyncContextManager[None]:
+        """Have the jobs' highest cost put aside; see `Till.reserved`."""
+        return nullcontext() if self._till is None else self._till.reserved(job.requests)
+
+    async def run(self, job: ChatJob, emit: Emit) -> None:
+        """Run jobs whose cost is put aside; see `run_job`."""
+        await run_job(self._service, job, self._settings, self._in_flight, emit)
+
+    async def _run_paid(self, job: ChatJob, emit: Emit) -> None:
+        try:
+            async with self.reserved(job):
+                await self.run(job, emit)
+        except Exception as error:  # the border, as in run_job: the ledger too may fail
+            raise from_exception(error, self._settings) from error
 
     async def _whole(self, job: ChatJob) -> dict[str, object]:
         texts = [""] * len(job.requests)
@@ -76,14 +136,14 @@ class Completions:
             elif isinstance(event, Finished):
                 finished[event.index] = event
 
-        await run_job(self._service, job, self._settings, self._in_flight, collect)
+        await self._run_paid(job, collect)
         ends = [finished[index] for index in range(len(texts))]
         choices = [(text, end.reason) for text, end in zip(texts, ends, strict=True)]
         return Answer(job.model).completion(choices, [end.report for end in ends])
 
     async def _stream(self, job: ChatJob, nursery: trio.Nursery, *, include_usage: bool) -> Response:
         send, receive = trio.open_memory_channel[Event](BUFFERED_EVENTS)
-        nursery.start_soon(produce, self._service, job, self._settings, self._in_flight, send)
+        nursery.start_soon(produce, partial(self._run_paid, job), send)
         head = await wait_for_first(receive, self._settings.keep_alive_s)
         encoder = EventEncoder(Answer(job.model), len(job.requests), include_usage=include_usage)
         return Response(EventBody(encoder, head, receive, self._settings.keep_alive_s), headers=_STREAM_HEADERS)
@@ -96,17 +156,6 @@ class Completions:
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
         return await trio.to_thread.run_sync(work, abandon_on_cancel=True, limiter=self._limiter)
-
-
-def account_of(address: str | None) -> str:
-    """Whose turn a request is: its client's address, of IPv6 the /64, which is one home's.
-
-    API keys are not checked yet: who made up a new one for each request would always be first.
-    """
-    with suppress(ValueError):
-        client = ipaddress.ip_address((address or "").split("%")[0])
-        return str(client if client.version == 4 else ipaddress.ip_network((client, 64), strict=False))
-    return ""
 
 
 def find_model(service: GenerationService, model_id: str) -> ServedModel:
@@ -134,7 +183,7 @@ def plan_job(
     chat: ChatFormat,
     prompt: tuple[int, ...],
     settings: ApiSettings,
-    account: str,
+    caller: Caller,
 ) -> ChatJob:
     """What to ask of the swarm.
 
@@ -151,10 +200,14 @@ def plan_job(
         max_tokens=wanted or min(settings.default_max_tokens, context - len(prompt)),
         sampling=asked.sampling(seed),
         stop_tokens=chat.stop_tokens,
-        account=account,
+        account=caller.turn,
+        wallet=caller.wallet,
+        key_id=caller.key_id,
     )
     # Choices differ by their seed alone.
-    requests = tuple(replace(request, sampling=asked.sampling(seed + index)) for index in range(asked.n))
+    requests = tuple(
+        replace(request, sampling=asked.sampling(seed + index), job_id=new_job_id()) for index in range(asked.n)
+    )
     return ChatJob(model, chat, requests, tuple(asked.stop))
 
 

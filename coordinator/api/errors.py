@@ -17,13 +17,14 @@ from werkzeug.exceptions import HTTPException, MethodNotAllowed
 from azu.errors import AzuError, CapacityError, InputError, InternalError, ModelError
 from coordinator.api.settings import ApiSettings
 
-__all__ = ["ApiError", "from_exception", "from_http_exception", "shutting_down"]
+__all__ = ["ApiError", "from_exception", "from_http_exception", "shutting_down", "too_often"]
 
 logger = logging.getLogger(__name__)
 
 ROUTES = (
-    "POST /v1/chat/completions, GET /v1/models, GET /v1/models/{id}, POST /models/shard, GET /models/status and "
-    "GET /healthz"
+    "POST /v1/chat/completions, GET /v1/models, GET /v1/models/{id}, GET and POST /v1/pricing, POST /auth/challenge, "
+    "GET and POST /auth/keys, DELETE /auth/keys/{id}, POST /deposit, GET /balance, GET /usage, POST /submit, "
+    "GET /results/{job_id}, POST /models/shard, GET /models/status and GET /healthz"
 )
 
 
@@ -34,6 +35,7 @@ class ApiError(InputError):
         status: the HTTP status.
         param: the request's field that is at fault, such as "messages[0].role".
         headers: what the answer carries besides, such as Retry-After.
+        details: plain values for programs, under "azu" in the error.
     """
 
     default_code = "invalid_request"
@@ -47,16 +49,20 @@ class ApiError(InputError):
         param: str | None = None,
         remedy: str = "",
         headers: dict[str, str] | None = None,
+        details: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(message, code=code, remedy=remedy)
         self.status = status
         self.param = param
         self.headers = headers or {}
+        self.details = details
 
     def body(self) -> dict[str, Any]:
         """The JSON object that OpenAI's clients read."""
         kind = "server_error" if self.status >= HTTPStatus.INTERNAL_SERVER_ERROR else "invalid_request_error"
-        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+        kind = "insufficient_quota" if self.status == HTTPStatus.PAYMENT_REQUIRED else kind  # as OpenAI calls it
+        error = {"message": str(self), "type": kind, "param": self.param, "code": self.code}
+        return {"error": error if self.details is None else {**error, "azu": self.details}}
 
 
 def from_exception(error: BaseException, settings: ApiSettings) -> ApiError:
@@ -102,6 +108,17 @@ def shutting_down() -> ApiError:
         status=503,
         code="shutting_down",
         remedy="Send the request again when it is back.",
+    )
+
+
+def too_often(wait_s: float) -> ApiError:
+    """What a client gets that asks more often than one needs to."""
+    return ApiError(
+        "Too many requests of this kind from this address",
+        status=429,
+        code="rate_limit_exceeded",
+        remedy=f"Try again in {math.ceil(wait_s)} s.",
+        headers={"Retry-After": str(math.ceil(wait_s))},
     )
 
 

@@ -26,7 +26,7 @@ from coordinator.generation import (
     ServedModel,
 )
 
-__all__ = ["ChatJob", "Delta", "Event", "Failed", "FinishReason", "Finished", "InFlight", "Started", "run_job"]
+__all__ = ["ChatJob", "Delta", "Emit", "Event", "Failed", "FinishReason", "Finished", "InFlight", "Started", "run_job"]
 
 FinishReason = Literal["stop", "length"]
 

@@ -7,7 +7,7 @@ the value that asks for nothing is fine.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic_core
 from annotated_types import MaxLen
@@ -17,7 +17,9 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from azu.tickets import Sampling
 from coordinator.api.errors import ApiError
 
-__all__ = ["ChatRequest", "parse_chat_request", "parse_object"]
+__all__ = ["ChatRequest", "Strict", "parse_body", "parse_chat_request", "parse_object"]
+
+B = TypeVar("B", bound="Strict")
 
 # OpenAI takes 4 stop strings. The length bounds the work per token; none is longer than a line.
 _MAX_STOPS = 4
@@ -61,11 +63,13 @@ def _as_parts(value: object) -> object:
     raise PydanticCustomError("content_type", "expected a string or a list of content parts")
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """Part of a body: nothing is coerced, and unknown fields of parts are ignored."""
+
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True, allow_inf_nan=False)
 
 
-class TextPart(_Strict):
+class TextPart(Strict):
     """A part of a message's content; only text is understood."""
 
     type: str
@@ -87,7 +91,7 @@ class TextPart(_Strict):
         return data
 
 
-class ChatMessage(_Strict):
+class ChatMessage(Strict):
     """One turn. Other fields that clients echo from an earlier answer (refusal, audio, ...) are ignored."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -111,7 +115,7 @@ class ChatMessage(_Strict):
         return {"role": role, "content": content, **{key: value for key, value in extra.items() if value is not None}}
 
 
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     """How a stream ends."""
 
     include_usage: bool = False
@@ -126,7 +130,7 @@ _Stop = Annotated[str, Field(max_length=_MAX_STOP_CHARS)]
 _Penalty = Annotated[float, Field(ge=-2.0, le=2.0)]
 
 
-class ChatRequest(_Strict):
+class ChatRequest(Strict):
     """A chat completion request. Null counts as not given, as with OpenAI."""
 
     model: Annotated[str, Field(min_length=1, max_length=300)]
@@ -180,6 +184,22 @@ def parse_chat_request(body: bytes, *, max_choices: int) -> ChatRequest:
     return request
 
 
+def parse_body(body: bytes, kind: type[B]) -> B:
+    """Check a body against a model; null counts as not given.
+
+    Raises:
+        ApiError: status 400, naming the first thing that is wrong with it.
+    """
+    given = {name: value for name, value in parse_object(body).items() if value is not None}
+    for name in given:
+        if name not in kind.model_fields:
+            raise _unknown(name)
+    try:
+        return kind.model_validate(given)
+    except ValidationError as error:
+        raise _from_pydantic(error) from error
+
+
 def parse_object(body: bytes) -> dict[str, Any]:
     """A body's JSON object.
 
@@ -209,12 +229,12 @@ def _refuse_unsupported(given: Mapping[str, object]) -> None:
                 remedy="Leave it out of the request.",
             )
         if name not in ChatRequest.model_fields and name not in _UNSUPPORTED and name not in _IGNORED:
-            raise ApiError(
-                f"Unknown parameter: '{name[:64]}'",
-                code="unknown_parameter",
-                param=name[:64],
-                remedy="Leave it out of the request.",
-            )
+            raise _unknown(name)
+
+
+def _unknown(name: str) -> ApiError:
+    problem, remedy = f"Unknown parameter: '{name[:64]}'", "Leave it out of the request."
+    return ApiError(problem, code="unknown_parameter", param=name[:64], remedy=remedy)
 
 
 def _check_together(request: ChatRequest, max_choices: int) -> None:

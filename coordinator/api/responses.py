@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from coordinator.api.amounts import amount_out
 from coordinator.generation import JobReport, ModelHealth, ServedModel, StageReport
 
-__all__ = ["Answer", "health_object", "model_object", "range_text"]
+__all__ = ["Answer", "health_object", "model_object", "range_text", "usage_object"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,7 @@ def usage_object(reports: Sequence[JobReport]) -> dict[str, Any]:
         "azu": {
             "job_id": reports[0].job_id,
             "token_layers": sum(report.token_layers for report in reports),
-            "cost": sum(report.cost for report in reports),
+            "cost": amount_out(sum(report.cost for report in reports)),
             "stages": [_stage_object(stage) for report in reports for stage in report.stages],
         },
     }
@@ -107,7 +108,7 @@ def _stage_object(stage: StageReport) -> dict[str, Any]:
         "layers": [stage.start, stage.end],
         "tokens": stage.tokens,
         "token_layers": stage.token_layers,
-        "earned": stage.earned,
+        "earned": amount_out(stage.earned),
         "state": stage.state,
         **({"reason": stage.reason} if stage.reason else {}),
     }

@@ -47,8 +47,10 @@ async def serve_http(
     """
     stop = trio.Event() if stop is None else stop
     listener = await _listen(host, port)
-    url = _url(listener)
+    url = app.url = _url(listener)
     async with trio.open_nursery() as nursery:
+        if app.submissions is not None:
+            await nursery.start(app.submissions.run)
         nursery.start_soon(_cut_after_grace, app, stop, grace_s)
 
         async def serve(*, task_status: trio.TaskStatus[list[str]]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from types import TracebackType
 from typing import Any, Self
 
@@ -16,10 +16,9 @@ import trio
 from quart.wrappers.response import ResponseBody
 
 from coordinator.api.errors import ApiError
-from coordinator.api.jobs import ChatJob, Delta, Event, Failed, Finished, InFlight, Started, run_job
+from coordinator.api.jobs import Delta, Emit, Event, Failed, Finished, Started
 from coordinator.api.responses import Answer
-from coordinator.api.settings import ApiSettings
-from coordinator.generation import GenerationService, JobReport
+from coordinator.generation import JobReport
 
 __all__ = ["EventBody", "EventEncoder", "produce", "wait_for_first"]
 
@@ -28,17 +27,11 @@ KEEP_ALIVE = b": keep-alive\n\n"
 BUFFERED_EVENTS = 64
 
 
-async def produce(
-    service: GenerationService,
-    job: ChatJob,
-    settings: ApiSettings,
-    in_flight: InFlight,
-    events: trio.MemorySendChannel[Event],
-) -> None:
+async def produce(run: Callable[[Emit], Awaitable[None]], events: trio.MemorySendChannel[Event]) -> None:
     """Run a job and send its events; the last is `Failed` where it fails. Closes the channel."""
     async with events:
         try:
-            await run_job(service, job, settings, in_flight, events.send)
+            await run(events.send)
         except ApiError as error:
             await events.send(Failed(error))
 

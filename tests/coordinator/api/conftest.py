@@ -11,6 +11,7 @@ import openai
 import pytest
 import trio
 
+from azu.ledger import Database
 from coordinator.api import ApiSettings, create_app, serve_http
 from tests.coordinator.api.twin import Twin, served_model
 
@@ -20,6 +21,16 @@ T = TypeVar("T")
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("model")
+
+
+@pytest.fixture(scope="session")
+def empty_ledger(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of a ledger in wei, with nothing in it: copied, since making one takes a while."""
+    path = tmp_path_factory.mktemp("ledger") / "ledger.sqlite3"
+    database = Database(f"sqlite:///{path}")
+    database.prepare("wei")
+    database.close()
+    return path
 
 
 @pytest.fixture

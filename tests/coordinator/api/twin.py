@@ -13,6 +13,7 @@ from typing import Any
 import trio
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from azu.ledger import Earning, EndedJob, Ledger
 from azu.models.manifest import Blob, LayerCache, Manifest
 from coordinator.generation import (
     GenerationRequest,
@@ -122,6 +123,8 @@ class Twin:
     left_one: trio.Event = field(default_factory=trio.Event)
     stalled: trio.Event = field(default_factory=trio.Event)
     covered: bool = True
+    ledger: Ledger | None = None  # which it settles in
+    price: int = 2
 
     def models(self) -> Sequence[ServedModel]:
         return self.served
@@ -140,7 +143,13 @@ class Twin:
         try:
             # As a real one has: failures of background tasks come out in groups.
             async with trio.open_nursery() as nursery:
-                yield TwinGeneration(self, request, f"job{self.entered}")
+                generation = TwinGeneration(self, request, f"job{self.entered}")
+                try:
+                    yield generation
+                finally:
+                    if self.ledger is not None:  # as a real one, which settles whatever becomes of it
+                        with trio.CancelScope(shield=True):
+                            await generation.finish()
                 nursery.cancel_scope.cancel()
         finally:
             self.left += 1
@@ -153,6 +162,7 @@ class TwinGeneration:
         self._request = request
         self._job_id = job_id
         self._sampled = 0
+        self._report: JobReport | None = None
         self._tokenizer = Tokenizer.from_file(str(request.model.tokenizer_files["tokenizer.json"]))
 
     @property
@@ -181,12 +191,30 @@ class TwinGeneration:
 
     async def finish(self) -> JobReport:
         await trio.lowlevel.checkpoint()
-        self._twin.finished += 1
-        positions = len(self._request.prompt) + self._sampled
+        if self._report is None:
+            self._twin.finished += 1
+            self._report = self._read()
+            if self._twin.ledger is not None:
+                await self._twin.ledger.settle(_ended(self._report, self._request), is_free=True)
+        return self._report
+
+    def _read(self) -> JobReport:
+        positions = len(self._request.prompt) + self._sampled - 1 if self._sampled else 0
         half = LAYERS // 2
         stages = tuple(
             StageReport(peer, start, start + half, positions, positions * half, positions * half, "credited")
             for peer, start in zip(PEERS, (0, half), strict=True)
         )
         prompt = len(self._request.prompt)
-        return JobReport(self._job_id, prompt, self._sampled, positions * LAYERS, 2 * positions * LAYERS, stages)
+        cost = self._twin.price * positions * LAYERS
+        return JobReport(self._job_id, prompt, self._sampled, positions * LAYERS, cost, stages)
+
+
+def _ended(report: JobReport, request: GenerationRequest) -> EndedJob:
+    earnings = tuple(
+        Earning(each.peer_id, each.start, each.end, each.tokens, each.token_layers, each.earned, each.state)
+        for each in report.stages
+    )
+    digest = request.model.manifest.digest
+    totals = (report.prompt_tokens, report.completion_tokens, report.token_layers, report.cost)
+    return EndedJob(request.job_id.hex(), 0, digest, *totals, earnings, request.wallet, request.key_id)
