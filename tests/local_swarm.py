@@ -124,7 +124,7 @@ class LocalSwarm:
             self.multiaddr = str(self.bootstrap.wait_for("bootstrap node ready")["addrs"][0])
             self.coordinator = self.start(
                 "coordinator", "azu-coordinator", "serve", "--bootstrap", self.multiaddr, "--model", self._model,
-                "--port", "0", "--kv-tokens", str(self._kv_tokens),
+                "--port", "0", "--kv-tokens", str(self._kv_tokens), "--payment-provider", "none",
             )  # fmt: skip
             published = self.coordinator.wait_for("model published")
             self.model_id, self.manifest = str(published["model"]), str(published["manifest"])

@@ -115,7 +115,7 @@ class Swarm:
         self._multiaddr = (await bootstrap.event("bootstrap node ready"))["addrs"][0]
         coordinator = await self._launch(
             "coordinator", "azu-coordinator", "serve", "--bootstrap", self._multiaddr, "--model", source,
-            "--port", str(self._settings.port), "--kv-tokens", str(_KV_TOKENS),
+            "--port", str(self._settings.port), "--kv-tokens", str(_KV_TOKENS), "--payment-provider", "none",
         )  # fmt: skip
         published = await coordinator.event("model published")
         library = Library(self._folder / "coordinator")

@@ -328,7 +328,8 @@ def test_a_taken_port_is_an_error_with_a_remedy(swarm: LocalSwarm) -> None:
         program = Program(
             "second",
             ["azu-coordinator", "serve", "--bootstrap", swarm.multiaddr, "--model", str(swarm.folder / "nothing"),
-             "--data-dir", str(swarm.folder / "second"), "--port", str(port), "--listen", LOOPBACK],
+             "--data-dir", str(swarm.folder / "second"), "--port", str(port), "--listen", LOOPBACK,
+             "--payment-provider", "none"],
         )  # fmt: skip
         assert program.wait() in (1, 2)
         assert "nothing" in program.describe()

@@ -40,6 +40,7 @@ class HomeSwarm:
         self.host = lab.public_host()
         options = [word for each in bootstrap for word in ("--bootstrap", each)]
         command = ["azu-coordinator", "serve", "--model", str(smollm2_path()), "--port", "0", "--kv-tokens", "512"]
+        command += ["--payment-provider", "none"]
         self.coordinator = self.start(self.host, "coordinator", *command, *options)
         self.homes = [lab.home(nat), lab.home(nat)]
         self.workers = [self._worker(number, home, bootstrap) for number, home in enumerate(self.homes)]

@@ -39,7 +39,10 @@ class Swarm:
         return self.programs[-1]
 
     def coordinator(self) -> tuple[Program, httpx.Client]:
-        program = self.start("coordinator", "azu-coordinator", "serve", "--bootstrap", self.multiaddr, "--port", "0")
+        program = self.start(
+            "coordinator", "azu-coordinator", "serve", "--bootstrap", self.multiaddr, "--port", "0",
+            "--payment-provider", "none",
+        )  # fmt: skip
         url = str(program.wait_for("answering OpenAI clients")["url"]).removesuffix("/v1")
         token = (self.folder / "coordinator/admin-token").read_text().strip()
         return program, httpx.Client(base_url=url, headers={"Authorization": f"Bearer {token}"}, trust_env=False)
