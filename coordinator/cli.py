@@ -6,7 +6,8 @@ from functools import partial
 
 from azu.cli import begin_logging, program, run_program, settings_options
 from azu.config import CatalogueSettings, CoordinatorSettings, RemoveSettings, ShardSettings
-from coordinator.ledger_settings import DecideSettings, HeldSettings, LedgerSettings, StatementSettings
+from coordinator.held_settings import DecideSettings, HeldSettings
+from coordinator.ledger_settings import CopySettings, LedgerSettings, StatementSettings
 from coordinator.payout_settings import PayoutSettings, RetrySettings
 
 __all__ = ["main"]
@@ -105,6 +106,16 @@ def statement(settings: StatementSettings) -> None:
 
     begin_logging(settings)
     show_statement(settings)
+
+
+@ledger.command()
+@settings_options(CopySettings, positional="target")
+def copy(settings: CopySettings) -> None:
+    """Copy the whole ledger into another database, while no coordinator runs on the data folder."""
+    from coordinator.ledger_commands import copy_to
+
+    begin_logging(settings)
+    copy_to(settings)
 
 
 @ledger.command()

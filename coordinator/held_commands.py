@@ -15,7 +15,8 @@ import click
 from azu.errors import InputError
 from azu.ledger import Database, HeldEarning, Ledger, Refusal, find_held, reading
 from coordinator.disputes import COMMON, Pair, partners
-from coordinator.ledger_settings import DecideSettings, HeldSettings, ledger_place
+from coordinator.held_settings import DecideSettings, HeldSettings
+from coordinator.ledger_settings import ledger_place
 
 __all__ = ["decide_held", "named", "show_held"]
 
@@ -102,7 +103,7 @@ def _lines(earning: HeldEarning, currency: str) -> Iterator[str]:
     yield f"{when}  job {earning.job_id}, stage {earning.stage}: {earning.earned} {currency}"
     why, *against = earning.reason.split(" ")
     yield f"  worker   {earning.peer_id}, layers {earning.start}-{earning.end - 1}"
-    yield f"  held     {_WHY.get(why, why)}"
+    yield f"  held     {_WHY.get(why, why or 'before there was a ledger')}"
     yield from (f"           {other}" for other in against)
     if earning.outcome is not None:
         yield f"  decided  for the {earning.outcome}"

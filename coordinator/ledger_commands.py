@@ -1,23 +1,23 @@
-"""`azu-coordinator ledger verify`, `export` and `statement`: what the ledger says, while coordinators write to it."""
+"""`azu-coordinator ledger`: what it says, while coordinators write to it or not, and a copy of it."""
 
 from __future__ import annotations
 
 import csv
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime, time
 
 import click
-from rich.console import Console
-from rich.table import Table
 
-from azu.ledger import Connection, Database, Entry, reading, verify
-from coordinator.ledger_settings import LedgerSettings, StatementSettings, ledger_place
+from azu.datadir import open_data_dir
+from azu.errors import InternalError
+from azu.ledger import Connection, Database, Entry, Line, copy_ledger, reading, verify
+from coordinator.ledger_settings import CopySettings, LedgerSettings, StatementSettings, ledger_place
 
-__all__ = ["export_ledger", "show_statement", "verify_ledger"]
+__all__ = ["copy_to", "export_ledger", "show_statement", "verify_ledger"]
 
 _EXIT_WRONG = 1
 
@@ -33,7 +33,7 @@ def verify_ledger(settings: LedgerSettings) -> None:
     else:
         for finding in findings:
             click.echo(f"{finding.where}: {finding.what}")
-        verdict = f"{len(findings)} things do not add up" if findings else "all adds up"
+        verdict = f"findings: {len(findings)}" if findings else "all adds up"
         click.echo(f"{name}: {head.seq} transactions in {head.currency}, {verdict}")
         click.echo(f"digest of the last: {head.digest}")
     if findings:
@@ -65,13 +65,36 @@ def show_statement(settings: StatementSettings) -> None:
         click.echo(json.dumps({**facts, "lines": [asdict(line) for line in lines]}, indent=2))
         return
     if lines:
-        table = Table("TIME", "KIND", "KEY", box=None, pad_edge=False)
-        for title in ("AMOUNT", "BALANCE"):
-            table.add_column(title, justify="right")
-        for line in lines:
-            table.add_row(_when(line.at), line.kind, line.key, f"{line.amount:+}", str(line.balance))
-        Console(highlight=False, soft_wrap=True).print(table)
+        _print_lines(lines)
     click.echo(f"{settings.account} has {balance} {currency}")
+
+
+def _print_lines(lines: Sequence[Line]) -> None:
+    """As a table that is as wide as it has to be: of amounts and ids no digit may be missing."""
+    rows = [("TIME", "KIND", "AMOUNT", "BALANCE", "KEY")]
+    rows += [(_when(each.at), each.kind, f"{each.amount:+}", str(each.balance), each.key) for each in lines]
+    when, kind, amount, balance, _ = (max(map(len, column)) for column in zip(*rows, strict=True))
+    for row in rows:
+        click.echo(f"{row[0]:<{when}}  {row[1]:<{kind}}  {row[2]:>{amount}}  {row[3]:>{balance}}  {row[4]}")
+
+
+def copy_to(settings: CopySettings) -> None:
+    """Copy the ledger, and check the copy."""
+    with (
+        open_data_dir(settings.data_dir),
+        _opened(settings) as (_, source),
+        closing(Database(settings.target)) as target,
+    ):
+        copy_ledger(source, target)
+        with target.reading() as copied:
+            findings, head = verify(copied), reading.head(copied)
+    if findings:
+        raise InternalError(f"the copy in {target.name} does not add up: {findings[0].where}: {findings[0].what}")
+    if settings.as_json:
+        click.echo(json.dumps({"ledger": target.name, **asdict(head)}))
+    else:
+        click.echo(f"{target.name}: {head.seq} transactions in {head.currency}, all adds up")
+        click.echo(f"digest of the last: {head.digest}")
 
 
 @contextmanager

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from datetime import date
 from pathlib import Path
-from typing import Literal
 
 from pydantic import Field
 
 from azu.config import CatalogueSettings, CoordinatorSettings, LedgerPlace
-from azu.setting_types import JobIdText, PeerId, Text, cli
+from azu.setting_types import Text, cli
 
-__all__ = ["DecideSettings", "HeldSettings", "LedgerSettings", "StatementSettings", "ledger_place"]
+__all__ = ["CopySettings", "LedgerSettings", "StatementSettings", "ledger_place"]
 
 
 class LedgerSettings(CatalogueSettings, LedgerPlace):
@@ -32,26 +31,12 @@ class StatementSettings(LedgerSettings):
     )
 
 
-class HeldSettings(LedgerSettings):
-    """Earnings in dispute."""
+class CopySettings(LedgerSettings):
+    """Where to copy a ledger to."""
 
-    decided: bool = Field(default=False, description="Show those that were decided on, too.")
-
-
-class DecideSettings(LedgerSettings):
-    """What becomes of a worker's earnings in dispute."""
-
-    worker: PeerId = Field(
-        description="The worker whose earnings are held, by its peer id.", json_schema_extra=cli(metavar="PEER_ID")
-    )
-    outcome: Literal["worker", "client"] = Field(
-        description="Pay the worker, or give the client back what it paid, with the platform's share.",
-        json_schema_extra=cli(option="--for"),
-    )
-    job: JobIdText | None = Field(
-        default=None,
-        description="Decide on this job alone; on all that is held of this worker where omitted.",
-        json_schema_extra=cli(metavar="JOB_ID"),
+    target: Text = Field(
+        description="The URL of a database without a ledger, such as postgresql://azu@db.example.org/azu.",
+        json_schema_extra=cli(metavar="URL"),
     )
 
 

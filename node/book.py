@@ -173,15 +173,21 @@ class Book:
 
     def find(self, job_id: str) -> tuple[Served, ...]:
         """What is kept of a job, for each of its epochs that ended here; raises InternalError as `write` does."""
+        return self._served("WHERE job_id = ? ORDER BY epoch", job_id)
+
+    def latest(self, count: int) -> tuple[Served, ...]:
+        """The last jobs that are kept, the newest first; raises InternalError as `write` does."""
+        return self._served("ORDER BY number DESC LIMIT ?", count)
+
+    def _served(self, which: str, parameter: str | int) -> tuple[Served, ...]:
+        columns = "job_id, epoch, coordinator, ended_at, is_settled, positions, token_layers, earned, ticket, receipt"
         with self._open() as db:
-            rows = db.execute(
-                "SELECT job_id, epoch, coordinator, ended_at, is_settled, positions, token_layers, earned, ticket, "
-                "receipt FROM served WHERE job_id = ? ORDER BY epoch",
-                (job_id,),
-            )
             return tuple(
                 Served(job, epoch, c, at, bool(settled), positions, work, int(earned), ticket, receipt)
-                for job, epoch, c, at, settled, positions, work, earned, ticket, receipt in rows
+                for job, epoch, c, at, settled, positions, work, earned, ticket, receipt in db.execute(
+                    f"SELECT {columns} FROM served {which}",  # noqa: S608 - both are ours
+                    (parameter,),
+                )
             )
 
     def _write(self, entries: Sequence[Served]) -> None:

@@ -13,7 +13,7 @@ import click
 
 from azu.errors import InputError
 from azu.statements import AccountStatement, open_statement
-from node.book import BOOK_FILE, Book, Earned
+from node.book import BOOK_FILE, Book, Earned, Served
 from node.settings import EarningsSettings
 
 __all__ = ["facts_of", "print_earnings", "proof_of", "show"]
@@ -27,7 +27,16 @@ def print_earnings(settings: EarningsSettings) -> None:
     book = _book(settings.data_dir)
     earned = book.earned()
     said = {coordinator: open_statement(each)[1] for coordinator, each in book.statements().items()}
-    click.echo(json.dumps(facts_of(earned, said), indent=2) if settings.as_json else show(earned, said))
+    jobs = book.latest(settings.jobs)
+    if settings.as_json:
+        listed = {"jobs": [_facts(each) for each in jobs]} if jobs else {}
+        click.echo(json.dumps({**facts_of(earned, said), **listed}, indent=2))
+        return
+    click.echo(show(earned, said))
+    for each in jobs:
+        ended = "" if each.is_settled else "  unsettled"
+        click.echo(f"{_when(each.ended_at)}  job {each.job_id}: {each.token_layers:,} token-layers, "
+                   f"{each.earned:,}{ended}")  # fmt: skip
 
 
 def proof_of(data_dir: Path, job_id: str) -> dict[str, Any]:
@@ -41,21 +50,24 @@ def proof_of(data_dir: Path, job_id: str) -> dict[str, Any]:
         raise InputError(
             f"the book in {data_dir} has no job {job_id}",
             code="unknown_job",
-            remedy="Job ids are in the coordinator's answers and statements; old receipts are deleted, see "
-            "--receipts-limit and --receipts-days of `azu-node join`",
+            remedy="`azu-node earnings --jobs 20` lists the last ones; old receipts are deleted, see --receipts-limit "
+            "and --receipts-days of `azu-node join`",
         )
     last = found[-1]
+    envelopes = {"ticket": last.ticket, "receipt": last.receipt}
+    return {**_facts(last), **{name: base64.b64encode(envelope).decode() for name, envelope in envelopes.items()}}
+
+
+def _facts(served: Served) -> dict[str, Any]:
     return {
-        "job_id": last.job_id,
-        "epoch": last.epoch,
-        "coordinator": last.coordinator,
-        "ended_at": last.ended_at,
-        "settled": last.is_settled,
-        "tokens": last.positions,
-        "token_layers": last.token_layers,
-        "earned": last.earned,
-        "ticket": base64.b64encode(last.ticket).decode(),
-        "receipt": base64.b64encode(last.receipt).decode(),
+        "job_id": served.job_id,
+        "epoch": served.epoch,
+        "coordinator": served.coordinator,
+        "ended_at": served.ended_at,
+        "settled": served.is_settled,
+        "tokens": served.positions,
+        "token_layers": served.token_layers,
+        "earned": served.earned,
     }
 
 

@@ -33,6 +33,13 @@ class EarningsSettings(StatusSettings):
         description="Print one JSON document, with times in unix seconds.",
         json_schema_extra=cli(option="--json"),
     )
+    jobs: int = Field(
+        default=0,
+        ge=0,
+        le=1_000_000,
+        description="List so many of the last jobs, too.",
+        json_schema_extra=cli(metavar="NUMBER"),
+    )
     proof: JobIdText | None = Field(
         default=None,
         description="Print what proves a job instead, as JSON: its ticket as the coordinator signed it, and this "

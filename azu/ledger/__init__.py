@@ -3,7 +3,7 @@
 pure     accounts, digests, page, operations, payouts    what may happen, and what it does
 shell    schema, migrations, upgrade, database, store    where it is kept
          writer                                          one thread that commits what waits, together
-         reading, verifying                              what can be asked
+         reading, verifying, copying                     what can be asked
          decisions                                       what becomes of held earnings
          ledger                                          all of it, from trio
 """
@@ -28,6 +28,7 @@ from azu.ledger.answers import (
     Shortfall,
     SignedPayout,
 )
+from azu.ledger.copying import copy_ledger
 from azu.ledger.database import Database
 from azu.ledger.decisions import HeldEarning, Outcome, find_held
 from azu.ledger.ledger import Ledger
@@ -56,6 +57,7 @@ __all__ = [
     "Reserved",
     "Shortfall",
     "SignedPayout",
+    "copy_ledger",
     "find_held",
     "verify",
 ]

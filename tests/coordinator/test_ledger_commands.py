@@ -48,7 +48,7 @@ async def test_one_that_does_not(folder: Path) -> None:
     done = run(folder, "verify")
     assert done.exit_code == 1
     assert "client:w: the balance is 1000, its postings add up to 80" in done.output
-    assert "1 things do not add up" in done.output
+    assert "findings: 1" in done.output
     failed = run(folder, "verify", "--json")
     assert failed.exit_code == 1
     assert [finding["where"] for finding in json.loads(failed.stdout)["findings"]] == ["client:w"]
@@ -70,12 +70,21 @@ async def test_everything_comes_out(folder: Path) -> None:
 
 async def test_a_statement(folder: Path) -> None:
     lines = run(folder, "statement", "client:w").stdout.splitlines()
-    assert [line.split()[-2:] for line in lines[1:4]] == [["+100", "100"], ["-50", "50"], ["+30", "80"]]
+    assert [line.split()[2:4] for line in lines[1:4]] == [["+100", "100"], ["-50", "50"], ["+30", "80"]]
     assert lines[-1] == "client:w has 80 units"
     facts = json.loads(run(folder, "statement", f"worker:{WORKER}", "--json").stdout)
     assert (facts["balance"], [line["amount"] for line in facts["lines"]]) == (16, [16])
     assert run(folder, "statement", "client:w", "--since", "2099-01-01").stdout == "client:w has 80 units\n"
     assert run(folder, "statement", "client:nobody").stdout == "client:nobody has 0 units\n"
+
+
+async def test_a_copy(folder: Path, tmp_path: Path) -> None:
+    target = f"sqlite:///{tmp_path / 'copy.sqlite3'}"
+    done = run(folder, "copy", target)
+    assert done.exit_code == 0, done.output
+    assert "3 transactions in units, all adds up" in done.output
+    assert run(folder, "verify", "--ledger-url", target).output == done.output
+    assert run(folder, "copy", target).exit_code == 2
 
 
 def test_what_is_missing_or_wrong_is_named(tmp_path: Path) -> None:

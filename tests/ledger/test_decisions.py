@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
 import trio
 from hypothesis import given
 from hypothesis import strategies as st
@@ -98,6 +102,22 @@ async def test_a_client_gets_no_more_back_than_it_paid(url: str) -> None:
         for stage in (1, 2):
             await ledger.decide(JOB, 0, stage, "client")
         assert await ledger.balance(client(WALLET)) == 700 + 100 + 50
+
+
+async def test_a_decision_that_was_tampered_with_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.sqlite3"
+    async with Ledger.open(path, currency="wei") as ledger:
+        await settled(ledger)
+        await ledger.decide(JOB, 0, 1, "worker")
+    with closing(sqlite3.connect(path)) as db, db:
+        for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'trigger'").fetchall():
+            db.execute(f"DROP TRIGGER {name}")
+    for kind, finding in (("held-refunded", "the postings are not those"), ("gift", "nothing tells what")):
+        with closing(sqlite3.connect(path)) as db, db:
+            db.execute("UPDATE transactions SET kind = ? WHERE key LIKE 'held:%'", (kind,))
+        async with Ledger.open(path, currency="wei") as ledger:
+            found = [each.what for each in await ledger.verify() if each.where == f"held:{JOB}:0:1"]
+        assert [each.startswith(finding) for each in found] == [True]
 
 
 @given(st.lists(st.integers(1, 100), min_size=1, max_size=9), st.integers(1, 10**6), st.integers(1, 2**40), st.data())

@@ -22,6 +22,7 @@ from sqlalchemy import Connection
 
 from azu.ledger import Closed, Database, Earning, EndedJob, Payout, Refusal, Reserved, reading, verify
 from azu.ledger.accounts import FEES, FREE, PLATFORM, chain, client, held, kind_of, paying, reserved, worker
+from azu.ledger.decisions import OUTCOMES, Decide, Outcome, find_held
 from azu.ledger.operations import Deposit, Release, Reserve, Settle
 from azu.ledger.payouts import ConfirmPayouts, FailPayouts, PlanPayout, SendPayouts, SignPayouts
 from azu.ledger.store import commit_group
@@ -64,6 +65,7 @@ class Model:
     spent: Counter[str] = field(default_factory=Counter)
     payouts: dict[str, tuple[str, int, str]] = field(default_factory=dict)
     signed: dict[str, set[str]] = field(default_factory=dict)
+    decided: set[str] = field(default_factory=set)
 
     def move(self, source: str, target: str, amount: int) -> None:
         self.balances[source] -= amount
@@ -111,6 +113,18 @@ class Model:
             self.over.add(o.job_id)
             if key_id:
                 self.spent[key_id] -= amount
+
+    def decide(self, o: Decide) -> None:
+        earning = o.earning
+        if earning.key in self.decided:
+            return
+        self.decided.add(earning.key)
+        if o.outcome == "worker":
+            self.move(held(earning.peer_id), worker(earning.peer_id), earning.earned)
+            return
+        back = client(earning.wallet) if earning.wallet else FREE
+        self.move(held(earning.peer_id), back, earning.earned)
+        self.move(PLATFORM, back, earning.refund - earning.earned)
 
     def planpayout(self, o: PlanPayout) -> None:
         if o.payout_id not in self.payouts and self.balances[worker(o.peer_id)] >= o.amount:
@@ -231,6 +245,13 @@ class LedgerMachine(RuleBasedStateMachine):
         self.last = operations
         for operation, answer in zip(operations, answers, strict=False):
             self.check_answer(operation, answer)
+
+    @precondition(lambda self: any(kind_of(account) == "held" for account in self.model.balances))
+    @rule(data=st.data(), outcome=st.sampled_from(sorted(OUTCOMES)), crash=CRASHES)
+    def the_operator_decides(self, data: st.DataObject, outcome: Outcome, crash: str) -> None:
+        found = self.database.read(find_held)
+        if found:
+            self.several_at_once([Decide(data.draw(st.sampled_from(found)), outcome)], crash)
 
     @precondition(lambda self: self.last)
     @rule()

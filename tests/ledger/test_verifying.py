@@ -8,11 +8,15 @@ import sqlite3
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
+from sqlalchemy import Connection, select
 
-from azu.ledger import Database, Ledger, verify
+from azu.errors import InputError
+from azu.ledger import Database, Ledger, copy_ledger, verify
+from azu.ledger.schema import METADATA
 from tests.ledger.books import FOREVER, PEERS, WALLET, ended, opened
 from tests.ledger.postgres import Server
 
@@ -154,6 +158,27 @@ async def test_tampering_is_found_in_postgresql(postgres: Server) -> None:
     for statement, finding in TAMPERED[2], TAMPERED[6], TAMPERED[15]:
         editor(url)(statement)
         assert_found(url, statement, finding)
+
+
+async def test_a_copy_is_the_same(url: str, postgres: Server, tmp_path: Path) -> None:
+    """From each kind into each kind; a target that has a ledger is left alone."""
+    await fill(url)
+    for target in postgres.url(), f"sqlite:///{tmp_path / 'copy.sqlite3'}":
+        with closing(Database(url)) as source, closing(Database(target)) as copied, source.reading() as connection:
+            copy_ledger(connection, copied)
+            assert copied.read(verify) == []
+            assert copied.read(everything) == everything(connection)
+            with pytest.raises(InputError) as raised:
+                copy_ledger(connection, copied)
+            assert raised.value.code == "ledger_not_empty"
+    async with opened(target) as ledger:
+        assert not (await ledger.deposit("c", "main", "tx0", WALLET, 1000)).is_new
+
+
+def everything(connection: Connection) -> dict[str, list[tuple[Any, ...]]]:
+    return {
+        table.name: sorted(tuple(row) for row in connection.execute(select(table))) for table in METADATA.sorted_tables
+    }
 
 
 async def test_a_transaction_that_was_cut_off_is_missed(tmp_path: Path) -> None:

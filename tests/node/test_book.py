@@ -36,6 +36,8 @@ async def test_a_job_is_written_down_once(tmp_path: Path) -> None:
     )
     assert Book(tmp_path).find(served().job_id) == (served(),)
     assert book.find("f" * 32) == ()
+    assert [each.ended_at for each in book.latest(5)] == [1_001, 1_000]
+    assert [each.ended_at for each in book.latest(1)] == [1_001]
 
 
 async def test_jobs_that_end_together_are_written_together(tmp_path: Path) -> None:

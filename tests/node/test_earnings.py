@@ -50,7 +50,10 @@ async def test_jobs_are_shown_and_proven(model: TinyModel, tmp_path: Path) -> No
         assert page[0].split() == ["coordinator", "jobs", "unsettled", "token-layers", "earned", "last", "job"]
         assert page[1].split()[:5] == [coordinator.identity.peer_id, "1", "0", str(work), str(work * 16 // 10)]
 
-        proof = json.loads(run(folder, f"--proof={ticket.job_id.hex()}"))
+        [job] = json.loads(run(folder, "--json", "--jobs=5"))["jobs"]
+        assert (job["job_id"], job["tokens"], job["settled"]) == (ticket.job_id.hex(), work // 2, True)
+        assert f"job {ticket.job_id.hex()}: {work} token-layers" in run(folder, "--jobs=5")
+        proof = json.loads(run(folder, f"--proof={job['job_id']}"))
         signer, proven = open_ticket(base64.b64decode(proof["ticket"]))
         assert (signer, proven) == (coordinator.identity.peer_id, ticket)
         signer, receipt = open_receipt(base64.b64decode(proof["receipt"]))
