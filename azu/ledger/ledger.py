@@ -30,7 +30,7 @@ from azu.ledger.answers import (
 )
 from azu.ledger.database import Database
 from azu.ledger.decisions import Decide, HeldEarning, Outcome, find_held
-from azu.ledger.operations import Deposit, Extend, Release, Reserve, Settle
+from azu.ledger.operations import Deposit, Release, Reserve, Settle
 from azu.ledger.payouts import ConfirmPayouts, FailPayouts, PlanPayout, SendPayouts, SignPayouts
 from azu.ledger.store import KeyLimits
 from azu.ledger.verifying import Finding, verify
@@ -105,10 +105,6 @@ class Ledger:
         if key_id is not None:
             check_name(key_id, "key id")
         return await self._writer.do(Reserve(job_id, wallet, check_amount(amount), key_id, self._owner, expires_at))
-
-    async def extend(self, job_id: str, expires_at: int) -> Reserved | None:
-        """Have a reservation last until then; None where there is none."""
-        return await self._writer.do(Extend(job_id, expires_at))
 
     async def settle(
         self, job: EndedJob, *, is_free: bool = False, key: str | None = None, at: int | None = None

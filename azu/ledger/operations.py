@@ -18,7 +18,7 @@ from azu.ledger.accounts import FREE, PLATFORM, chain, client, held, reserved, w
 from azu.ledger.answers import Closed, Deposited, EndedJob, Refusal, Reserved, Shortfall
 from azu.ledger.page import Page, Touched, Wanted, row_of
 
-__all__ = ["Deposit", "Extend", "Release", "Reserve", "Settle"]
+__all__ = ["Deposit", "Release", "Reserve", "Settle"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,27 +98,6 @@ class Reserve:
             return None
         message = f"the request may cost {self.amount}, and its key may spend {left} more"
         return Shortfall("key_limit", message, "Use a key with a higher limit", self.amount, left)
-
-
-@dataclass(frozen=True, slots=True)
-class Extend:
-    """Have a reservation last longer, since its ticket was amended."""
-
-    job_id: str
-    expires_at: int
-
-    def wanted(self) -> Wanted:
-        return Wanted(jobs=(self.job_id,))
-
-    def touched(self, page: Page) -> Touched:
-        return Touched()
-
-    def decide(self, page: Page) -> Reserved | None:
-        known = page.reservations.get(self.job_id)
-        if known is not None and known.state == "open" and known.expires_at < self.expires_at:
-            known = replace(known, expires_at=self.expires_at)
-            page.reservations.put(self.job_id, known)
-        return known
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,9 +11,10 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import islice, takewhile
 from typing import Any, Self, TypeVar
 
 import outcome
@@ -42,7 +43,7 @@ class _Call:
     def __init__(self, work: Operation[Any] | Callable[[Connection], Any]) -> None:
         self.work = work
         self.done = trio.Event()
-        self.outcome: outcome.Outcome[Any] | None = None
+        self.outcome: outcome.Outcome[Any] = outcome.Error(InternalError("the ledger did not answer"))
 
 
 class Writer:
@@ -51,7 +52,7 @@ class Writer:
     def __init__(self, database: Database, key_limits: KeyLimits | None) -> None:
         self._database = database
         self._key_limits = key_limits
-        self._waiting: deque[_Call] = deque()
+        self._waiting: OrderedDict[_Call, None] = OrderedDict()  # a queue that whoever is cancelled leaves at once
         self._changed = threading.Condition()
         self._is_closing = False
         self._room = trio.Semaphore(MAX_WAITING)
@@ -73,7 +74,6 @@ class Writer:
             finally:
                 if not call.done.is_set():
                     self._withdraw(call)
-        assert call.outcome is not None  # noqa: S101 - set before `done` is
         result: T = call.outcome.unwrap()
         return result
 
@@ -92,13 +92,12 @@ class Writer:
         with self._changed:
             if self._is_closing:
                 raise InternalError("the ledger is closed", code="ledger_closed")
-            self._waiting.append(call)
+            self._waiting[call] = None
             self._changed.notify()
 
     def _withdraw(self, call: _Call) -> None:
         with self._changed:
-            if call in self._waiting:
-                self._waiting.remove(call)
+            self._waiting.pop(call, None)
 
     # --- in the thread
 
@@ -117,24 +116,22 @@ class Writer:
                 if self._is_closing:
                     return []
                 self._changed.wait()
-            calls = [self._waiting.popleft()]
-            if not callable(calls[0].work):
-                while self._waiting and len(calls) < MAX_GROUP and not callable(self._waiting[0].work):
-                    calls.append(self._waiting.popleft())
+            operations = takewhile(lambda call: not callable(call.work), self._waiting)
+            calls = list(islice(operations, MAX_GROUP)) or [next(iter(self._waiting))]
+            for call in calls:
+                del self._waiting[call]
             return calls
 
     def _answer(self, calls: Sequence[_Call]) -> None:
         try:
             outcomes = self._database.write(partial(self._work, [call.work for call in calls]))
-        except AzuError as error:
-            if len(calls) == 1 or error.code == "ledger_unreachable":
-                outcomes = [outcome.Error(error) for _ in calls]
-            else:  # one of them may be to blame: the others must not suffer for it
+        except Exception as error:  # a border: the thread has to live, and whoever asked is told
+            is_unreachable = isinstance(error, AzuError) and error.code == "ledger_unreachable"
+            if len(calls) > 1 and not is_unreachable:  # one of them may be to blame: the others must not suffer for it
                 log(logger, logging.WARNING, "operations committed one by one", reason=str(error), count=len(calls))
                 for call in calls:
                     self._answer([call])
                 return
-        except Exception as error:  # a border: the thread has to live, and the task that asked is told
             outcomes = [outcome.Error(error) for _ in calls]
         for call, result in zip(calls, outcomes, strict=True):
             call.outcome = result

@@ -173,17 +173,6 @@ async def test_a_coordinator_releases_what_its_earlier_life_left(url: str) -> No
         assert await ledger.balance(reserved(WALLET)) == 20
 
 
-async def test_a_reservation_can_last_longer(url: str) -> None:
-    async with opened(url) as ledger:
-        await ledger.deposit("solana", "main", "sig", WALLET, 100)
-        await ledger.reserve("job", WALLET, 10, expires_at=1)
-        extended = await ledger.extend("job", FOREVER)
-        assert extended is not None
-        assert extended.expires_at == FOREVER
-        assert await ledger.extend("job", 5) == extended
-        assert await ledger.extend("nothing", 5) is None
-
-
 async def test_amounts_that_cannot_be_are_refused(url: str) -> None:
     amounts: list[Any] = [-1, 0, 1.0, True, "7", None, MAX_AMOUNT, 10**5000]
     async with opened(url) as ledger:

@@ -297,7 +297,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
 TestLedgerMachine = LedgerMachine.TestCase
 TestLedgerMachine.settings = settings(
-    max_examples=20,
+    max_examples=15,
     stateful_step_count=20,
     phases=(Phase.explicit, Phase.reuse, Phase.generate),  # to shrink what is found takes minutes
 )
