@@ -34,7 +34,7 @@ def _copy(source: Connection, target: Connection) -> None:
     for table in schema.METADATA.sorted_tables:
         if table is schema.head:
             continue
-        rows = source.execution_options(yield_per=_CHUNK).execute(select(table)).mappings()
+        rows = source.execute(select(table), execution_options={"yield_per": _CHUNK}).mappings()
         for some in rows.partitions(_CHUNK):
             target.execute(insert(table), [dict(row) for row in some])
     head = source.execute(select(schema.head)).mappings().one()

@@ -6,6 +6,7 @@ first. With one lock there is no order to keep and no deadlock; groups of operat
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import time
@@ -22,8 +23,11 @@ from azu.errors import InputError, InternalError
 from azu.ledger import schema
 from azu.ledger.digests import GENESIS
 from azu.ledger.upgrade import is_current, upgrade
+from azu.logs import log
 
 __all__ = ["Database"]
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -62,7 +66,7 @@ class Database:
 
     def __init__(self, url: str | Path) -> None:
         self._url = URL.create("sqlite", database=str(url)) if isinstance(url, Path) else _parsed(url)
-        self.name = self._url.render_as_string(hide_password=True)
+        self.name = self._url.difference_update_query(["password"]).render_as_string(hide_password=True)
         self._engine = _engine(self._url)
         if self._is_sqlite:
             event.listen(self._engine, "connect", _set_pragmas)
@@ -81,7 +85,6 @@ class Database:
             InputError: it is in another currency, or of a newer version of azu.
             InternalError: it cannot be used.
         """
-
         if self._is_sqlite:
             _make_private(Path(str(self._url.database)))
 
@@ -112,7 +115,7 @@ class Database:
         Raises:
             InternalError: the database cannot be used; code "ledger_unreachable" where trying again did not help.
         """
-        deadline = time.monotonic() + _RETRY_S
+        begun = time.monotonic()
         pause = _FIRST_PAUSE_S
         while True:
             try:
@@ -121,8 +124,10 @@ class Database:
             except DBAPIError as error:
                 if not _is_transient(error):
                     raise self._failed(error) from error
-                if time.monotonic() > deadline:
+                if time.monotonic() > begun + _RETRY_S:
                     raise self._failed(error, code="ledger_unreachable") from error
+                if pause == _LONGEST_PAUSE_S:  # it is more than a conflict with another writer
+                    log(logger, logging.WARNING, "ledger's database is away", ledger=self.name, reason=_told(error))
             except SQLAlchemyError as error:
                 raise self._failed(error) from error
             time.sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311 - so that two do not meet again
@@ -171,9 +176,8 @@ class Database:
             )
 
     def _failed(self, error: SQLAlchemyError, *, code: str = "ledger_failed") -> InternalError:
-        cause = error.orig if isinstance(error, DBAPIError) else error
         return InternalError(
-            f"the ledger {self.name} cannot be used: {' '.join(str(cause).split())[:300]}",
+            f"the ledger {self.name} cannot be used: {_told(error)}",
             code=code,
             remedy="Check that its disk is not full, that it is not damaged, and that the database can be reached",
         )
@@ -227,15 +231,20 @@ def _set_session(connection: Any, _record: object) -> None:
 def _set_pragmas(connection: Any, _record: object) -> None:
     connection.isolation_level = None  # else sqlite3 begins and commits as it likes
     connection.execute("PRAGMA journal_mode = WAL")
-    connection.execute(
-        "PRAGMA synchronous = FULL"
-    )  # a commit is on disk when it returns; NORMAL would not sync the log
+    # A commit is on disk when it returns; NORMAL would not sync the log.
+    connection.execute("PRAGMA synchronous = FULL")
     connection.execute("PRAGMA foreign_keys = ON")
 
 
 def _begin_sqlite(connection: Connection) -> None:
     writes = connection.get_execution_options().get("azu_writes", False)
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+
+def _told(error: SQLAlchemyError) -> str:
+    """What the driver said, in one line."""
+    cause = error.orig if isinstance(error, DBAPIError) else error
+    return " ".join(str(cause).split())[:300]
 
 
 def _is_transient(error: DBAPIError) -> bool:

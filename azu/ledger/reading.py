@@ -124,7 +124,7 @@ def entries(connection: Connection, since: int = 0) -> Iterator[Entry]:
         .where(heads.c.seq >= since)
         .order_by(heads.c.seq, lines.c.number)
     )
-    rows = connection.execution_options(yield_per=_CHUNK).execute(query)
+    rows = connection.execute(query, execution_options={"yield_per": _CHUNK})
     for _, group in groupby(rows, key=lambda row: row.seq):
         of_one = list(group)
         first = of_one[0]

@@ -36,7 +36,14 @@ def test_urls_that_cannot_be_used(text: str) -> None:
     assert raised.value.code == "bad_ledger_url"
 
 
-@pytest.mark.parametrize("text", ["postgresql://azu:secret@db/azu", "postgres://azu:secret@db/azu"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "postgresql://azu:secret@db/azu",
+        "postgres://azu:secret@db/azu",
+        "postgresql://azu:secret@db/azu?password=secret",
+    ],
+)
 def test_passwords_are_not_shown(text: str) -> None:
     with closing(Database(text)) as database:
         assert database.name == "postgresql+psycopg://azu:***@db/azu"
