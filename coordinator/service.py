@@ -45,6 +45,7 @@ from coordinator.ledger_settings import ledger_place
 from coordinator.meter import Meter
 from coordinator.old_meter import take_over_meter
 from coordinator.owed import Owed
+from coordinator.paying import keep_paying
 from coordinator.placement import Placer, missing_layers, shape_of
 from coordinator.serving import Serving
 from coordinator.shards import LoggedProgress, Sharder, ShardQueue, run_shard
@@ -176,6 +177,7 @@ async def _serve(
         )
         for task in (swarm.run, placer.run, serving.follow, shards.run):
             nursery.start_soon(task)
+        nursery.start_soon(keep_paying, settings, money.ledger, money.provider, swarm)
         nursery.start_soon(_advertise, identity, overlay, serving, settings.kv_tokens)
         service = Service(serving, swarm, runner)
         app = create_app(
