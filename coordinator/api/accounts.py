@@ -77,7 +77,8 @@ class Accounts:
     async def _credit(self, found: Deposit) -> dict[str, Any]:
         credited = await self._ledger.deposit(found.provider, found.chain, found.txid, found.wallet, found.amount)
         if not credited.is_new:
-            problem = f"the transaction {credited.txid} was claimed before: {credited.amount} for {credited.wallet}"
+            amount = self._provider.coin.format(credited.amount)
+            problem = f"the transaction {credited.txid} was claimed before, and gave {credited.wallet} {amount}"
             raise _refused(Refusal("already_claimed", problem, "It counts once. GET /balance shows what there is."))
         return {
             "object": "deposit",

@@ -1,15 +1,13 @@
 """POST /submit and GET /results/<job_id>: an answer that nobody waits for on the line.
 
-Results are kept in memory: until an hour after they were done, and of one account no more than a share. A restart of
-the coordinator forgets them; what was put aside for jobs that it ended is given back.
+Results are kept in memory, within the bounds of `results`. A restart of the coordinator forgets them; what was put
+aside for jobs that it ended is given back.
 """
 
 from __future__ import annotations
 
 import time
-from collections import Counter
-from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import trio
 from pydantic import Field
@@ -17,17 +15,15 @@ from quart import Request
 
 from coordinator.api.auth import Caller, Gate
 from coordinator.api.completions import Completions
-from coordinator.api.errors import ApiError
+from coordinator.api.errors import ApiError, from_exception
 from coordinator.api.jobs import ChatJob, Delta, Event, Finished, Started
 from coordinator.api.requests import ChatMessage, ChatRequest, Strict, parse_body
-from coordinator.api.responses import usage_object
+from coordinator.api.results import KEPT_S, Results, Submission, result_object
+from coordinator.api.settings import ApiSettings
 
-__all__ = ["KEPT_S", "Submissions"]
+__all__ = ["Submissions"]
 
-KEPT_S = 3_600
-# Of one account, running and done together; and the characters of all results.
-_MAX_OF_ACCOUNT = 100
-_MAX_CHARS = 64 * 2**20
+_RETRY_S = 10
 
 
 class SubmitRequest(Strict):
@@ -39,29 +35,13 @@ class SubmitRequest(Strict):
     est_tokens: Annotated[int, Field(ge=1)] | None = None
 
 
-@dataclass(eq=False)
-class Submission:
-    """A submitted job and what came of it; times are unix seconds."""
-
-    job_id: str
-    caller: Caller
-    model_id: str
-    created_at: int
-    status: Literal["queued", "running", "done", "failed"] = "queued"
-    text: list[str] = field(default_factory=list)
-    chars: int = 0
-    end: Finished | None = None
-    error: ApiError | None = None
-    ended_at: int | None = None
-
-
 class Submissions:
     """Takes and runs what is submitted; one for the app. Does so while `run` runs."""
 
     def __init__(self, completions: Completions, gate: Gate) -> None:
         self._completions = completions
         self._gate = gate
-        self._kept: dict[str, Submission] = {}  # in the order in which they came
+        self._results = Results()
         self._nursery: trio.Nursery | None = None
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -81,9 +61,13 @@ class Submissions:
         caller = self._gate.claim(caller, asked.user_pubkey)
         job = await self._completions.plan(_as_chat(asked), caller)
         submission = Submission(job.requests[0].job_id.hex(), caller, asked.model_id, int(time.time()))
-        if self._nursery is None or not self._make_room(caller):
+        if self._nursery is None or not self._results.add(submission, time.time()):
             raise _too_many()
-        await self._nursery.start(self._work, job, submission)
+        try:
+            await self._nursery.start(self._work, job, submission)
+        except BaseException:
+            self._results.drop(submission.job_id)
+            raise
         return result_object(submission)
 
     def result(self, caller: Caller, job_id: str) -> dict[str, Any]:
@@ -92,8 +76,7 @@ class Submissions:
         Raises:
             ApiError: status 404 where the caller submitted no such job, or its result is not kept any more.
         """
-        self._forget_old()
-        found = self._kept.get(job_id)
+        found = self._results.get(job_id, time.time())
         if found is None or found.caller.wallet != caller.wallet:
             raise ApiError(
                 "There is no such job of yours",
@@ -104,72 +87,30 @@ class Submissions:
         return result_object(found)
 
     async def _work(self, job: ChatJob, mine: Submission, *, task_status: trio.TaskStatus[None]) -> None:
+        is_taken = False
+        try:
+            async with self._completions.reserved(job):
+                is_taken = True
+                task_status.started()
+                await self._collect(job, mine)
+            mine.status = "done"
+        except Exception as error:  # the border: nobody waits for it any more
+            if not is_taken:
+                raise
+            mine.status, mine.error = "failed", from_exception(error, ApiSettings())
+        finally:
+            mine.ended_at = int(time.time())
+
+    async def _collect(self, job: ChatJob, mine: Submission) -> None:
         async def collect(event: Event) -> None:
             if isinstance(event, Started):
                 mine.status = "running"
             elif isinstance(event, Delta):
-                mine.text.append(event.text)
-                mine.chars += len(event.text)
-                self._forget_most()
+                self._results.write(mine, event.text)
             elif isinstance(event, Finished):
                 mine.end = event
 
-        async with self._completions.reserved(job):
-            self._kept[mine.job_id] = mine
-            task_status.started()
-            try:
-                await self._completions.run(job, collect)
-                mine.status = "done"
-            except ApiError as error:
-                mine.status, mine.error = "failed", error
-            finally:
-                mine.ended_at = int(time.time())
-
-    def _make_room(self, caller: Caller) -> bool:
-        """Whether the account may have one more; its oldest result goes where it has the most that it may."""
-        self._forget_old()
-        own = [each for each in self._kept.values() if each.caller.turn == caller.turn]
-        if len(own) < _MAX_OF_ACCOUNT:
-            return True
-        oldest = next((each for each in own if each.ended_at is not None), None)
-        if oldest is not None:
-            del self._kept[oldest.job_id]
-        return oldest is not None
-
-    def _forget_old(self) -> None:
-        limit = time.time() - KEPT_S
-        for each in [each for each in self._kept.values() if each.ended_at is not None and each.ended_at < limit]:
-            del self._kept[each.job_id]
-
-    def _forget_most(self) -> None:
-        """Keep the results' size in bounds: whoever has the most loses the oldest."""
-        while sum(each.chars for each in self._kept.values()) > _MAX_CHARS:
-            held = Counter[str]()
-            for each in self._kept.values():
-                held[each.caller.turn] += each.chars if each.ended_at is not None else 0
-            ((turn, chars),) = held.most_common(1)
-            if not chars:
-                return  # all of it is still being written, within the bound of the running jobs
-            ended = (e for e in self._kept.values() if e.caller.turn == turn and e.chars and e.ended_at is not None)
-            del self._kept[next(ended).job_id]
-
-
-def result_object(submission: Submission) -> dict[str, Any]:
-    """A submitted job as JSON."""
-    done, error = submission.end, submission.error
-    return {
-        "object": "job",
-        "job_id": submission.job_id,
-        "status": submission.status,
-        "model_id": submission.model_id,
-        "created_at": submission.created_at,
-        "ended_at": submission.ended_at,
-        "kept_until": submission.ended_at and submission.ended_at + KEPT_S,
-        "result": "".join(submission.text) if done else None,
-        "finish_reason": done.reason if done else None,
-        "usage": usage_object([done.report]) if done else None,
-        "error": error.body()["error"] if error else None,
-    }
+        await self._completions.run(job, collect)
 
 
 def _as_chat(asked: SubmitRequest) -> ChatRequest:
@@ -183,5 +124,5 @@ def _too_many() -> ApiError:
         status=429,
         code="too_many_jobs",
         remedy="Submit it again once one of yours is done.",
-        headers={"Retry-After": "10"},
+        headers={"Retry-After": str(_RETRY_S)},
     )

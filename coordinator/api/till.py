@@ -1,7 +1,7 @@
 """What a request may cost is put aside before it waits for its turn; what it did not cost is given back.
 
-The swarm side captures at settlement what was delivered (`coordinator.meter`). Whatever is still put aside when the
-request ends, because it never ran or its client left, is released here; after a crash the next start does that.
+The swarm side captures at settlement what was delivered (`coordinator.meter`), and with it releases the rest. What was
+put aside for a job that never came so far is released here; after a crash the next start does that.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Till:
 
     @asynccontextmanager
     async def reserved(self, requests: Sequence[GenerationRequest]) -> AsyncIterator[None]:
-        """Have the highest cost of all these jobs put aside, or that of none, for as long as they run.
+        """Have the highest cost of all these jobs put aside, or that of none. The block settles them, or fails.
 
         Where no money can be paid in, nothing is.
 
@@ -73,10 +73,11 @@ class Till:
                 if isinstance(answer, Refusal):
                     raise self._refused(answer, jobs[:number], requests)
             yield
-        finally:
+        except BaseException:  # also where the client left: what was delivered is settled by now, the rest goes back
             with trio.CancelScope(shield=True):
                 for each in jobs:
                     await self._ledger.release(each.job_id.hex())
+            raise
 
     async def _reserve(self, request: GenerationRequest) -> Reserved | Refusal:
         amount = self.quote([request]).cost

@@ -102,7 +102,7 @@ async def test_a_job_that_fails_says_why(bank: Bank) -> None:
 
 
 async def test_a_wallet_has_so_many_jobs_at_most(bank: Bank, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("coordinator.api.submit._MAX_OF_ACCOUNT", 2)
+    monkeypatch.setattr("coordinator.api.results.MAX_OF_ACCOUNT", 2)
     key = await bank.key()
     await bank.pay_in(10**18)
     first = await submitted(bank, key)
@@ -120,7 +120,7 @@ async def test_results_are_kept_within_time_and_size(bank: Bank, monkeypatch: py
     key, other = await bank.key(), await bank.key(BOB)
     await bank.pay_in(10**18)
     await bank.pay_in(10**18, BOB, number=2)
-    monkeypatch.setattr("coordinator.api.submit._MAX_CHARS", 2 * len(bank.twin.answer) + 10)
+    monkeypatch.setattr("coordinator.api.results.MAX_CHARS", 2 * len(bank.twin.answer) + 10)
     jobs = [await submitted(bank, with_key) for with_key in (key, other)]
     for job_id, with_key in zip(jobs, (key, other), strict=True):
         await result_of(bank, with_key, job_id)
