@@ -54,14 +54,14 @@ class SolanaWallet:
 ALICE, BOB = EvmWallet(1), EvmWallet(2)
 
 
-def provider(name: str) -> AbstractAsyncContextManager[PaymentProvider]:
-    """A real one, whose RPC is nobody: it is asked for deposits and payouts alone."""
-    settings: dict[str, Any] = {
+def provider(name: str, settings: dict[str, Any] | None = None) -> AbstractAsyncContextManager[PaymentProvider]:
+    """A real one, whose RPC is nobody unless set: it is asked for deposits and payouts alone."""
+    usual: dict[str, Any] = {
         "hyperliquid": {"hyperliquid_rpc_url": ("http://127.0.0.1:9",), "hyperliquid_address": PLATFORM},
         "solana": {"solana_rpc_url": ("http://127.0.0.1:9",), "solana_address": SolanaWallet(99).address},
         "none": {},
     }[name]
-    return open_provider(PaymentSettings(payment_provider=name, **settings))
+    return open_provider(PaymentSettings(payment_provider=name, **{**usual, **(settings or {})}))
 
 
 class Bank:
@@ -115,6 +115,7 @@ async def open_bank(
     mode: AuthMode = "keys",
     name: str = "hyperliquid",
     is_new: bool = True,
+    settings: dict[str, Any] | None = None,
     **options: Any,
 ) -> AsyncIterator[Bank]:
     """A coordinator that listens on loopback; `template` is an empty ledger's file, which is kept in wei."""
@@ -122,7 +123,7 @@ async def open_bank(
         shutil.copyfile(template, folder / "ledger.sqlite3")
     url = f"sqlite:///{folder / 'ledger.sqlite3'}"
     async with (
-        provider(name) as chain,
+        provider(name, settings) as chain,
         Ledger.open(url, currency=chain.coin.unit, owner="test", key_limits=key_limits) as ledger,
         trio.open_nursery() as nursery,
     ):
