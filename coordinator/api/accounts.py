@@ -100,14 +100,14 @@ class Accounts:
         return {**head, "currency": currency_object(self._provider), "deposit": deposit}
 
     async def usage(self, caller: Caller, query: Mapping[str, str]) -> dict[str, Any]:
-        """What the caller used, the latest first.
+        """What the caller used, the latest first; nothing where use is free, since nobody knows who asked.
 
         Raises:
             ApiError: `since` (unix seconds) or `limit` is no number.
         """
         since = _number(query, "since", 0, 0, 2**40)
         limit = _number(query, "limit", 100, 1, _MAX_USES)
-        uses = await self._ledger.usage(caller.wallet, since=since, limit=limit)
+        uses = await self._ledger.usage(caller.wallet, since=since, limit=limit) if caller.wallet else []
         return {
             "object": "list",
             "wallet": caller.wallet or None,

@@ -77,7 +77,7 @@ class Submissions:
             ApiError: status 404 where the caller submitted no such job, or its result is not kept any more.
         """
         found = self._results.get(job_id, time.time())
-        if found is None or found.caller.wallet != caller.wallet:
+        if found is None or found.caller.turn != caller.turn:  # the wallet, or the address where there is none
             raise ApiError(
                 "There is no such job of yours",
                 status=404,
