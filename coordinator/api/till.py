@@ -23,8 +23,7 @@ from coordinator.api.auth import unauthorized
 from coordinator.api.errors import ApiError
 from coordinator.generation import GenerationRequest
 
-__all__ = ["Quote", "Till"]
-
+__all__ = ["Quote", "Till", "deposit_object"]
 
 # No ticket lives longer. What a coordinator that crashed had put aside is given back at its restart, or long after.
 _RESERVED_S = 86_400

@@ -38,6 +38,9 @@ from azu.wire.messages import (
 )
 from tests.local_swarm import LOOPBACK, LocalSwarm, Program, wait_until
 
+SERVE = ["azu-coordinator", "serve"]
+NOBODY = f"/ip4/127.0.0.1/tcp/4001/p2p/{Identity(bytes(32)).peer_id}"
+
 pytestmark = [pytest.mark.swarm, pytest.mark.slow]
 
 
@@ -312,7 +315,12 @@ def test_bad_requests_get_openais_errors(
         (["azu-node", "join"], "azu-bootstrap run"),
         (["azu-node", "join", "127.0.0.1:4001"], "/ip4/"),
         (["azu-node", "join", "/ip4/127.0.0.1/tcp/4001"], "/p2p/"),
-        (["azu-coordinator", "serve", "--model", "x"], "azu-coordinator serve --help"),
+        ([*SERVE, "--model", "x"], "azu-coordinator serve --help"),
+        ([*SERVE, "--bootstrap", NOBODY], "PAYMENT_PROVIDER=none"),
+        (
+            [*SERVE, "--bootstrap", NOBODY, "--auth-mode", "open", "--host", "0.0.0.0"],
+            "AUTH_MODE=keys",
+        ),
     ],
 )
 def test_bad_command_lines_name_the_remedy(command: list[str], remedy: str, tmp_path: Path) -> None:
