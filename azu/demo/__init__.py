@@ -15,6 +15,7 @@ __all__ = ["main"]
     examples=[
         'azu-demo --prompt "Why is the sky blue?"',
         "azu-demo --workers 5 --keep",
+        "azu-demo --payments anvil",
         "azu-demo --model ./my-model --json > figures.json",
     ],
     single=True,

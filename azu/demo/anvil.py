@@ -37,6 +37,7 @@ def find_anvil(home: Path) -> Path:
         return Path(known)
     if sys.platform != "linux" or platform.machine() != "x86_64" or shutil.which("npm") is None:
         raise InputError("anvil is not installed", code="no_anvil", remedy=_REMEDY)
+    home = home.expanduser()
     home.mkdir(parents=True, exist_ok=True)
     with (home / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -6,9 +6,10 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import psutil
@@ -84,8 +85,12 @@ async def start(
     command: Sequence[str],
     log_path: Path,
     on_event: Callable[[Process, Event], None],
+    variables: Mapping[str, str] = MappingProxyType({}),
 ) -> Process:
     """Start a program of azu's in the nursery; leaving the nursery ends it (SIGTERM, then SIGKILL if need be).
+
+    Args:
+        variables: of its environment; of this process's own AZU_* ones it gets none.
 
     Raises:
         InputError: the program is not installed beside this one.
@@ -94,7 +99,7 @@ async def start(
     if not program.exists():
         raise InputError(f"{program} is missing", code="missing_program", remedy="Run: pip install 'azu[demo]'")
     process = Process(name, log_path)
-    ready = await nursery.start(_run, process, [str(program), *command[1:]], on_event)
+    ready = await nursery.start(_run, process, [str(program), *command[1:]], on_event, variables)
     process.pid = ready.pid
     return process
 
@@ -103,12 +108,14 @@ async def _run(
     process: Process,
     command: list[str],
     on_event: Callable[[Process, Event], None],
+    variables: Mapping[str, str],
     *,
     task_status: trio.TaskStatus[trio.Process],
 ) -> None:
     async with trio.open_nursery() as nursery:
+        env = {**_environment(), **variables}
         run = partial(trio.run_process, command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                      stderr=subprocess.PIPE, check=False, env=_environment(), deliver_cancel=_end)  # fmt: skip
+                      stderr=subprocess.PIPE, check=False, env=env, deliver_cancel=_end)  # fmt: skip
         running: trio.Process = await nursery.start(run)
         task_status.started(running)
         if running.stderr is not None:

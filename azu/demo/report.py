@@ -11,14 +11,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from azu.demo.money import MoneyFigures
+from azu.payments.coin import HYPE
 from azu.sizes import format_size
 
-__all__ = ["Figures", "StageFigures", "WorkerFigures", "show_answer", "show_figures", "show_ways_in"]
+__all__ = ["Figures", "StageFigures", "WorkerFigures", "show_answer", "show_figures", "show_money", "show_ways_in"]
 
 
 @dataclass(frozen=True, slots=True)
 class StageFigures:
-    """One stage of the answered job; `earned` in lamports."""
+    """One stage of the answered job; `earned` in the figures' unit."""
 
     worker: str
     peer_id: str
@@ -33,8 +35,8 @@ class StageFigures:
     def from_usage(cls, stage: dict[str, Any], worker: str) -> StageFigures:
         """Out of the `azu` part of an answer's usage."""
         start, end = stage["layers"]
-        kept = {key: stage[key] for key in ("peer_id", "tokens", "token_layers", "earned", "state")}
-        return cls(worker=worker, start=start, end=end, **kept)
+        kept = {key: stage[key] for key in ("peer_id", "tokens", "token_layers", "state")}
+        return cls(worker=worker, start=start, end=end, earned=int(stage["earned"]), **kept)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,7 @@ class WorkerFigures:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """Everything that the demo measured. Times in seconds, cost in lamports."""
+    """Everything that the demo measured. Times in seconds, cost and earnings in `unit`."""
 
     model_id: str
     n_layers: int
@@ -61,6 +63,7 @@ class Figures:
     completion_tokens: int
     token_layers: int
     cost: int
+    unit: str
     stages: list[StageFigures]
     workers: list[WorkerFigures]
 
@@ -72,6 +75,11 @@ class Figures:
 def short(peer_id: str) -> str:
     """A peer id as azu-dht shortens it: all begin alike, so the end tells them apart."""
     return f"…{peer_id[-8:]}"
+
+
+def _amount(amount: int, unit: str) -> str:
+    """Wei have too many digits to be read."""
+    return HYPE.format(amount) if unit == HYPE.unit else f"{amount:,} {unit}"
 
 
 @contextmanager
@@ -99,20 +107,31 @@ def show_figures(console: Console, figures: Figures, unsplit_bytes: int) -> None
             short(stage.peer_id),
             f"{stage.start}-{stage.end - 1}",
             f"{stage.token_layers:,}",
-            f"{stage.earned:,} lamports" + ("" if stage.state == "credited" else f" ({stage.state})"),
+            _amount(stage.earned, figures.unit) + ("" if stage.state == "credited" else f" ({stage.state})"),
             format_size(memory.pop(stage.peer_id, 0)),
         )
     for worker in figures.workers:
         if worker.peer_id in memory:
-            row = (worker.name, short(worker.peer_id), "spare", "0", "0 lamports")
+            row = (worker.name, short(worker.peer_id), "spare", "0", _amount(0, figures.unit))
             table.add_row(*row, format_size(worker.resident_bytes))
     console.print(table)
     console.print(
         f"TTFT {figures.ttft_s * 1000:.0f} ms, then {figures.tokens_per_s:.1f} tokens/s; "
         f"{figures.prompt_tokens} prompt and {figures.completion_tokens} completion tokens; "
-        f"{figures.token_layers:,} token-layers for {figures.cost:,} lamports, 80% of it to the workers."
+        f"{figures.token_layers:,} token-layers for {_amount(figures.cost, figures.unit)}, 80% of it to the workers."
     )
     console.print(f"Resident memory of the unsplit model in one process: {format_size(unsplit_bytes)}.")
+
+
+def show_money(console: Console, money: MoneyFigures) -> None:
+    """Print who has what on the chain now, and what the client may still spend."""
+    console.print(f"\nWallets on the chain {money.chain}, as it has them now:")
+    table = Table("whose", "wallet", "has", box=None, pad_edge=False)
+    for name, amount in {"client": money.client, "platform": money.platform, **money.workers}.items():
+        table.add_row(name, money.wallets[name], HYPE.format(amount))
+    console.print(table)
+    console.print(f"Deposit: {HYPE.format(money.deposited)}, transaction {money.deposit_tx}", soft_wrap=True)
+    console.print(f"Of it the client may still spend {HYPE.format(money.available)}; the workers' wallets were empty.")
 
 
 def show_ways_in(console: Console, url: str, model_id: str, multiaddr: str, python: str) -> None:

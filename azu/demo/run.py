@@ -8,22 +8,35 @@ import json
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import httpx
 import trio
 from rich.console import Console
 
+from azu.demo.money import Money, MoneyFigures, open_money
 from azu.demo.processes import Process, start
-from azu.demo.report import Figures, StageFigures, WorkerFigures, show_answer, show_figures, show_ways_in
+from azu.demo.report import (
+    Figures,
+    StageFigures,
+    WorkerFigures,
+    show_answer,
+    show_figures,
+    show_money,
+    show_ways_in,
+)
 from azu.demo.screen import Screen
 from azu.demo.settings import DemoSettings
 from azu.distribution import Library
 from azu.errors import AzuError, InputError, InternalError, NetworkError
 from azu.models.manifest import Manifest
 from azu.models.memory import stage_memory
+from azu.payments.coin import HYPE
 
 __all__ = ["run"]
 
@@ -64,8 +77,8 @@ async def run(settings: DemoSettings) -> None:
     console = Console(stderr=settings.as_json, highlight=False)
     with tempfile.TemporaryDirectory(prefix="azu-demo-") as folder:
         failed: AzuError | None = None
-        async with trio.open_nursery() as nursery:
-            swarm = Swarm(settings, console, Path(folder), nursery)
+        async with _opened_money(settings, Path(folder)) as money, trio.open_nursery() as nursery:
+            swarm = Swarm(settings, console, Path(folder), nursery, money)
             try:
                 await swarm.play()
             except AzuError as error:  # carried past the nursery, which would wrap it in a group
@@ -75,11 +88,24 @@ async def run(settings: DemoSettings) -> None:
             raise failed
 
 
+@asynccontextmanager
+async def _opened_money(settings: DemoSettings, folder: Path) -> AsyncIterator[Money | None]:
+    if settings.payments == "none":
+        yield None
+        return
+    async with open_money(folder) as money:
+        yield money
+
+
 class Swarm:
     """The demo's processes and what is known of them."""
 
-    def __init__(self, settings: DemoSettings, console: Console, folder: Path, nursery: trio.Nursery) -> None:
+    def __init__(
+        self, settings: DemoSettings, console: Console, folder: Path, nursery: trio.Nursery, money: Money | None
+    ) -> None:
         self._settings = settings
+        self._money = money
+        self._key = ""
         self._console = console
         self._folder = folder
         self._nursery = nursery
@@ -99,12 +125,16 @@ class Swarm:
                 await self._wait_for_coverage()
             if patience.cancelled_caught:
                 raise NetworkError(f"the swarm did not cover the model within {_COVERAGE_S:g} s", code="not_covered")
+        if self._money is not None:
+            await self._pay_in(self._money)
         answer = await self._ask(manifest.model_id)
         figures = self._figures(manifest, answer)
         unsplit = await self._unsplit_bytes(manifest)
         show_figures(self._console, figures, unsplit)
+        paid = None if self._money is None else await self._paid_out(self._money, figures)
         if self._settings.as_json:
-            print(json.dumps(figures.to_json(unsplit), indent=2))  # noqa: T201 - the program's output
+            document = {**figures.to_json(unsplit), "payments": paid and asdict(paid)}
+            print(json.dumps(document, indent=2))  # noqa: T201 - the program's output
         self._check(figures, unsplit)
         if self._settings.keep:
             show_ways_in(self._console, self._url, manifest.model_id, self._multiaddr, sys.executable)
@@ -113,9 +143,12 @@ class Swarm:
     async def _start(self, source: str) -> Manifest:
         bootstrap = await self._launch("bootstrap", "azu-bootstrap", "run")
         self._multiaddr = (await bootstrap.event("bootstrap node ready"))["addrs"][0]
+        free: tuple[list[str], Mapping[str, str]] = (["--payment-provider", "none"], {})
+        options, variables = free if self._money is None else self._money.coordinator()
         coordinator = await self._launch(
             "coordinator", "azu-coordinator", "serve", "--bootstrap", self._multiaddr, "--model", source,
-            "--port", str(self._settings.port), "--kv-tokens", str(_KV_TOKENS), "--payment-provider", "none",
+            "--port", str(self._settings.port), "--kv-tokens", str(_KV_TOKENS), *options,
+            variables=variables,
         )  # fmt: skip
         published = await coordinator.event("model published")
         library = Library(self._folder / "coordinator")
@@ -123,19 +156,20 @@ class Swarm:
         self._screen.set_model(manifest.model_id, manifest.n_layers)
         vram = worker_vram(manifest, self._settings.workers)
         for number in range(1, self._settings.workers + 1):
+            name = f"worker {number}"
             worker = await self._launch(
-                f"worker {number}", "azu-node", "join", self._multiaddr, "--vram", str(vram),
-                "--device", self._settings.device,
+                name, "azu-node", "join", self._multiaddr, "--vram", str(vram), "--device", self._settings.device,
+                *([] if self._money is None else self._money.worker(name)),
             )  # fmt: skip
             self._nursery.start_soon(self._note_worker, worker)
         self._url = (await coordinator.event("answering OpenAI clients"))["url"].removesuffix("/v1")
         return manifest
 
-    async def _launch(self, name: str, *command: str) -> Process:
+    async def _launch(self, name: str, *command: str, variables: Mapping[str, str] = MappingProxyType({})) -> Process:
         self._screen.add(name)
         options = ["--listen", _LOOPBACK, "--data-dir", str(self._folder / name.replace(" ", "-")), "--log-json"]
         log_path = self._folder / f"{name.replace(' ', '-')}.log"
-        return await start(self._nursery, name, [*command, *options], log_path, self._screen.take)
+        return await start(self._nursery, name, [*command, *options], log_path, self._screen.take, variables)
 
     async def _note_worker(self, worker: Process) -> None:
         self._workers[(await worker.event("worker starting"))["peer"]] = worker
@@ -148,6 +182,18 @@ class Swarm:
                 if model["covered"]:
                     return
                 await trio.sleep(0.2)
+
+    async def _pay_in(self, money: Money) -> None:
+        async with self._client(_ANSWER_S) as client:
+            self._key = await money.sign_in(client)
+            await money.deposit(client)
+
+    async def _paid_out(self, money: Money, figures: Figures) -> MoneyFigures:
+        self._console.print("[dim]waiting until every worker is paid on the chain ...[/]")
+        async with self._client(_ANSWER_S) as client:
+            paid = await money.figures(client, {stage.worker: stage.earned for stage in figures.stages})
+        show_money(self._console, paid)
+        return paid
 
     async def _ask(self, model_id: str) -> Answer:
         request = {
@@ -181,7 +227,8 @@ class Swarm:
 
     def _client(self, timeout: float) -> httpx.AsyncClient:
         # Not through a proxy that the environment names: this is loopback.
-        return httpx.AsyncClient(base_url=self._url, timeout=timeout, trust_env=False)
+        headers = {"authorization": f"Bearer {self._key}"} if self._key else {}
+        return httpx.AsyncClient(base_url=self._url, timeout=timeout, trust_env=False, headers=headers)
 
     def _figures(self, manifest: Manifest, answer: Answer) -> Figures:
         stages = answer.usage.get("azu", {}).get("stages", [])
@@ -197,7 +244,8 @@ class Swarm:
             prompt_tokens=answer.usage.get("prompt_tokens", 0),
             completion_tokens=answer.usage.get("completion_tokens", 0),
             token_layers=answer.usage.get("azu", {}).get("token_layers", 0),
-            cost=answer.usage.get("azu", {}).get("cost", 0),
+            cost=int(answer.usage.get("azu", {}).get("cost", 0)),
+            unit="units" if self._money is None else HYPE.unit,
             stages=[StageFigures.from_usage(stage, names.get(stage["peer_id"], "?")) for stage in stages],
             workers=[WorkerFigures(w.name, peer_id, w.resident_bytes) for peer_id, w in sorted(
                 self._workers.items(), key=lambda item: item[1].name)],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from azu.config import MAX_TOKENS, BaseAzuSettings
@@ -54,6 +56,10 @@ class DemoSettings(BaseAzuSettings):
         default=0,
         description="Port of the HTTP endpoint; 0 lets the system choose one.",
         json_schema_extra=cli(metavar="PORT"),
+    )
+    payments: Literal["none", "anvil"] = Field(
+        default="none",
+        description="anvil: run a chain here too. A wallet deposits coins, the question is paid, the workers are paid.",
     )
     as_json: bool = Field(
         default=False,

@@ -32,6 +32,9 @@ class EvmAccount(Protocol):
     def sign(self, fields: dict[str, object]) -> tuple[str, bytes]:
         """A transaction's hash and its bytes."""
 
+    def sign_text(self, text: str) -> str:
+        """The signature of personal_sign (EIP-191), in hex after 0x."""
+
     def has_made(self, raw: bytes, chain_id: int) -> bool:
         """Whether the key signed these bytes, for that chain."""
 
@@ -44,6 +47,7 @@ def evm_account(key: bytes) -> EvmAccount:
     """
     load_eth_account()
     from eth_account import Account
+    from eth_account.messages import encode_defunct
     from eth_account.typed_transactions.typed_transaction import TypedTransaction
     from eth_utils.exceptions import ValidationError
     from hexbytes import HexBytes
@@ -63,6 +67,9 @@ def evm_account(key: bytes) -> EvmAccount:
         def sign(self, fields: dict[str, object]) -> tuple[str, bytes]:
             signed = account.sign_transaction(fields)
             return f"0x{bytes(signed.hash).hex()}", bytes(signed.raw_transaction)
+
+        def sign_text(self, text: str) -> str:
+            return f"0x{bytes(account.sign_message(encode_defunct(text=text)).signature).hex()}"
 
         def has_made(self, raw: bytes, chain_id: int) -> bool:
             fields = TypedTransaction.from_bytes(HexBytes(raw)).as_dict()

@@ -13,7 +13,10 @@ from typing import Any
 import psutil
 import pytest
 
+from azu.demo.anvil import find_anvil
+from azu.errors import InputError
 from tests.local_swarm import wait_until
+from tests.payments.conftest import ANVIL_HOME
 
 pytestmark = [pytest.mark.swarm, pytest.mark.slow]
 
@@ -62,6 +65,37 @@ def test_the_demo_answers_and_ctrl_c_leaves_no_process_behind(tmp_path: Path) ->
     assert all(0 < worker["resident_bytes"] < figures["unsplit_resident_bytes"] for worker in figures["workers"])
     assert "curl " in (tmp_path / "stderr").read_text()
     assert "azu-node join /ip4/127.0.0.1/tcp/" in (tmp_path / "stderr").read_text()
+
+
+def test_the_demo_pays_its_workers_on_a_chain(tmp_path: Path) -> None:
+    try:
+        anvil = find_anvil(ANVIL_HOME)
+    except InputError as error:
+        pytest.skip(f"NO CHAIN, so nothing here shows that the demo pays: {error}")
+    command = [DEMO, "--json", "--payments", "anvil", "--device", "cpu", "--max-tokens", "4"]
+    env = {**os.environ, "PATH": f"{anvil.parent}:{os.environ['PATH']}"}
+    with (tmp_path / "stderr").open("w+") as stderr:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr, text=True, env=env
+        )
+        try:
+            printed, _ = process.communicate(timeout=270)
+        finally:
+            process.terminate()  # so that it ends what it has started
+            process.communicate()
+    assert process.returncode == 0, (tmp_path / "stderr").read_text()
+    figures = json.loads(printed)
+    paid = figures["payments"]
+    assert figures["unit"] == "wei"
+    assert paid["chain"] == "eip155:998"
+    assert paid["deposited"] == 10**18
+    assert paid["available"] == 10**18 - figures["cost"]
+    earned = {stage["worker"]: stage["earned"] for stage in figures["stages"]}
+    assert len(earned) == 3
+    assert paid["workers"] == earned, "to the last wei"
+    assert 9 * 10**18 > paid["client"] > 9 * 10**18 - 10**15, "the deposit and its fee are gone"
+    assert 11 * 10**18 - sum(earned.values()) > paid["platform"] > 11 * 10**18 - 10**15
+    assert "as it has them now" in (tmp_path / "stderr").read_text()
 
 
 def test_a_demo_that_cannot_work_says_why_and_fails(tmp_path: Path) -> None:
