@@ -49,6 +49,8 @@ def list_payouts(settings: PayoutSettings) -> None:
         table.add_row(
             payout.payout_id, payout.peer_id, payout.address, coin.format(payout.amount), state, payout.txid or "-"
         )
+    for column in table.columns:
+        column.overflow = "fold"  # in a narrow terminal too, all of a transaction's id
     console.print(table)
 
 
