@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 _PLAN_EVERY_S = 10.0
 _LOOK_EVERY_S = 2.0  # at payouts under way
-_PAUSE_S = 30.0  # after an error: the chain's RPCs or the database are away
+_PAUSE_S = 30.0  # after an error: the platform lacks coin, the chain's RPCs or the database are away
 
 
 async def keep_paying(settings: PaymentSettings, ledger: Ledger, provider: PaymentProvider, swarm: SwarmView) -> None:
@@ -36,7 +36,9 @@ async def keep_paying(settings: PaymentSettings, ledger: Ledger, provider: Payme
 
     async def pay() -> float:
         progress = await payouts.advance()
-        return _LOOK_EVERY_S if progress.left and not progress.problem else settings.payout_every
+        if progress.left:
+            return _PAUSE_S if progress.problem else _LOOK_EVERY_S
+        return settings.payout_every
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_repeat, plan)

@@ -15,6 +15,7 @@ from rich.table import Table
 from azu.errors import InputError, NetworkError
 from azu.ledger import Database, Ledger, Payout, Refusal, reading
 from azu.payments import HYPE, SOL, UNITS, Coin, open_provider
+from azu.payments.keys import no_key
 from azu.payments.payouts import Payouts
 from coordinator.ledger_settings import ledger_place
 from coordinator.payout_settings import PayoutSettings, RetrySettings
@@ -22,6 +23,7 @@ from coordinator.payout_settings import PayoutSettings, RetrySettings
 __all__ = ["list_payouts", "retry_payout", "run_payouts"]
 
 _POLL_S = 1.0
+_LOST_S = 10.0  # that another transaction took a nonce has to be seen twice, with the confirmations between
 _PATIENCE_S = 120.0  # without any payout ending; HyperEVM makes a block in 1 s, Solana finalises one in 13 s
 
 
@@ -72,12 +74,18 @@ async def retry_payout(settings: RetrySettings) -> None:
         if payout.state == "failed":
             await _finish(payouts, settings, [await _planned_again(payouts, ledger, payout)])
         elif settings.lost:
-            given_up = await payouts.give_up(payout.payout_id)
-            if isinstance(given_up, Refusal):
-                raise InputError(given_up.message, code=given_up.code, remedy=given_up.remedy)
-            click.echo(_line(given_up or payout, payouts.coin))
+            click.echo(_line(await _given_up(payouts, payout), payouts.coin))
         else:
             await _finish(payouts, settings, [payout])
+
+
+async def _given_up(payouts: Payouts, payout: Payout) -> Payout:
+    deadline = trio.current_time() + _LOST_S
+    while isinstance(given_up := await payouts.give_up(payout.payout_id), Refusal):
+        if trio.current_time() > deadline:
+            raise InputError(given_up.message, code=given_up.code, remedy=given_up.remedy)
+        await trio.sleep(_POLL_S)
+    return given_up or payout
 
 
 async def _planned_again(payouts: Payouts, ledger: Ledger, payout: Payout) -> Payout:
@@ -132,6 +140,8 @@ async def _opened(settings: PayoutSettings) -> AsyncIterator[tuple[Payouts, Ledg
     async with open_provider(settings) as provider:
         if not provider.address:
             raise InputError("PAYMENT_PROVIDER is none: nobody is paid", code="no_payments")
+        if settings.scheduler_private_key is None:
+            raise no_key()
         async with Ledger.open(place, currency=provider.coin.unit) as ledger:
             yield Payouts(ledger, provider, threshold=provider.coin.parse(settings.payout_threshold)), ledger
 

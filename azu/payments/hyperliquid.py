@@ -50,6 +50,7 @@ class _Transfer:
 
 @dataclass(frozen=True, slots=True)
 class _Receipt:
+    txid: str
     status: int
     block: int
     block_hash: str
@@ -73,6 +74,7 @@ def _read_transfer(value: object) -> _Transfer:
 def _read_receipt(value: object) -> _Receipt:
     fields = record(value)
     return _Receipt(
+        txid=digest(fields.get("transactionHash")),
         status=quantity(fields.get("status")),
         block=quantity(fields.get("blockNumber")),
         block_hash=digest(fields.get("blockHash")),
@@ -157,7 +159,7 @@ class Hyperliquid:
         if transfer.recipient != self.address.lower():
             told = f"the transaction pays {transfer.recipient or 'nobody'}, not {self.address}"
             return Refusal("wrong_recipient", told, f"Send {HYPE.symbol} to {self.address} itself, not to a contract.")
-        if transfer.sender != wallet.lower():
+        if transfer.sender != wallet.lower() or transfer.sender == transfer.recipient:
             told = f"the transaction was sent by {transfer.sender}, not by {wallet}"
             return Refusal("wrong_sender", told, "A deposit counts for the wallet that sent it: sign in with that one.")
         if transfer.value < max(self._min_deposit, 1):
@@ -170,7 +172,7 @@ class Hyperliquid:
         if transfer.block is None or transfer.block_hash is None:
             return _pending(transfer.txid)
         receipt = await self._rpc.call("eth_getTransactionReceipt", transfer.txid, read=optional(_read_receipt))
-        if receipt is None:
+        if receipt is None or receipt.txid != transfer.txid:
             return _pending(transfer.txid)
         if receipt.status != 1:
             told = f"transaction {transfer.txid} failed on the chain and moved nothing"
@@ -247,7 +249,7 @@ class Hyperliquid:
     async def look(self, payout: SignedPayout) -> Landing:
         """See `PaymentProvider.look`."""
         receipt = await self._rpc.call("eth_getTransactionReceipt", payout.txid, read=optional(_read_receipt))
-        if receipt is None:
+        if receipt is None or receipt.txid != payout.txid:
             return await self._look_for_rival(payout)
         depth = await self._depth(receipt)
         if depth is None or depth < self._confirmations:

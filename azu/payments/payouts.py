@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from azu.errors import NetworkError
@@ -77,14 +77,22 @@ class Payouts:
         refused = await self._refused()
         for payout in under_way:
             due.pop(payout.peer_id, None)
-        planned: list[Payout] = []
-        for peer, amount in list(due.items())[: max(_MOST_OPEN - len(under_way), 0)]:
-            address = self._provider.read_address(payees[peer])
-            if isinstance(address, Refusal):
-                log(logger, logging.DEBUG, "a worker cannot be paid", peer=peer, reason=address.message)
-            elif (peer, address) not in refused and (new := await self.plan_one(peer, address, amount)):
-                planned.append(new)
-        return planned
+        planned = [
+            await self._plan_for(peer, payees[peer], amount, refused)
+            for peer, amount in list(due.items())[: max(_MOST_OPEN - len(under_way), 0)]
+        ]
+        return [payout for payout in planned if payout is not None]
+
+    async def _plan_for(
+        self, peer_id: str, payee: str, amount: int, refused: Collection[tuple[str, str]]
+    ) -> Payout | None:
+        address = self._provider.read_address(payee)
+        if isinstance(address, Refusal):
+            log(logger, logging.DEBUG, "a worker cannot be paid", peer=peer_id, reason=address.message)
+            return None
+        if address == self._provider.address or (peer_id, address) in refused:
+            return None
+        return await self.plan_one(peer_id, address, amount)
 
     async def plan_one(self, peer_id: str, address: str, amount: int) -> Payout | None:
         """Set an amount aside for a worker; None where it is owed less by now."""

@@ -91,12 +91,8 @@ class Endpoint:
             if trio.current_time() >= self._checked_until:
                 await self._check_chain()
             answer = read(await self._post(method, params))
-        except RpcError:
-            raise
         except ProtocolError as error:
             raise self._failed(error.message, "rpc_bad_answer") from error
-        except NetworkError:
-            raise
         self._failures, self.problem = 0, None
         return answer
 
@@ -202,10 +198,10 @@ class Rpc:
         """
         deadline = trio.current_time() + self._limits.patience_s
         while True:
-            endpoint = min(
-                self._endpoints, key=lambda each: each.ready_at if each.ready_at > trio.current_time() else 0
-            )
-            if endpoint.ready_at > deadline or trio.current_time() > deadline:
+            now = trio.current_time()
+            ready = [endpoint for endpoint in self._endpoints if endpoint.ready_at <= now]
+            endpoint = ready[0] if ready else min(self._endpoints, key=lambda each: each.ready_at)
+            if max(now, endpoint.ready_at) > deadline:
                 raise self._nobody()
             await trio.sleep_until(endpoint.ready_at)
             try:

@@ -109,6 +109,32 @@ def test_wrong_words_are_answered(chain: Chain, proxy: Proxy, tmp_path: Path, ow
     assert "serves another chain than chain id 998" in liar.stderr
 
 
+def test_what_never_landed_is_given_up_only_where_the_chain_agrees(
+    chain: Chain, tmp_path: Path, owed: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("coordinator.payout_commands._LOST_S", 3.0)
+    raw = PLATFORM.sign_transaction(
+        {"type": 2, "chainId": 998, "nonce": 0, "to": WALLETS[PEERS[0]], "value": owed[PEERS[0]], "gas": 21_000,
+         "maxFeePerGas": 10**9, "maxPriorityFeePerGas": 0}
+    )  # fmt: skip
+
+    async def sign_and_die() -> None:
+        async with Ledger.open(tmp_path / "ledger.sqlite3", currency="wei") as ledger:
+            await ledger.payout_signed(["payout0"], f"0x{raw.hash.hex()}", bytes(raw.raw_transaction), 0)
+
+    trio.run(sign_and_die)
+    assert "not in a block yet" in payouts(tmp_path, chain.url, "retry", "payout0", "--lost").stderr
+    chain.transfer(PLATFORM, account(0x501).address, 1)
+    chain.ask("evm_setIntervalMining", 1)
+    try:
+        done = payouts(tmp_path, chain.url, "retry", "payout0", "--lost")
+    finally:
+        chain.ask("evm_setIntervalMining", 0)
+    assert done.exit_code == 0, done.stderr
+    assert "failed, lost: an operator found" in done.stdout
+    assert chain.balance(WALLETS[PEERS[0]]) == 0
+
+
 @pytest.mark.parametrize("variable", ["AZU_PAYMENT_PROVIDER", "PAYMENT_PROVIDER"])
 def test_a_bad_variable_is_named_as_it_was_written(variable: str) -> None:
     done = CliRunner().invoke(main, ["payouts", "list"], env={variable: "cash"})
