@@ -14,3 +14,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "azu"))
 
 # Where pip needs a proxy, HTTP clients would take it for loopback too.
 os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
+
+# Small models gain nothing from more compute threads, and these wait for each other on a busy machine. Read when torch
+# is loaded; whoever wants more says so.
+os.environ["OMP_NUM_THREADS"] = "1"

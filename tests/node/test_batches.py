@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 
 import pytest
-import torch
 import trio
 
 from tests.node.real_stages import TinyModel, prompt_of, real_ring, tiny_model
@@ -13,7 +12,6 @@ from tests.node.real_stages import TinyModel, prompt_of, real_ring, tiny_model
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
-    torch.set_num_threads(1)
     return tiny_model(tmp_path_factory.mktemp("tiny"))
 
 

@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 import trio
 from click.testing import CliRunner
 
@@ -22,7 +21,6 @@ PROMPT = prompt_of(9)
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
-    torch.set_num_threads(1)
     return tiny_model(tmp_path_factory.mktemp("tiny"))
 
 

@@ -9,7 +9,6 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
 import pytest
-import torch
 import trio
 
 from azu.channel import Channel
@@ -37,7 +36,6 @@ FIRST, MIDDLE, LAST, COORDINATOR = 1, 2, 3, 99
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
-    torch.set_num_threads(1)
     return tiny_model(tmp_path_factory.mktemp("tiny"))
 
 

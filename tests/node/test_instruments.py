@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 
 import pytest
-import torch
 import trio
 
 from azu.wire.messages import End, Prompt, Token
@@ -96,7 +95,6 @@ def test_the_last_minute_forgets_what_is_older(clock: Clock) -> None:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
-    torch.set_num_threads(1)
     return tiny_model(tmp_path_factory.mktemp("tiny"))
 
 

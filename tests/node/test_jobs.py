@@ -13,7 +13,6 @@ from typing import Any
 
 import outcome
 import pytest
-import torch
 import trio
 
 from azu.channel import Channel
@@ -57,7 +56,6 @@ from tests.node.real_stages import (
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
-    torch.set_num_threads(1)
     return tiny_model(tmp_path_factory.mktemp("tiny"))
 
 

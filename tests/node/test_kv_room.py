@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 import trio
 
 from azu.channel import Channel
@@ -20,7 +19,6 @@ MOST = 4 * BLOCK  # positions that each job may come to need
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
-    torch.set_num_threads(1)
     return tiny_model(tmp_path_factory.mktemp("tiny"))
 
 

@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
 import trio
 
 from azu.channel import Channel
@@ -43,7 +42,6 @@ CHAINS = (
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
-    torch.set_num_threads(1)
     return tiny_model(tmp_path_factory.mktemp("tiny"))
 
 

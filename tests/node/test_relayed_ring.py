@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-import torch
 import trio
 
 from azu.channel import Channel
@@ -231,7 +230,6 @@ async def test_a_ring_that_is_direct_from_the_start_has_no_second_stream() -> No
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
-    torch.set_num_threads(1)
     return tiny_model(tmp_path_factory.mktemp("tiny"))
 
 

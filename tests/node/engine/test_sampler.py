@@ -85,11 +85,10 @@ def kept_by_transformers(logits: torch.Tensor, sampling: Sampling) -> set[int]:
 def kept_by_us(logits: torch.Tensor, sampling: Sampling, monkeypatch: pytest.MonkeyPatch) -> set[int]:
     """Every token that some random number leads to: thousands of numbers, evenly spread and at the very ends."""
     points = [0.0, *(index / 4_000 for index in range(4_000)), 1.0 - 2.0**-53]
-    found: set[int] = set()
-    for point in points:
-        monkeypatch.setattr(Sampler, "_uniform", lambda _, point=point: point)
-        found.add(Sampler(sampling).sample(logits))
-    return found
+    drawn = iter(points)
+    monkeypatch.setattr(Sampler, "_uniform", lambda _: next(drawn))
+    jobs = [Sampler(sampling) for _ in points]
+    return {picked.unwrap() for picked in sample_pack(jobs, logits.expand(len(points), -1))}
 
 
 @pytest.mark.parametrize(
