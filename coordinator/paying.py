@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Protocol
 
 import trio
 
@@ -13,7 +14,7 @@ from azu.logs import log
 from azu.payments import PaymentProvider
 from azu.payments.payouts import Payouts
 from azu.payments.settings import PaymentSettings
-from coordinator.swarm import SwarmView
+from azu.records import WorkerRecord
 
 __all__ = ["keep_paying"]
 
@@ -24,7 +25,14 @@ _LOOK_EVERY_S = 2.0  # at payouts under way
 _PAUSE_S = 30.0  # after an error: the platform lacks coin, the chain's RPCs or the database are away
 
 
-async def keep_paying(settings: PaymentSettings, ledger: Ledger, provider: PaymentProvider, swarm: SwarmView) -> None:
+class Swarm(Protocol):
+    """Of `coordinator.swarm.SwarmView`, what is needed here."""
+
+    def workers(self) -> Sequence[WorkerRecord]:
+        """Live workers' records, as they signed them."""
+
+
+async def keep_paying(settings: PaymentSettings, ledger: Ledger, provider: PaymentProvider, swarm: Swarm) -> None:
     """Plan and pay until cancelled; at once nothing where there is no money."""
     if not provider.address:
         return

@@ -231,7 +231,8 @@ class Payouts:
             log(logger, logging.WARNING, "a payout has ended already", payout=payout_id, reason=written.message)
             return None
         (payout,) = written
-        log(logger, logging.INFO, f"payout {payout.state}", payout=payout_id, peer=payout.peer_id,
+        event = "payout paid" if payout.state == "confirmed" else "payout failed"
+        log(logger, logging.INFO, event, payout=payout_id, peer=payout.peer_id,
             amount=self._provider.coin.format(payout.amount), txid=payout.txid, reason=payout.reason)  # fmt: skip
         return payout
 

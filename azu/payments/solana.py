@@ -199,11 +199,9 @@ class Solana:
         landed = await self._landed(payout.txid) if status.is_final else None
         if landed is None:
             return Landing("waiting", reason="not finalised yet")
-        return (
-            Landing("failed", landed.fee, "it failed on the chain")
-            if landed.failed
-            else Landing("confirmed", landed.fee)
-        )
+        if landed.failed:
+            return Landing("failed", landed.fee, "it failed on the chain")
+        return Landing("confirmed", landed.fee)
 
 
 async def _is_expired(payout: SignedPayout, node: Endpoint) -> bool:
