@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from azu.errors import InputError
 from azu.payments.addresses import check_evm_address, check_solana_address
@@ -36,6 +36,7 @@ async def open_provider(settings: PaymentSettings) -> AsyncIterator[PaymentProvi
     if settings.payment_provider == "none":
         yield NoPayments()
         return
+    _amount(settings, "payout_threshold")  # what reads it comes later; what is wrong is said now
     provider, rpc = _hyperliquid(settings) if settings.payment_provider == "hyperliquid" else _solana(settings)
     async with rpc:
         yield provider
@@ -59,7 +60,7 @@ def _hyperliquid(settings: PaymentSettings) -> tuple[PaymentProvider, Rpc]:
         address=address,
         account=account,
         confirmations=settings.hyperliquid_confirmations,
-        min_deposit=HYPE.parse(settings.min_deposit),
+        min_deposit=_amount(settings, "min_deposit"),
     )
     return provider, rpc
 
@@ -77,8 +78,15 @@ def _solana(settings: PaymentSettings) -> tuple[PaymentProvider, Rpc]:
     address = _address(settings, "SOLANA_ADDRESS", given, None if account is None else account.address)
     genesis = GENESIS.get(settings.solana_cluster) or check_solana_address(settings.solana_cluster)
     rpc = Rpc(settings.solana_rpc_url, chain_check(genesis))
-    min_deposit = SOL.parse(settings.min_deposit)
+    min_deposit = _amount(settings, "min_deposit")
     return Solana(rpc, genesis=genesis, address=address, account=account, min_deposit=min_deposit), rpc
+
+
+def _amount(settings: PaymentSettings, name: Literal["payout_threshold", "min_deposit"]) -> int:
+    try:
+        return coin_of(settings).parse(getattr(settings, name))
+    except InputError as error:
+        raise InputError(f"{name.upper()}: {error.message}", code=error.code, remedy=error.remedy) from error
 
 
 def _address(settings: PaymentSettings, name: str, given: str | None, own: str | None) -> str:

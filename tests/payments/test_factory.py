@@ -87,7 +87,8 @@ async def test_deposits_need_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
             "wrong_key",
             "SCHEDULER_PRIVATE_KEY is that of",
         ),
-        ({"HYPERLIQUID_RPC_URL": URL, "HYPERLIQUID_ADDRESS": EVM, "MIN_DEPOSIT": "1e3"}, "bad_amount", "1e3"),
+        ({"HYPERLIQUID_RPC_URL": URL, "HYPERLIQUID_ADDRESS": EVM, "MIN_DEPOSIT": "1e3"}, "bad_amount", "MIN_DEPOSIT"),
+        ({"HYPERLIQUID_RPC_URL": URL, "PAYOUT_THRESHOLD": "-1"}, "bad_amount", "PAYOUT_THRESHOLD"),
     ],
 )
 async def test_what_is_missing_or_wrong_is_named(
