@@ -67,6 +67,7 @@ def test_the_demo_answers_and_ctrl_c_leaves_no_process_behind(tmp_path: Path) ->
     assert "azu-node join /ip4/127.0.0.1/tcp/" in (tmp_path / "stderr").read_text()
 
 
+@pytest.mark.timeout(600)  # three workers, a chain and the unsplit model on two busy cores
 def test_the_demo_pays_its_workers_on_a_chain(tmp_path: Path) -> None:
     try:
         anvil = find_anvil(ANVIL_HOME)
@@ -79,7 +80,7 @@ def test_the_demo_pays_its_workers_on_a_chain(tmp_path: Path) -> None:
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr, text=True, env=env
         )
         try:
-            printed, _ = process.communicate(timeout=270)
+            printed, _ = process.communicate(timeout=570)
         finally:
             process.terminate()  # so that it ends what it has started
             process.communicate()
