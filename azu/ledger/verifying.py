@@ -5,16 +5,33 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
 
-from sqlalchemy import Connection, select
+from sqlalchemy import LABEL_STYLE_TABLENAME_PLUS_COL, Connection, Row, select
 
 from azu.ledger import reading, schema
-from azu.ledger.accounts import FREE, chain, client, held, kind_of, may_be_negative, paying, reserved, worker
+from azu.ledger.accounts import (
+    FEES,
+    FREE,
+    PLATFORM,
+    chain,
+    client,
+    held,
+    kind_of,
+    may_be_negative,
+    paying,
+    reserved,
+    worker,
+)
 from azu.ledger.answers import Entry
 from azu.ledger.decisions import find_held
 from azu.ledger.digests import GENESIS, digest_of
 
 __all__ = ["Finding", "verify"]
+
+_CHUNK = 1000  # rows that are read at once
+_RESERVED = ("amount", "captured", "state")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +62,9 @@ class _Book:
 
     def __init__(self) -> None:
         self.balances: Counter[str] = Counter()
-        self.keys: dict[int, str] = {}  # by number
         self._moves: dict[str, int] = {}  # their hashes: there may be millions
-        self._claimed: set[str] = set()
 
     def add(self, entry: Entry) -> None:
-        self.keys[entry.seq] = entry.key
         self._moves[entry.key] = hash(frozenset(entry.postings))
         for account, amount in entry.postings:
             self.balances[account] += amount
@@ -60,14 +74,14 @@ class _Book:
         expected: Counter[str] = Counter()
         for account, amount in moves:
             expected[account] += amount
-        self._claimed.add(key)
-        if key not in self._moves:
+        found = self._moves.pop(key, None)
+        if found is None:
             yield Finding(key, "the transaction is missing")
-        elif self._moves[key] != hash(frozenset(each for each in expected.items() if each[1])):
+        elif found != hash(frozenset(each for each in expected.items() if each[1])):
             yield Finding(key, "the postings are not those that it has to have")
 
     def unclaimed(self) -> Iterator[str]:
-        return (key for key in self._moves if key not in self._claimed)
+        return iter(self._moves)
 
 
 def _check_chain(connection: Connection, book: _Book) -> Iterator[Finding]:
@@ -134,31 +148,49 @@ def _check_deposits(connection: Connection, book: _Book) -> Iterator[Finding]:
 
 
 def _check_jobs(connection: Connection, book: _Book) -> Iterator[Finding]:
-    reservations = {row.job_id: row for row in connection.execute(select(schema.reservations))}
-    paid: dict[tuple[str, int], list[tuple[str, int]]] = {}
-    for row in connection.execute(select(schema.stages)):
-        account = worker if row.state == "credited" else held
-        paid.setdefault((row.job_id, row.epoch), []).append((account(row.peer_id), row.earned))
-        if row.token_layers != row.tokens * (row.end_layer - row.first_layer):
-            yield Finding(f"job {row.job_id}", f"stage {row.stage} has {row.token_layers} token-layers")
-    for row in connection.execute(select(schema.jobs)):
-        key, earned = book.keys.get(row.seq, f"close:{row.job_id}"), paid.pop((row.job_id, row.epoch), [])
-        reservation = reservations.pop(row.job_id, None) if key == f"close:{row.job_id}" else None
-        shares = [*earned, ("platform", row.cost - sum(amount for _, amount in earned))]
-        if reservation is None:
-            yield from book.claim(key, (FREE, -row.cost), *shares)
-            continue
-        back = reservation.amount - reservation.captured
-        source = [(reserved(row.wallet), -reservation.amount), (client(row.wallet), back)]
-        beyond = ("platform", reservation.captured - row.cost)
-        yield from book.claim(key, *source, beyond, *shares)
-        if reservation.state != "settled" or reservation.captured != min(row.cost, reservation.amount):
-            yield Finding(f"job {row.job_id}", "it is settled, and its reservation says otherwise")
-    for job_id, reservation in reservations.items():
-        if reservation.state == "settled":
-            yield Finding(f"job {job_id}", "its reservation is settled, and the job is missing")
-    for job_id, _ in paid:
+    jobs, stages, reservations = schema.jobs, schema.stages, schema.reservations
+    of_job = (stages.c.job_id == jobs.c.job_id) & (stages.c.epoch == jobs.c.epoch)
+    query = (
+        select(jobs, schema.transactions.c.key, stages, *(reservations.c[name] for name in _RESERVED))
+        .outerjoin(schema.transactions, schema.transactions.c.seq == jobs.c.seq)
+        .outerjoin(stages, of_job)
+        .outerjoin(reservations, reservations.c.job_id == jobs.c.job_id)
+        .order_by(jobs.c.job_id, jobs.c.epoch, stages.c.stage)
+        .set_label_style(LABEL_STYLE_TABLENAME_PLUS_COL)
+    )
+    rows = connection.execute(query, execution_options={"yield_per": _CHUNK})
+    for _, group in groupby(rows, key=lambda row: (row.jobs_job_id, row.jobs_epoch)):
+        yield from _check_job(list(group), book)
+    has_job = select(jobs.c.job_id).where(jobs.c.job_id == reservations.c.job_id).exists()
+    lost = select(reservations.c.job_id).where(reservations.c.state == "settled", ~has_job)
+    for job_id in connection.execute(lost).scalars():
+        yield Finding(f"job {job_id}", "its reservation is settled, and the job is missing")
+    for job_id in connection.execute(
+        select(stages.c.job_id).outerjoin(jobs, of_job).where(jobs.c.seq.is_(None))
+    ).scalars():
         yield Finding(f"job {job_id}", "its stages are there, and the job is missing")
+
+
+def _check_job(rows: list[Row[Any]], book: _Book) -> Iterator[Finding]:
+    """One job, with a row for each of its stages."""
+    job = rows[0]
+    where, key = f"job {job.jobs_job_id}", job.transactions_key or f"close:{job.jobs_job_id}"
+    shares: list[tuple[str, int]] = []
+    for row in rows:
+        if row.stages_job_id is not None:
+            account = worker if row.stages_state == "credited" else held
+            shares.append((account(row.stages_peer_id), row.stages_earned))
+            if row.stages_token_layers != row.stages_tokens * (row.stages_end_layer - row.stages_first_layer):
+                yield Finding(where, f"stage {row.stages_stage} has {row.stages_token_layers} token-layers")
+    shares.append((PLATFORM, job.jobs_cost - sum(amount for _, amount in shares)))
+    amount, captured = job.reservations_amount, job.reservations_captured
+    if amount is None or key != f"close:{job.jobs_job_id}":
+        yield from book.claim(key, (FREE, -job.jobs_cost), *shares)
+        return
+    source = [(reserved(job.jobs_wallet), -amount), (client(job.jobs_wallet), amount - captured)]
+    yield from book.claim(key, *source, (PLATFORM, captured - job.jobs_cost), *shares)
+    if job.reservations_state != "settled" or captured != min(job.jobs_cost, amount):
+        yield Finding(where, "it is settled, and its reservation says otherwise")
 
 
 def _check_decisions(connection: Connection, book: _Book) -> Iterator[Finding]:
@@ -175,9 +207,9 @@ def _check_payouts(connection: Connection, book: _Book) -> Iterator[Finding]:
         yield from book.claim(f"{key}:planned", (own, -row.amount), (aside, row.amount))
         if row.state == "confirmed":
             coin = (chain(row.provider), row.amount + row.fee)
-            yield from book.claim(f"{key}:confirmed", (aside, -row.amount), ("fees", -row.fee), coin)
+            yield from book.claim(f"{key}:confirmed", (aside, -row.amount), (FEES, -row.fee), coin)
         elif row.state == "failed":
-            taken = (("fees", -row.fee), (chain(row.provider), row.fee)) if row.fee else ()
+            taken = ((FEES, -row.fee), (chain(row.provider), row.fee)) if row.fee else ()
             yield from book.claim(f"{key}:failed", (aside, -row.amount), (own, row.amount), *taken)
         else:
             under_way[aside] += row.amount

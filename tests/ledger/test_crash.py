@@ -17,7 +17,7 @@ from tests.ledger.books import WALLET
 from tests.ledger.spender import COST, DEPOSIT, JOBS, TASKS
 
 ROOT = Path(__file__).resolve().parents[2]
-KILLS = 5
+KILLS = 4
 LIMIT = 120
 
 
