@@ -84,7 +84,7 @@ def _worker(record: WorkerRecord) -> dict[str, str]:
         "device": printable(record.device) or "-",
         "memory": f"{format_size(record.vram_free)} free of {format_size(record.vram_total)}",
         "weights": record.dtype,
-        "kv cache": f"{record.kv_tokens_free} of {record.kv_tokens} positions free",
+        "kv cache": f"{record.kv_tokens} positions, {record.kv_tokens_free} for the next job to begin with",
         "speed": f"{record.layer_us / 1000:.2f} ms per token and layer" if record.layer_us else "not measured yet",
         "lately": speed_text(record.speed),
         "jobs": f"{record.jobs}; {record.waiting} of their steps wait",

@@ -39,7 +39,7 @@ def test_a_worker() -> None:
         "state in force, 12 s old, for 60 s more",
         f"signed 2027-01-15 07:59:48 UTC, by this peer; sequence number {NOW * 1000}",
         "memory 3.0 GiB free of 8.0 GiB",
-        "kv cache 4096 of 8192 positions free",
+        "kv cache 8192 positions, 4096 for the next job to begin with",
         "speed 1.23 ms per token and layer",
         "lately not measured yet",
         "jobs 2; 0 of their steps wait",
