@@ -67,16 +67,16 @@ def provider(name: str, settings: dict[str, Any] | None = None) -> AbstractAsync
 class Bank:
     """The coordinator with its ledger, and what a test asks of both."""
 
-    def __init__(self, url: str, ledger: Ledger, twin: Twin, money: Money) -> None:
-        self.url = url
+    def __init__(self, web: httpx.Client, ledger: Ledger, twin: Twin, money: Money) -> None:
+        self.url = str(web.base_url).removesuffix("/")
+        self._web = web
         self.ledger = ledger
         self.twin = twin
         self.money = money
 
     async def send(self, method: str, path: str, *, key: str = "", **options: Any) -> httpx.Response:
         headers = {**({"Authorization": f"Bearer {key}"} if key else {}), **options.pop("headers", {})}
-        work = partial(httpx.request, method, self.url + path, headers=headers, timeout=30, **options)
-        return await in_thread(work)
+        return await in_thread(partial(self._web.request, method, path, headers=headers, **options))
 
     async def challenge(self, wallet: EvmWallet | SolanaWallet = ALICE) -> str:
         response = await self.send("POST", "/auth/challenge", json={"address": wallet.address})
@@ -131,5 +131,7 @@ async def open_bank(
         money = Money(ledger, chain, mode, PRICE, **options)
         app = create_app(twin, ApiSettings(max_body_bytes=100_000), money=money)
         listening: str = await nursery.start(partial(serve_http, app, "127.0.0.1", 0))
-        yield Bank(listening, ledger, twin, money)
+        # One client, without TLS: to make one takes longer than most requests.
+        with httpx.Client(base_url=listening, timeout=30, verify=False, trust_env=False) as web:  # noqa: S501
+            yield Bank(web, ledger, twin, money)
         nursery.cancel_scope.cancel()
