@@ -48,7 +48,7 @@ def job_of(conducts: list[Conduct], prompt: int = 3, count: int = 4, price: int 
         {
             "job_id": b"j" * 16, "epoch": 0, "manifest": "c" * 64, "n_layers": len(conducts), "stages": stages,
             "dtype": "float32", "prompt_tokens": prompt, "max_tokens": 100, "stop_tokens": (), "sampling": {},
-            "price": price, "issued_at": 0, "expires_at": 1, "coordinator": COORDINATOR,
+            "price": price, "begun_at": 0, "issued_at": 0, "expires_at": 1, "coordinator": COORDINATOR,
         }
     )  # fmt: skip
     ids, tokens = tuple(range(prompt)), tuple(range(50, 50 + count))

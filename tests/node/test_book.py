@@ -134,8 +134,8 @@ def entry(counted: int | None, tokens: int = 7, price: int = 2) -> Served:
     ticket = JobTicket.model_validate(
         {
             "job_id": b"j" * 16, "epoch": 1, "manifest": "c" * 64, "n_layers": 10, "stages": stages, "dtype": "float32",
-            "prompt_tokens": 5, "max_tokens": 100, "stop_tokens": (), "sampling": {}, "price": price, "issued_at": 0,
-            "expires_at": 1, "coordinator": PEER,
+            "prompt_tokens": 5, "max_tokens": 100, "stop_tokens": (), "sampling": {}, "price": price,
+            "begun_at": 0, "issued_at": 0, "expires_at": 1, "coordinator": PEER,
         }
     )  # fmt: skip
     receipt = Receipt(
