@@ -11,7 +11,8 @@ import trio
 from click.testing import CliRunner
 
 from azu.tickets import check_receipt, open_receipt, open_ticket
-from azu.wire.messages import Prompt, Token, pack_tokens
+from azu.wire.messages import Prompt, Token
+from azu.wire.tokens import pack_tokens
 from node.book import Book
 from node.cli import main
 from tests.node.real_stages import TinyModel, next_of, prompt_of, real_ring, tiny_model

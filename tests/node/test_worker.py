@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from azu.overlay import Overlay
 from azu.records import WorkerRecord, is_live, open_worker_record, worker_key
 from azu.tickets import Assignment, sign_assignment
 from azu.wire.messages import CONTROL, CONTROL_PROTOCOL, Accepted, Assign, GetStatus, Status
+from node.engine.blocks import BLOCK
 from node.engine.device import open_device_thread
 from node.engine.stage import find_device
 from node.jobs import Loaded
@@ -45,7 +47,7 @@ class LoaderTwin:
         await self.go.wait()
         if self.faults:
             raise self.faults.pop(0)
-        stage: Any = None
+        stage: Any = SimpleNamespace(kv_block=BLOCK)
         return Loaded(assignment.manifest, assignment.start, assignment.end, stage, assignment.kv_tokens, 1, 1, 4096)
 
 
@@ -62,7 +64,7 @@ class Scene:
         self.sequence += 1
         fields = {
             "worker": self.overlay.peer_id, "coordinator": identity(by).peer_id, "manifest": MANIFEST, "start": start,
-            "end": end, "dtype": "float32", "kv_tokens": 10, "sequence": self.sequence,
+            "end": end, "dtype": "float32", "kv_tokens": 32, "sequence": self.sequence,
             "expires_at": int(time.time()) + 60,
         }  # fmt: skip
         envelope = sign_assignment(identity(by), Assignment.model_validate(fields | changes))
@@ -267,7 +269,7 @@ async def test_its_owner_sees_what_it_does_for_as_long_as_it_runs(scene: Scene, 
         assert "  layers    0-1 of aaaaaaaaaaaa, 0.00 ms per token and layer when loaded" in shown
         assert "  speed     not measured yet; 0.0 steps wait for a pass" in shown
         assert "  links     " in shown
-        assert "  kv cache  0 of 10 tokens reserved, 10 free, 0 filled" in shown
+        assert "  kv cache  0 of 32 tokens reserved, 32 free, 0 filled" in shown
         assert "  jobs      0 running, 32 at most, 0 since the start" in shown
         nursery.cancel_scope.cancel()
     with pytest.raises(NetworkError) as caught:

@@ -15,7 +15,7 @@ import psutil
 import pytest
 from openai import OpenAI
 
-from tests.local_swarm import LocalSwarm, Program
+from tests.local_swarm import LocalSwarm, Program, wait_until
 from tests.swarm.reference import Reference
 
 pytestmark = [pytest.mark.swarm, pytest.mark.slow]
@@ -166,6 +166,9 @@ def test_each_worker_counts_what_went_through_it(ask: Any, swarm: LocalSwarm) ->
 def test_azu_node_status_says_what_a_worker_does(ask: Any, swarm: LocalSwarm) -> None:
     ask("Hi")
     for worker in swarm.workers:
+        wait_until(
+            lambda worker=worker: not metrics_of(swarm, worker)["azu_jobs_running"], "jobs of other tests to end"
+        )
         page = status(swarm, worker)
         assert page.startswith(worker.found("worker starting")[0]["peer"])
         layers = worker.found("stage ready")[-1]["layers"]
