@@ -138,10 +138,12 @@ async def test_too_many_streams_are_refused(monkeypatch: pytest.MonkeyPatch) -> 
         for number in range(6):
             await wire.write(frame(WINDOW, SYN, 2 * number + 1, 0))
         answers = [frame(WINDOW, RST, 2 * number + 1, 0) for number in range(2, 6)]
-        got = b""
-        while len(got) < 12 * len(answers):  # those that wait at the same time come as one message
-            got += await wire.read_msg()
-        assert sorted(got[at : at + 12] for at in range(0, len(got), 12)) == sorted(answers)
+        got: list[bytes] = []
+        while len(got) < len(answers):  # those that wait at the same time come as one message
+            message = await wire.read_msg()
+            frames = [message[at : at + 12] for at in range(0, len(message), 12)]
+            got += [each for each in frames if each[1] != PING]  # a keep-alive may be among them
+        assert sorted(got) == sorted(answers)
         assert sorted(muxer.streams) == [1, 3]
 
 

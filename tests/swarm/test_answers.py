@@ -175,8 +175,12 @@ def test_azu_node_status_says_what_a_worker_does(ask: Any, swarm: LocalSwarm) ->
         assert f"  layers    {layers} of SmolLM2-135M-Instruct, " in page
         assert "  reach     in this network" in page
         assert re.search(r"\n  event loop's longest stall +\d+\.\d\d ms +\d+\.\d\d ms\n", page)
-    told, seen = json.loads(status(swarm, swarm.workers[0], "--json")), metrics_of(swarm, swarm.workers[0])
-    assert told["since_start"]["rows"] == seen["azu_pass_rows_total"]
+
+    def both() -> tuple[dict[str, Any], dict[str, float]] | None:
+        told, seen = json.loads(status(swarm, swarm.workers[0], "--json")), metrics_of(swarm, swarm.workers[0])
+        return (told, seen) if told["since_start"]["rows"] == seen["azu_pass_rows_total"] else None
+
+    told, seen = wait_until(both, "a moment in which no job moves")
     assert told["since_start"]["passes"] >= told["last_minute"]["passes"] > 0
     assert told["kv_tokens"]["all"] == seen["azu_kv_tokens"] == swarm.workers[0].found("stage ready")[-1]["kv_tokens"]
 
