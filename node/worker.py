@@ -274,7 +274,7 @@ class Worker:
                     logging.INFO,
                     "stage ready",
                     layers=layers,
-                    kv_tokens=self.jobs.loaded.kv_tokens,
+                    kv_tokens=self.jobs.kv.tokens,
                     layer_us=self.jobs.loaded.layer_us,
                 )
             except AzuError as error:
