@@ -115,20 +115,26 @@ class JobRunner:
         route, dtype = found
         grant = Grant(route.stages, dtype, len(request.prompt) + 1)
         self._count(grant, 1)
+        self._note_granted({stage.peer_id for stage in grant.chain}, grant.tokens)
         return grant
 
     def _free_room(self, grant: Grant) -> None:
         self._count(grant, -1)
 
     def _count(self, grant: Grant, jobs: int) -> None:
-        sequences = {worker.peer_id: worker.sequence for worker in self._swarm.workers()}
         for peer_id in (stage.peer_id for stage in grant.chain):
             self._reserved[peer_id] += jobs * grant.tokens
             self._running[peer_id] += jobs
             if not self._running[peer_id]:
                 del self._running[peer_id], self._reserved[peer_id]
-            if jobs > 0 and (sequence := sequences.get(peer_id)) is not None:
-                self._granted[peer_id] = sequence, self._granted_since(peer_id, sequence) + grant.tokens
+                self._granted.pop(peer_id, None)
+
+    def _note_granted(self, peer_ids: Collection[str], tokens: int) -> None:
+        """Count positions that these workers' records do not tell of yet."""
+        for worker in self._swarm.workers():
+            if worker.peer_id in peer_ids:
+                since = self._granted_since(worker.peer_id, worker.sequence)
+                self._granted[worker.peer_id] = worker.sequence, since + tokens
 
     def _granted_since(self, peer_id: str, sequence: int) -> int:
         """Positions of KV cache that the worker's record of this sequence number does not tell of yet."""
@@ -150,10 +156,9 @@ class JobRunner:
         Args:
             when_empty: as if no job were running.
         """
-        first, most = len(request.prompt) + 1, len(request.prompt) + request.max_tokens
+        first = len(request.prompt) + 1
         manifest = request.model.manifest
-        able = [worker for worker in self._swarm.workers() if worker.kv_tokens >= most]
-        workers = [self._adjusted(worker, when_empty=when_empty) for worker in able]
+        workers = self._able(len(request.prompt) + request.max_tokens, when_empty=when_empty)
         faults = {worker.peer_id: self._swarm.faults(worker.peer_id) for worker in workers}
         for most in sorted(set(faults.values())):
             routes: list[tuple[float, WeightFormat, Route]] = []
@@ -168,6 +173,11 @@ class JobRunner:
                 _, best, route = min(routes, key=lambda each: each[:2])
                 return route, best
         return None
+
+    def _able(self, tokens: int, *, when_empty: bool = False) -> list[WorkerRecord]:
+        """The adjusted records of workers whose whole KV cache has so many positions."""
+        able = (worker for worker in self._swarm.workers() if worker.kv_tokens >= tokens)
+        return [self._adjusted(worker, when_empty=when_empty) for worker in able]
 
     def _adjusted(self, worker: WorkerRecord, *, when_empty: bool) -> WorkerRecord:
         """A record with our own running jobs counted in, which may be newer than the record."""
@@ -186,10 +196,8 @@ class JobRunner:
         self, manifest: Manifest, grant: Grant, ticket: JobTicket, lost: Collection[int], unwanted: Collection[str]
     ) -> dict[int, str] | None:
         """Peers that take the lost stages over, and count as running the job from then on, or None."""
-        able = [worker for worker in self._swarm.workers() if worker.kv_tokens >= ticket.total_tokens]
-        alike = [worker for worker in able if worker.dtype == ticket.dtype]
-        adjusted = [self._adjusted(worker, when_empty=False) for worker in alike]
-        views = views_for(manifest, adjusted, self._swarm.faults)
+        alike = [worker for worker in self._able(ticket.total_tokens) if worker.dtype == ticket.dtype]
+        views = views_for(manifest, alike, self._swarm.faults)
         without = {*unwanted, *(each.peer_id for index, each in enumerate(grant.chain) if index not in lost)}
         found: dict[int, str] = {}
         for index in lost:
@@ -204,6 +212,7 @@ class JobRunner:
             replace(stage, peer_id=found.get(index, stage.peer_id)) for index, stage in enumerate(grant.chain)
         )
         self._count(grant, 1)
+        self._note_granted(found.values(), grant.tokens)
         return found
 
     def _ticket(self, request: GenerationRequest, number: int, grant: Grant) -> JobTicket:
