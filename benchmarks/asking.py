@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import httpx
@@ -60,7 +62,7 @@ def ask(swarm: LocalSwarm, prompt: str, tokens: int) -> Answer:
     return Answer(started, times)
 
 
-def ask_all(swarm: LocalSwarm, prompts: list[str], tokens: int) -> list[Answer]:
-    """All at once."""
+def ask_all(swarm: LocalSwarm, prompts: Sequence[str], tokens: Sequence[int]) -> list[Answer]:
+    """All at once; `tokens` of each."""
     with ThreadPoolExecutor(len(prompts)) as pool:
-        return list(pool.map(lambda prompt: ask(swarm, prompt, tokens), prompts))
+        return list(pool.map(partial(ask, swarm), prompts, tokens))

@@ -1,6 +1,6 @@
 """What the engine costs and gains: against transformers in one process, and with many jobs at once.
 
-    python -m benchmarks.engine [--rounds 3] [--dtype float32] [--only one,many,busy]
+    python -m benchmarks.engine [--rounds 3] [--dtype float32] [--stage-threads 1] [--only one,many,busy]
 
 The stages are real azu-node processes on loopback, asked through the coordinator's HTTP endpoint with streaming;
 transformers runs the unsplit model in this process, with the same weights, prompts, dtype and thread count. All runs of
@@ -54,7 +54,7 @@ class Bench:
         self.tokens: int = arguments.tokens
         self.rounds: int = arguments.rounds
         self.dtype: str = arguments.dtype
-        self.threads: int = arguments.threads
+        self.stage_threads: int = arguments.stage_threads or arguments.threads
         self._swarms: dict[int, LocalSwarm] = {}
         self._unsplit: Unsplit | None = None
 
@@ -64,7 +64,7 @@ class Bench:
             folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
             swarm = self._swarms[stages] = self._stack.enter_context(LocalSwarm(folder))
             for _ in range(stages):
-                swarm.add_worker(VRAM[self.dtype][stages], "--threads", str(self.threads), "--dtype", self.dtype)
+                swarm.add_worker(VRAM[self.dtype][stages], "--threads", str(self.stage_threads), "--dtype", self.dtype)
             swarm.wait_until_covered()
             ask(swarm, PROMPT, WARM_TOKENS)
         return self._swarms[stages]
@@ -115,23 +115,29 @@ def many(bench: Bench) -> None:
     """16 jobs."""
     swarm, asked = bench.swarm(3), prompts(16)
 
-    def together() -> float:
+    def together(tokens: list[int]) -> float:
         started = time.perf_counter()
-        answers = ask_all(swarm, asked, bench.tokens)
+        answers = ask_all(swarm, asked, tokens)
         return sum(len(each.times) for each in answers) / (max(each.times[-1] for each in answers) - started)
 
+    alike = [bench.tokens] * 16
+    mixed = [bench.tokens * share // 4 for share in (1, 2, 4, 8)] * 4
     found = bench.medians(
         {
             "1 job": lambda: ask(swarm, PROMPT, bench.tokens).rate_with_ttft,
-            "16 jobs": together,
-            "static batch": lambda: bench.unsplit.static_batch(asked, bench.tokens),
+            "16 jobs": lambda: together(alike),
+            "static batch": lambda: bench.unsplit.static_batch(asked, alike),
             "continuous": lambda: bench.unsplit.continuous(asked, bench.tokens),
+            "16 mixed jobs": lambda: together(mixed),
+            "mixed static batch": lambda: bench.unsplit.static_batch(asked, mixed),
         }
     )
     middles = {name: statistics.median(values) for name, values in found.items()}
-    print(f"\n16 jobs on 3 stages, {bench.tokens} tokens each, all tokens per second, prompts included")
+    print(f"\n16 jobs on 3 stages, {bench.tokens} tokens each, or a quarter, a half, all, twice of that where mixed;")
+    print("all tokens per second, prompts included")
     for name, rate in middles.items():
-        print(f"{name:<13} {rate:8.1f}   16 jobs are {middles['16 jobs'] / rate:5.2f} times that")
+        ours = middles["16 mixed jobs" if "mixed" in name else "16 jobs"]
+        print(f"{name:<18} {rate:8.1f}   16 jobs are {ours / rate:5.2f} times that")
 
 
 def busy(bench: Bench) -> None:
@@ -144,7 +150,7 @@ def busy(bench: Bench) -> None:
     for number in range(bench.rounds + 1):
         alone = ask(swarm, long, 2).ttft
         answers: list[Answer] = []
-        jobs = threading.Thread(target=lambda: answers.extend(ask_all(swarm, prompts(8), 4 * bench.tokens)))  # noqa: B023
+        jobs = threading.Thread(target=lambda: answers.extend(ask_all(swarm, prompts(8), [4 * bench.tokens] * 8)))  # noqa: B023
         jobs.start()
         time.sleep(6)  # all of them decode now
         started = time.perf_counter()
@@ -170,11 +176,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument(
+        "--stage-threads", type=int, help="of each stage, as they share the cores; --threads if omitted"
+    )
     parser.add_argument("--dtype", choices=list(VRAM), default="float32")
     parser.add_argument("--only", default="one,many,busy")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    print(f"SmolLM2-135M {arguments.dtype}, {arguments.threads} threads, {arguments.rounds} rounds")
+    threads = f"{arguments.threads} threads, {arguments.stage_threads or arguments.threads} of each stage"
+    print(f"SmolLM2-135M {arguments.dtype}, {threads}, {arguments.rounds} rounds")
     parts = {"one": one, "many": many, "busy": busy}
     with ExitStack() as stack:
         bench = Bench(stack, arguments)

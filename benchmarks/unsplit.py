@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,10 @@ class Unsplit:
             )  # fmt: skip
         return Answer(started, clock.times)
 
-    def static_batch(self, prompts: list[str], tokens: int) -> float:
-        """All prompts in one generate(), padded to the longest: tokens per second of all together."""
+    def static_batch(self, prompts: Sequence[str], tokens: Sequence[int]) -> float:
+        """All prompts in one generate(), padded to the longest: wanted tokens per second of all together, where each
+        wants so many, and all go on until the last has its own.
+        """
         ids = [self._reference.prompt_ids(prompt) for prompt in prompts]
         longest = max(map(len, ids))
         padded = torch.tensor([[2] * (longest - len(each)) + each for each in ids])
@@ -54,12 +57,12 @@ class Unsplit:
         started = time.perf_counter()
         with torch.inference_mode():
             self._model.generate(
-                padded, attention_mask=mask, do_sample=False, min_new_tokens=tokens, max_new_tokens=tokens,
+                padded, attention_mask=mask, do_sample=False, min_new_tokens=max(tokens), max_new_tokens=max(tokens),
                 pad_token_id=2,
             )  # fmt: skip
-        return len(ids) * tokens / (time.perf_counter() - started)
+        return sum(tokens) / (time.perf_counter() - started)
 
-    def continuous(self, prompts: list[str], tokens: int) -> float:
+    def continuous(self, prompts: Sequence[str], tokens: int) -> float:
         """The same by transformers' continuous batching."""
         ids = [self._reference.prompt_ids(prompt) for prompt in prompts]
         configure: Any = GenerationConfig

@@ -21,7 +21,7 @@ from azu.joining import stay_joined
 from azu.ledger import Ledger
 from azu.logs import log
 from azu.models.manifest import Manifest
-from azu.overlay import Overlay, OverlayConfig, open_overlay
+from azu.overlay import ANNOUNCE_SECONDS, Overlay, OverlayConfig, open_overlay
 from azu.payments import PaymentProvider, open_provider
 from azu.peerbook import PeerBook
 from azu.records import (
@@ -58,7 +58,6 @@ logger = logging.getLogger(__name__)
 AGENT = "azu-coordinator/0.1.0"
 _REFRESH_S = 20.0
 _RECORD_LIFE_S = 90
-_PROVIDE_S = 600.0
 _FREE_CURRENCY = "units"  # of a swarm without money
 
 
@@ -233,7 +232,7 @@ async def _advertise(identity: Identity, overlay: Overlay, serving: Serving, kv_
         try:
             await overlay.put_record(coordinator_key(identity.peer_id), sign_coordinator_record(identity, record))
             for key in keys:
-                if trio.current_time() >= provided.get(key, -_PROVIDE_S) + _PROVIDE_S:
+                if trio.current_time() >= provided.get(key, -ANNOUNCE_SECONDS) + ANNOUNCE_SECONDS:
                     await overlay.provide(key)
                     provided[key] = trio.current_time()
         except AzuError as error:

@@ -13,7 +13,7 @@ from azu.channel import Channel, RefusedError
 from azu.dialing import open_worker_stream
 from azu.errors import AzuError, ProtocolError, TrustError
 from azu.logs import log
-from azu.overlay import Overlay
+from azu.overlay import PROVIDER_SECONDS, Overlay
 from azu.records import WORKERS_KEY, WorkerRecord, is_live, open_worker_record
 from azu.wire.messages import CONTROL, CONTROL_PROTOCOL, Accepted, Assign, GetStatus, Message, Status
 
@@ -26,9 +26,10 @@ _ASKS_PER_S = 50  # a swarm of thousands is asked in turns: 1,250 workers every 
 _DISCOVER_S = 3.0
 _THOROUGH_EVERY = 5  # look-ups of which one asks every peer that holds announcements
 _ASK_S = 5.0
-# Provider records outlive their peers by up to 48 hours: who does not answer is asked more and more seldom.
+# Provider records outlive their peers: who does not answer is asked more and more seldom, and forgotten once nobody
+# names it any more. One that did answer may come back; a stranger may never have existed.
 _FIRST_PAUSE_S = 2.0
-_LAST_PAUSE_S = 300.0
+_LAST_PAUSE_S, _STRANGERS_LAST_PAUSE_S = 30.0, 300.0
 # Anybody can name any number of peers as workers. So many are remembered, and of those that never answered so many are
 # asked at a time, which leaves the real ones alone.
 _MAX_CONTACTS = 4_096
@@ -42,7 +43,9 @@ _MAX_FAULTS = 10
 class _Contact:
     """A peer that the DHT named as a worker."""
 
+    named_at: float
     record: WorkerRecord | None = None
+    has_answered: bool = False
     pause: float = 0.0
     next_try: float = 0.0
     asking: bool = False
@@ -120,20 +123,30 @@ class SwarmView:
                 is_thorough = not turn % _THOROUGH_EVERY
                 for peer_id in await self._overlay.providers(WORKERS_KEY, all_holders=is_thorough):
                     self._meet(peer_id)
+                self._forget()
             except AzuError as error:
                 log(logger, logging.DEBUG, "workers not looked up", reason=error.message)
             await trio.sleep(_DISCOVER_S)
 
     def _meet(self, peer_id: str) -> None:
         """Remember a peer, where there is no room in place of the one that has been silent for longest."""
-        if peer_id in self._contacts:
+        now = trio.current_time()
+        if (known := self._contacts.get(peer_id)) is not None:
+            known.named_at = now
             return
         if len(self._contacts) >= _MAX_CONTACTS:
             silent = [item for item in self._contacts.items() if item[1].pause and not item[1].asking]
             if not silent:
                 return
             del self._contacts[max(silent, key=lambda item: item[1].pause)[0]]
-        self._contacts[peer_id] = _Contact()
+        self._contacts[peer_id] = _Contact(now)
+
+    def _forget(self) -> None:
+        """Drop those that are silent and that nobody has named for as long as an announcement lives."""
+        before = trio.current_time() - PROVIDER_SECONDS
+        for peer_id, contact in list(self._contacts.items()):
+            if contact.record is None and not contact.asking and contact.named_at < before:
+                del self._contacts[peer_id]
 
     async def _poll(self, peer_id: str, contact: _Contact) -> None:
         try:
@@ -142,7 +155,7 @@ class SwarmView:
                 raise TrustError("it sent another worker's record", code="wrong_signer")
             if contact.record is None:
                 log(logger, logging.INFO, "worker found", peer=peer_id, device=record.device)
-            contact.record, contact.pause = record, 0.0
+            contact.record, contact.has_answered, contact.pause = record, True, 0.0
             contact.next_try = trio.current_time() + self._turn_s()
         except (AzuError, trio.TooSlowError) as error:
             if isinstance(error, ProtocolError | TrustError):
@@ -150,7 +163,8 @@ class SwarmView:
             if contact.record is not None:
                 log(logger, logging.INFO, "worker lost", peer=peer_id, reason=str(error) or "no answer")
             contact.record = None
-            contact.pause = min(max(contact.pause * 2, _FIRST_PAUSE_S), _LAST_PAUSE_S)
+            longest = _LAST_PAUSE_S if contact.has_answered else _STRANGERS_LAST_PAUSE_S
+            contact.pause = min(max(contact.pause * 2, _FIRST_PAUSE_S), longest)
             contact.next_try = trio.current_time() + contact.pause
         finally:
             contact.asking = False

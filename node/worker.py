@@ -13,7 +13,7 @@ from azu.distribution import LayerServer, Library
 from azu.errors import AzuError, NetworkError, ProtocolError, TrustError
 from azu.identity import Identity
 from azu.logs import log
-from azu.overlay import Overlay, OverlayStream
+from azu.overlay import ANNOUNCE_SECONDS, Overlay, OverlayStream
 from azu.records import WORKERS_KEY, HeldRange, Speed, WorkerRecord, sign_worker_record, worker_key
 from azu.tickets import Assignment, Refusal, check_assignment, open_assignment
 from azu.wire.messages import (
@@ -51,8 +51,6 @@ _PROTOCOLS = (CONTROL_PROTOCOL, LAYERS_PROTOCOL, JOB_PROTOCOL, RING_PROTOCOL)
 _REFRESH_S = 15.0
 _RECORD_LIFE_S = 60
 _RETRY_S = 1.0  # where nobody took it, as before the swarm is joined
-# Provider records live for 48 hours; this renews them at nodes that joined since, in place of those that have left.
-_PROVIDE_S = 120.0
 # A record has to stay below MAX_RECORD_BYTES.
 _MAX_ADDRS, _MAX_RANGES = 16, 48
 # Layers that could not be loaded are not tried again for this long: the coordinator gives them to somebody else.
@@ -199,7 +197,7 @@ class Worker:
         while True:
             held = self._cached if self._loading is None else (*self._cached, self._loading)
             for key in {WORKERS_KEY, *(bytes.fromhex(each.manifest) for each in held)}:
-                if trio.current_time() < provided.get(key, -_PROVIDE_S) + _PROVIDE_S:
+                if trio.current_time() < provided.get(key, -ANNOUNCE_SECONDS) + ANNOUNCE_SECONDS:
                     continue
                 try:
                     await self._overlay.provide(key)

@@ -14,11 +14,14 @@ from azu.overlay.lookup import Hop, Trace
 from azu.overlay.nat.reachability import RELAYS_KEY, Finding, Reach
 from azu.overlay.nat.relay import RelayLimits, RelayStatistics
 from azu.overlay.opening import OverlayConfig, open_overlay
+from azu.overlay.providers import ANNOUNCE_SECONDS, PROVIDER_SECONDS
 from azu.overlay.streams import OverlayStream
 
 __all__ = [
+    "ANNOUNCE_SECONDS",
     "BATCH_BYTES",
     "MAX_RECORD_BYTES",
+    "PROVIDER_SECONDS",
     "RELAYS_KEY",
     "Finding",
     "Hop",

@@ -31,6 +31,7 @@ from azu.overlay.faults import mapped
 from azu.overlay.lookup import K, Lookup, Trace
 from azu.overlay.nat.messages import framed, read_message
 from azu.overlay.negotiate import negotiate
+from azu.overlay.providers import Providers
 from azu.overlay.streams import OverlayStream
 
 __all__ = ["MAX_RECORD_BYTES", "Dht", "RecordValidator"]
@@ -40,13 +41,12 @@ logger = logging.getLogger(__name__)
 MAX_RECORD_BYTES = 16 * 1024  # per value; a worker record has a few hundred bytes
 MAX_KEY_BYTES = 128  # go-libp2p's bound
 MAX_RECORDS = 8192  # values a server keeps: 128 MiB at worst
-MAX_PROVIDED_KEYS = 65_536  # keys whose providers a server keeps
 STORE_SECONDS = 15.0  # a put or a provide, all peers together
 PLACES_SECONDS = 60.0  # how long a record that is refreshed goes to the same peers, without a look-up for each refresh
 MAX_PLACES = 64  # keys for which those are remembered; a node puts one or two of its own
 KAD = str(PROTOCOL_ID)
 QUORUM = 5  # peers with a record or providers, after which a look-up ends: they are on several disjoint paths
-MAX_ANSWER_BYTES = 256 * 1024  # 20 peers and as many providers, each with its addresses, and a record
+MAX_ANSWER_BYTES = 1 << 20  # 20 peers and some 100 providers, each with its addresses and its signed peer record
 MAX_PROVIDERS = 1_000  # of one answer
 MAX_ADDRESSES, MAX_ADDRESS_BYTES = 16, 256  # of one peer in an answer
 ADDRESS_SECONDS = 3600  # how long they are remembered
@@ -113,7 +113,7 @@ class Dht:
             strict_validation=True,
             max_peers_per_subnet=PEERS_PER_SUBNET,
         )
-        self._bound_providers()
+        self.service.provider_store = Providers(self.service.provider_store)
         self._places: dict[bytes, tuple[float, list[ID]]] = {}  # until when, and the peers that took the last value
         self._provided: deque[float] = deque(maxlen=PROVIDES_PER_WINDOW)
         self._provide_turn = trio.Lock()
@@ -346,17 +346,6 @@ class Dht:
     def _has_room(self, key: str) -> bool:
         store = self.service.value_store.store
         return len(store) < MAX_RECORDS or key.encode() in store
-
-    def _bound_providers(self) -> None:
-        """Upstream bounds the providers of a key, but not the keys."""
-        store = self.service.provider_store
-        upstream = store.add_provider
-
-        def add_provider(key: bytes, provider: Any) -> None:
-            if key in store.providers or len(store.providers) < MAX_PROVIDED_KEYS:
-                upstream(key, provider)
-
-        store.add_provider = add_provider
 
 
 async def _each(ask: Callable[[ID], Awaitable[None]], peers: Sequence[ID]) -> None:

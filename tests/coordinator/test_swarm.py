@@ -10,7 +10,7 @@ import trio.testing
 
 from azu.channel import Channel
 from azu.errors import NetworkError
-from azu.overlay import OverlayStream
+from azu.overlay import PROVIDER_SECONDS, OverlayStream
 from azu.wire.messages import CONTROL, CONTROL_PROTOCOL, Status
 from coordinator import swarm as swarm_module
 from coordinator.swarm import SwarmView
@@ -43,6 +43,20 @@ async def test_the_newest_strangers_are_asked_first(monkeypatch: pytest.MonkeyPa
         view._meet(name)
         view._contacts[name].pause = pause
     assert [name for name, _ in view._due()] == ["new", "old"]
+
+
+async def test_who_is_silent_and_named_by_nobody_any_more_is_forgotten(autojump_clock: trio.testing.MockClock) -> None:
+    view = SwarmView(None)  # type: ignore[arg-type]
+    for name in ("gone", "named", "asked"):
+        view._meet(name)
+    view._contacts["asked"].asking = True
+    await trio.sleep(PROVIDER_SECONDS / 2)
+    view._meet("named")
+    view._forget()
+    assert set(view._contacts) == {"gone", "named", "asked"}
+    await trio.sleep(PROVIDER_SECONDS / 2 + 1)
+    view._forget()
+    assert set(view._contacts) == {"named", "asked"}
 
 
 async def test_a_large_swarm_is_asked_in_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

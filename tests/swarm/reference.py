@@ -19,7 +19,6 @@ class Reference:
     """SmolLM2 in float32, out of a coordinator's published files."""
 
     def __init__(self, data_dir: Path, digest: str) -> None:
-        torch.set_num_threads(1)  # several that wait for each other on a busy machine are slower than one
         library = Library(data_dir)
         manifest = dict(library.manifests())[digest]
         config = LlamaConfig.from_dict(json.loads(library.store.path(manifest.config.digest).read_bytes()))

@@ -18,6 +18,7 @@ from azu.overlay.nat.mapping import PortMapper
 from azu.overlay.nat.punch import DCUTR, Puncher
 from azu.overlay.nat.reachability import RELAYS_KEY, Finding, Reachability
 from azu.overlay.nat.relay import HOP, STOP, Relay, RelayLimits, RelayStatistics
+from azu.overlay.providers import ANNOUNCE_SECONDS
 
 if TYPE_CHECKING:
     from azu.overlay.host import Overlay
@@ -26,7 +27,7 @@ __all__ = ["Traversal"]
 
 logger = logging.getLogger(__name__)
 
-_ANNOUNCE_SECONDS, _RETRY_SECONDS = 600.0, 5.0
+_RETRY_SECONDS = 5.0
 _PUNCH_SECONDS = 5.0  # how long a new connection by relay is given to become a direct one
 
 
@@ -96,7 +97,7 @@ class Traversal:
                     provided = True
                 except NetworkError as error:
                     log(logger, logging.DEBUG, "not announced as a relay", reason=error.message)
-            await trio.sleep(_ANNOUNCE_SECONDS if provided else _RETRY_SECONDS)
+            await trio.sleep(ANNOUNCE_SECONDS if provided else _RETRY_SECONDS)
 
     async def changed(self) -> None:
         """Wait until `finding` has changed."""
