@@ -102,13 +102,15 @@ def one(bench: Bench) -> None:
     found = bench.medians(runs)
     speed = middle(found["generate"], "rate")
     print(f"\n1 job, {bench.tokens} tokens\n{'':<12} {'TTFT ms':>8} {'tokens/s':>9} {'ratio':>6} {'p99 ms/token':>13}")
+    pauses = {name: sorted(pause for answer in answers for pause in answer.pauses) for name, answers in found.items()}
     for name, answers in found.items():
         rate = middle(answers, "rate")
-        pauses = sorted(pause for answer in answers for pause in answer.pauses)
-        p99 = pauses[int(len(pauses) * 0.99)] * 1000
+        p99 = pauses[name][int(len(pauses[name]) * 0.99)] * 1000
         print(f"{name:<12} {middle(answers, 'ttft') * 1000:8.0f} {rate:9.1f} {rate / speed:6.2f} {p99:13.1f}")
-    per_token = {count: 1 / middle(found[f"{count} stages"], "rate") for count in (1, 6)}
-    print(f"a hop costs {(per_token[6] - per_token[1]) / 5 * 1000:.2f} ms per token (6 stages against 1)")
+    whole = statistics.median(pauses["1 stages"])
+    for count in (3, 6):
+        hops = [(pause - whole) / (count - 1) * 1000 for pause in pauses[f"{count} stages"]]
+        print(f"a hop among {count} costs {statistics.median(hops):.2f} ms, p99 {hops[int(len(hops) * 0.99)]:.2f} ms")
 
 
 def many(bench: Bench) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 # The same examples in every run, and no deadline for making or trying them: a loaded machine must fail no test.
@@ -18,3 +19,8 @@ os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
 # Small models gain nothing from more compute threads, and these wait for each other on a busy machine. Read when torch
 # is loaded; whoever wants more says so.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests come first, so that no process is left alone with one in the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)

@@ -17,7 +17,7 @@ from azu.models.store import LayerStore
 from tests.local_swarm import LOOPBACK, Program, wait_until
 from tests.loopback_hub import LoopbackHub, sharded_llama
 
-pytestmark = pytest.mark.swarm
+pytestmark = [pytest.mark.swarm, pytest.mark.slow]
 
 FILES = sharded_llama()
 

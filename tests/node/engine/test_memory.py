@@ -14,6 +14,8 @@ import torch
 
 from tests.node.engine.memory_cases import CASES
 
+pytestmark = pytest.mark.slow
+
 TOLERANCE = 0.1
 MIB = 1 << 20
 
