@@ -16,7 +16,7 @@ from azu.economics import split, token_layers
 from azu.errors import NetworkError
 from azu.tickets import Sampling
 from azu.wire.messages import RING, RING_PROTOCOL, Hello, Refused
-from coordinator import job as job_module
+from coordinator import mender as mender_module
 from coordinator.job import RunningJob
 from tests.node.real_stages import TinyModel, next_of, prompt_of, tiny_model
 from tests.real_swarm import RealSwarm, Worker, real_swarm
@@ -110,12 +110,12 @@ async def test_sampling_goes_on_with_the_same_random_numbers_and_penalties(model
 
 
 async def test_a_single_stage_is_replaced(model: TinyModel, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "coordinator.job")
+    caplog.set_level(logging.INFO, "coordinator.mender")
     async with real_swarm(model, tmp_path, (0, 4), (0, 4)) as swarm:
         pair(swarm, 0)[0].dies_after = CHUNKS + 8
         tokens, _ = await swarm.ask(PROMPT, COUNT)
         assert tokens == model.greedy(PROMPT, COUNT)
-        events = [record.message for record in caplog.records if record.name == "coordinator.job"]
+        events = [record.message for record in caplog.records if record.name == "coordinator.mender"]
         assert events == ["stage lost", "job amended", "job goes on"]
 
 
@@ -181,8 +181,8 @@ async def test_a_worker_with_an_old_epoch_is_turned_away(model: TinyModel, tmp_p
         (first, _), (stale, _), (last, _) = (pair(swarm, start) for start in STARTS)
         async with swarm.runner.generate(swarm.request(PROMPT, 2_000)) as job:
             await _still_runs(job)
-            job.lose(job._stages[1], job_module.NetworkError("silent for 15 s"))
-            while not job.amendments or job._is_mending:
+            job.lose(job._crew.stages[1], NetworkError("silent for 15 s"))
+            while not job.amendments or job._mender.is_mending:
                 await trio.sleep(0.01)
             for epoch, code in ((0, "stale_epoch"), (1, "")):
                 async with await stale.real.overlay.open_stream(last.peer_id, RING_PROTOCOL) as stream:
@@ -195,8 +195,8 @@ async def test_a_worker_with_an_old_epoch_is_turned_away(model: TinyModel, tmp_p
 
 
 async def _still_runs(job: RunningJob) -> None:
-    before = len(job._tokens)
-    while len(job._tokens) < before + 5:
+    before = len(job._answer.tokens)
+    while len(job._answer.tokens) < before + 5:
         await trio.sleep(0.01)
 
 
@@ -204,7 +204,7 @@ async def test_a_job_that_stalls_is_paused_and_goes_on(
     model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last stage's token to the first one gets lost, and nobody notices."""
-    monkeypatch.setattr(job_module, "_STALL_S", 1.0)
+    monkeypatch.setattr(mender_module, "_STALL_S", 1.0)
     async with real_swarm(model, tmp_path, *THREE) as swarm:
         last = swarm.at(3)[0]
 

@@ -18,8 +18,8 @@ from azu.errors import AzuError, CapacityError, NetworkError
 from azu.tickets import JobTicket, sign_receipt
 from azu.wire.messages import Failed, Next, Ping, ReceiptReply, Token, Waiting, encode_message
 from coordinator import attendance as attendance_module
-from coordinator import job as job_module
 from coordinator import jobs as jobs_module
+from coordinator import mender as mender_module
 from coordinator.api.errors import from_exception
 from coordinator.api.settings import ApiSettings
 from tests.coordinator.fake_workers import KV_TOKENS, FakeWorker, honest, idle, refuses, request, swarm_of
@@ -177,7 +177,7 @@ async def dies(worker: FakeWorker, channel: Channel, ticket: JobTicket) -> None:
 async def test_a_stage_that_nobody_takes_over_ends_the_stream_with_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(job_module, "_REPLACE_S", 0.2)
+    monkeypatch.setattr(mender_module, "_REPLACE_S", 0.2)
     tokens: list[int] = []
     async with swarm_of(tmp_path, (0, 4, dies)) as swarm:
 
@@ -245,7 +245,7 @@ async def test_a_job_that_stalls_is_given_up(tmp_path: Path, monkeypatch: pytest
             await worker.until_end(channel, ticket)
             nursery.cancel_scope.cancel()
 
-    monkeypatch.setattr(job_module, "_STALL_S", 0.5)
+    monkeypatch.setattr(mender_module, "_STALL_S", 0.5)
     monkeypatch.setattr(jobs_module, "_TRIES", 1)
     async with swarm_of(tmp_path, (0, 4, stalls)) as swarm:
         with pytest.raises(BaseExceptionGroup) as caught:
@@ -267,7 +267,7 @@ async def test_a_job_that_waits_for_kv_cache_does_not_stall(tmp_path: Path, monk
             await trio.sleep(0.5)
         await honest(worker, channel, ticket)
 
-    monkeypatch.setattr(job_module, "_STALL_S", 0.5)
+    monkeypatch.setattr(mender_module, "_STALL_S", 0.5)
     monkeypatch.setattr(attendance_module, "_WAITING_S", 2.0)
     async with swarm_of(tmp_path, (0, 4, waits)) as swarm:
         assert await swarm.ask() == [7, 8, 9]
@@ -283,7 +283,7 @@ async def test_a_stage_that_says_for_ever_that_it_waits_is_not_believed(
                 await channel.send(Waiting())
                 await trio.sleep(0.1)
 
-    monkeypatch.setattr(job_module, "_STALL_S", 0.5)
+    monkeypatch.setattr(mender_module, "_STALL_S", 0.5)
     monkeypatch.setattr(jobs_module, "_TRIES", 1)
     monkeypatch.setattr(attendance_module, "_MAX_WAITS", 3)
     monkeypatch.setattr(attendance_module, "_WAITING_S", 0.5)

@@ -1,0 +1,102 @@
+"""The stages of one running job, each attended at the peer that the ticket in force names."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+
+import trio
+
+from azu.identity import Identity
+from azu.overlay import Overlay
+from azu.tickets import JobTicket, Receipt, sign_ticket
+from coordinator.attendance import Attendance, Audience
+from coordinator.mending import Start
+
+__all__ = ["Crew"]
+
+
+class Crew:
+    """Attends the stages of a job, in tasks of the nursery that it is given.
+
+    Args:
+        audience: what stages say, and that one is lost, is for.
+
+    Attributes:
+        ticket: the one in force.
+        stages: in their order; empty until they are attended.
+    """
+
+    def __init__(
+        self, identity: Identity, overlay: Overlay, ticket: JobTicket, prompt: Sequence[int], audience: Audience
+    ) -> None:
+        self.ticket = ticket
+        self.stages: list[Attendance] = []
+        self._identity = identity
+        self._overlay = overlay
+        self._prompt = prompt
+        self._audience = audience
+        self._attending = 0
+        self._news = trio.Event()  # set when what somebody waits for may have come, and then replaced
+
+    def attend(self, nursery: trio.Nursery) -> None:
+        """Give all stages the ticket."""
+        envelope = sign_ticket(self._identity, self.ticket)
+        self.stages = [self._attend(nursery, index, envelope) for index in range(len(self.ticket.stages))]
+
+    def amend(self, nursery: trio.Nursery, peers: Mapping[int, str], known: int) -> None:
+        """Give all stages the ticket of the next epoch, in which these peers have the stages of these indices.
+
+        Args:
+            known: tokens that have come.
+        """
+        self.ticket = self.ticket.amended(peers, int(time.time()))
+        envelope = sign_ticket(self._identity, self.ticket)
+        for index, stage in enumerate(self.stages):
+            if index in peers:
+                self.stages[index] = self._attend(nursery, index, envelope)
+            else:
+                stage.amend(self.ticket, envelope, known)
+
+    def resume(self, starts: Sequence[Start], known: Sequence[int]) -> None:
+        """Tell all stages, which are paused, where to go on."""
+        for stage, start in zip(self.stages, starts, strict=True):
+            stage.resume(start, known)
+
+    async def end(self, tokens: int, patience: float) -> dict[int, tuple[bytes, Receipt]]:
+        """End the job, of which so many tokens came, in every stage; the receipts that come within so many seconds."""
+        for stage in self.stages:
+            stage.end(tokens)
+        with trio.move_on_after(patience):
+            while self._attending:
+                await self.news()
+        return {stage.index: stage.receipt for stage in self.stages if stage.receipt is not None}
+
+    def leave(self) -> None:
+        """Attend no stage any more."""
+        for stage in self.stages:
+            stage.leave()
+
+    def tell_news(self) -> None:
+        """Wake whoever waits for news."""
+        self._news.set()
+        self._news = trio.Event()
+
+    async def news(self) -> None:
+        """Wait until something may have changed."""
+        await self._news.wait()
+
+    def _attend(self, nursery: trio.Nursery, index: int, envelope: bytes) -> Attendance:
+        is_penalised_last = index == len(self.ticket.stages) - 1 and self.ticket.sampling.repetition_penalty != 1.0
+        prompt = self._prompt if index == 0 or is_penalised_last else None
+        stage = Attendance(self._overlay, self.ticket, index, envelope, prompt)
+        self._attending += 1
+        nursery.start_soon(self._attended, stage)
+        return stage
+
+    async def _attended(self, stage: Attendance) -> None:
+        try:
+            await stage.run(self._audience)
+        finally:
+            self._attending -= 1
+            self.tell_news()

@@ -1,0 +1,248 @@
+"""How a running job gets over the loss of a stage; the client sees a pause:
+
+    stage lost ─► another peer found ─► ticket of the next epoch to all ─► all paused ─► told where to go on
+                        ▲                                                     │
+                        └────────────── another one lost meanwhile ◄──────────┘
+
+`coordinator/mending.py` says where each stage goes on. Before the first token, a job whose stages did not all take it
+up is given up: its runner has other chains to try.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
+
+import trio
+
+from azu.errors import AzuError, NetworkError, ProtocolError, TrustError
+from azu.logs import log
+from azu.models.memory import MAX_CHUNK_ROWS
+from azu.overlay import Overlay
+from azu.tickets import JobTicket
+from azu.wire.messages import Failed
+from coordinator.answer import Answer
+from coordinator.attendance import Attendance
+from coordinator.crew import Crew
+from coordinator.generation import known_as
+from coordinator.mending import settle
+
+__all__ = ["Mender", "OnLost", "Substitutes"]
+
+logger = logging.getLogger(__name__)
+
+# Told a peer id, the weight of its fault and the error, as soon as a stage is lost.
+OnLost = Callable[[str, int, AzuError], None]
+# Peers for the stages of these indices, for which those given last are not wanted; None while there are none. It may
+# count on their being used.
+Substitutes = Callable[[JobTicket, Collection[int], Collection[str]], Mapping[int, str] | None]
+
+# A job in which no token comes for this long, and so many times what the workers' own measurements promise, is given
+# up: its stages may say that they live for as long as they like.
+_STALL_S = 60.0
+_STALL_SLACK = 10.0
+# How much a fault weighs against the peer that seems to be at fault, and against one that may be: its accuser, who may
+# lie, and everybody in a job that stalls.
+_AT_FAULT, _SUSPECT = 2, 1
+# So long a job waits for a worker that can take a lost stage over: it may have to load the layers first.
+_REPLACE_S = 300.0
+_LOOK_S = 0.5
+# Stages have this long to pause, beyond what a pass takes.
+_PAUSE_S = 30.0
+# A peer that was lost is not taken again for this long.
+_SHUN_S = 10.0
+# Amendments without a token between them.
+_MAX_AMENDMENTS = 8
+
+
+class Mender:
+    """Keeps one job going.
+
+    Args:
+        pace: seconds that a position takes through all stages, as their workers measured.
+
+    Attributes:
+        amendments: of the job, in all.
+        is_mending: whether its stages are being paused, or wait to be told where to go on.
+    """
+
+    def __init__(
+        self,
+        crew: Crew,
+        answer: Answer,
+        overlay: Overlay,
+        *,
+        pace: float,
+        on_lost: OnLost,
+        substitutes: Substitutes,
+    ) -> None:
+        self.amendments = 0
+        self.is_mending = False
+        self._crew = crew
+        self._answer = answer
+        self._overlay = overlay
+        self._pace = pace
+        self._on_lost = on_lost
+        self._substitutes = substitutes
+        self._job = known_as(crew.ticket.job_id)
+        self._is_mended = False  # and no token has come since
+        self._moved_at = trio.current_time()
+        self._due = crew.ticket.prompt_tokens  # positions that the next token takes
+        self._in_vain = 0  # amendments since the last token
+        self._known = 0  # tokens that had come at the last amendment
+        self._lost: dict[int, AzuError] = {}  # stages that have to be replaced
+        self._shunned: dict[str, float] = {}  # until when
+        self._accusers: Counter[str] = Counter()  # since the last token
+
+    def note_token(self) -> None:
+        """The next token has come, and is about to be told to the client."""
+        now = trio.current_time()
+        if self._is_mended and not self.is_mending:
+            self._is_mended = False
+            log(logger, logging.INFO, "job goes on", job=self._job, pause_s=round(now - self._answer.told_at, 2))
+        self._moved_at, self._due = now, 1
+        self._in_vain = 0
+        self._accusers.clear()
+
+    def take_failure(self, stage: Attendance, failed: Failed) -> None:
+        """A stage says that it cannot go on, and whose fault that seems."""
+        error = NetworkError(failed.message, code=failed.code)
+        is_of_an_earlier_ring = self.is_mending and stage.held is None
+        index = self._crew.ticket.stage_of(failed.peer_id)
+        if failed.peer_id == stage.peer_id:
+            self.lose(stage, error)
+        elif self._answer.is_over or is_of_an_earlier_ring or index in self._lost:
+            return
+        elif index is None:  # it blames a stranger
+            self.lose(stage, error)
+        else:
+            self._on_lost(stage.peer_id, _SUSPECT, error)
+            self._accusers[stage.peer_id] += 1
+            self.lose(self._crew.stages[index], error)
+            if self._accusers[stage.peer_id] > 1:  # whom it accused first is gone: it seems to be its own fault
+                self.lose(stage, error)
+
+    def lose(self, stage: Attendance, error: AzuError) -> None:
+        """Note that a stage cannot go on. It is replaced, or else ends the token stream."""
+        if isinstance(error, ProtocolError | TrustError):
+            self._overlay.count_violation(stage.peer_id)
+        if self._answer.is_over or self.is_left(stage):
+            log(logger, logging.DEBUG, "stage ended", job=self._job, peer=stage.peer_id, reason=error.message)
+            return
+        log(logger, logging.WARNING, "stage lost", job=self._job, peer=stage.peer_id, reason=error.message)
+        self._on_lost(stage.peer_id, _AT_FAULT, error)
+        if not self._answer.tokens and not (stage.is_up or self.amendments):
+            self._answer.give_up(self._loss_of(stage, error))
+            return
+        self._lost[stage.index] = error
+        self._shunned[stage.peer_id] = trio.current_time() + _SHUN_S
+        stage.leave()
+        self._crew.tell_news()
+
+    def is_left(self, stage: Attendance) -> bool:
+        """Whether the job goes on without it."""
+        return stage.index in self._lost or self._crew.stages[stage.index] is not stage
+
+    def _loss_of(self, stage: Attendance, error: AzuError) -> AzuError:
+        entry = self._crew.ticket.stages[stage.index]
+        lost = NetworkError(
+            f"the worker {stage.peer_id} with layers {entry.start}-{entry.end - 1} failed: {error.message}",
+            code="stage_lost",
+            remedy="Send the request again; another worker takes its place where there is one",
+        )
+        lost.__cause__ = error
+        return lost
+
+    async def watch(self) -> None:
+        """Have the job paused and resumed where its tokens stop coming, and give it up where that does not help."""
+        was_stirred_at = -1
+        while True:
+            await trio.sleep(1)
+            patience = _STALL_S + _STALL_SLACK * self._pace * self._due
+            if self._answer.is_over:
+                return
+            moved_at = max(self._moved_at, *(stage.waits_until for stage in self._crew.stages))
+            if self.is_mending or trio.current_time() <= moved_at + patience:
+                continue
+            tokens = len(self._answer.tokens)
+            if was_stirred_at != tokens and all(stage.is_up for stage in self._crew.stages):
+                log(logger, logging.WARNING, "job stalls", job=self._job)
+                was_stirred_at = tokens
+                self.is_mending = True
+                self._crew.tell_news()
+                continue
+            error = NetworkError(f"no token came for {patience:.0f} s", code="job_stalled", remedy="Send it again")
+            for stage in self._crew.ticket.stages:
+                self._on_lost(stage.peer_id, _SUSPECT, error)
+            self._answer.give_up(error)
+            return
+
+    async def mend(self, nursery: trio.Nursery) -> None:
+        """Replace what is lost until the answer is over."""
+        while not self._answer.is_over:
+            if not self._lost and not self.is_mending:
+                await self._crew.news()
+                continue
+            self.is_mending = True
+            await self._amend(nursery)
+            self.is_mending, self._is_mended = False, True
+            self._moved_at = trio.current_time()
+            self._due = self._crew.ticket.prompt_tokens + len(self._answer.tokens)
+
+    async def _amend(self, nursery: trio.Nursery) -> None:
+        """Bring the job to a ring that runs; it is over afterwards where there is none to be had."""
+        deadline = trio.current_time() + (_REPLACE_S if self._answer.tokens else 0.0)
+        while not self._answer.is_over:
+            peers = self._substitutes(self._crew.ticket, self._lost.keys(), self._unwanted())
+            is_hopeless = self._in_vain >= _MAX_AMENDMENTS or (peers is None and trio.current_time() >= deadline)
+            if self._lost and is_hopeless:
+                index, error = next(iter(self._lost.items()))
+                self._answer.give_up(self._loss_of(self._crew.stages[index], error))
+            elif peers is None:
+                with trio.move_on_after(_LOOK_S):
+                    await self._crew.news()
+            else:
+                self._lost.clear()
+                self._begin_epoch(nursery, peers)
+                await self._until_paused()
+                if not self._lost:
+                    self._resume()
+                    return
+
+    def _unwanted(self) -> set[str]:
+        now = trio.current_time()
+        return {peer_id for peer_id, until in self._shunned.items() if until > now}
+
+    def _begin_epoch(self, nursery: trio.Nursery, peers: Mapping[int, str]) -> None:
+        self.amendments += 1
+        self._in_vain += 1
+        self._known = len(self._answer.tokens)
+        self._crew.amend(nursery, peers, self._known)
+        epoch = self._crew.ticket.epoch
+        log(logger, logging.INFO, "job amended", job=self._job, epoch=epoch, peers=list(peers.values()))
+
+    async def _until_paused(self) -> None:
+        """Wait until all stages are paused, or one is lost; those that take too long are."""
+        stages = self._crew.stages
+        with trio.move_on_after(_PAUSE_S + _STALL_SLACK * self._pace * MAX_CHUNK_ROWS) as patience:
+            while not self._lost and not self._answer.is_over and any(stage.held is None for stage in stages):
+                await self._crew.news()
+        if patience.cancelled_caught:
+            for stage in stages:
+                if stage.held is None:
+                    self.lose(stage, NetworkError("it did not pause in time", code="stage_stalled"))
+
+    def _resume(self) -> None:
+        """Tell all stages where to go on, now that they are paused."""
+        if self._answer.is_over:
+            return
+        held = [stage.held for stage in self._crew.stages if stage.held is not None]
+        came = self._answer.tokens[self._known :]
+        tokens, starts = settle(self._crew.ticket.prompt_tokens, self._known, came, held)
+        for token in tokens[len(came) :]:
+            self.note_token()
+            self._answer.add(token)
+            if self._answer.is_complete:
+                return
+        self._crew.resume(starts, self._answer.tokens)
