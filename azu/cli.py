@@ -13,7 +13,8 @@
         run_program(partial(serve, settings), settings=settings)
 
 Exit codes: 0 done, or stopped by SIGTERM; 1 it failed; 2 the input was wrong; 130 stopped by SIGINT (Ctrl-C). The first
-signal cancels the main task, whose cleanup runs; a second one ends the process at once with 128 + its number.
+signal cancels the main task, whose cleanup runs, or asks it to end; a second one ends the process at once with 128 +
+its number.
 
 Nothing heavy is imported up here: no trio, pydantic, libp2p or torch.
 """
@@ -38,8 +39,6 @@ from azu.options import DEBUG_META, settings_options
 
 if TYPE_CHECKING:
     from types import FrameType
-
-    import trio
 
     from azu.config import BaseAzuSettings
 
@@ -196,12 +195,18 @@ def begin_logging(settings: BaseAzuSettings) -> None:
     configure_logging(json=settings.log_json, level=settings.log_level, program=_program_name())
 
 
-def run_program(main: Callable[[], Awaitable[T]], *, settings: BaseAzuSettings | None = None) -> T:
+def run_program(
+    main: Callable[[], Awaitable[T]],
+    *,
+    settings: BaseAzuSettings | None = None,
+    at_signal: Callable[[], None] | None = None,
+) -> T:
     """Run the program's main task under trio until it returns or a signal comes, and return what it returned.
 
     Args:
         main: the main task; it owns everything else, and it is what a signal cancels.
         settings: where given, logging is set up as they say.
+        at_signal: called on the event loop at the first signal in place of that: the main task has to end by itself.
 
     Raises:
         SystemExit: a signal stopped the main task, after its cleanup.
@@ -212,16 +217,18 @@ def run_program(main: Callable[[], Awaitable[T]], *, settings: BaseAzuSettings |
     if settings is not None:
         begin_logging(settings)
     stop: _Stop[T] = _Stop()
-    trio.run(_until_stopped, main, stop)
+    trio.run(_until_stopped, main, stop, at_signal)
     if stop.received is not None:
         raise SystemExit(EXIT_AFTER[stop.received])
     return stop.result
 
 
-async def _until_stopped(main: Callable[[], Awaitable[T]], stop: _Stop[T]) -> None:
+async def _until_stopped(
+    main: Callable[[], Awaitable[T]], stop: _Stop[T], at_signal: Callable[[], None] | None
+) -> None:
     import trio
 
-    with trio.CancelScope() as scope, stop.listening(scope):
+    with trio.CancelScope() as scope, stop.listening(at_signal or scope.cancel):
         stop.result = await main()
 
 
@@ -233,15 +240,15 @@ class _Stop(Generic[T]):
         self.result: T  # set where no signal came
 
     @contextlib.contextmanager
-    def listening(self, scope: trio.CancelScope) -> Iterator[None]:
-        """Cancel the scope at the first signal; put the former handlers back at the end."""
+    def listening(self, at_first: Callable[[], None]) -> Iterator[None]:
+        """Call that on the event loop at the first signal; put the former handlers back at the end."""
         import trio
 
         token = trio.lowlevel.current_trio_token()
 
         def begin(name: str) -> None:
             log(logger, logging.INFO, "stopping", signal=name)
-            scope.cancel()
+            at_first()
 
         def handle(number: int, frame: FrameType | None) -> None:
             if self.received is not None:

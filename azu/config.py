@@ -10,8 +10,8 @@
     │   │   └── BootstrapSettings  azu-bootstrap
     │   └── DhtSettings          azu-dht
     ├── WorkerSettings           what a worker has and offers
-    │   └── PlanSettings         azu-node plan
-    ├── StatusSettings           azu-node status, and earnings (node.settings)
+    │   └── PlanSettings         azu-node plan (node.settings)
+    ├── StatusSettings           azu-node status, leave and earnings (node.settings)
     ├── LedgerPlace              where the money is written down
     ├── CatalogueSettings        azu-coordinator models
     │   ├── ShardSettings        azu-coordinator shard
@@ -53,6 +53,7 @@ from azu.wire.tensors import WeightFormat
 
 __all__ = [
     "ENV_PREFIX",
+    "KV_TOKENS",
     "MAX_TOKENS",
     "NODE_DIR",
     "BaseAzuSettings",
@@ -62,9 +63,9 @@ __all__ = [
     "DhtSettings",
     "LedgerPlace",
     "NodeSettings",
-    "PlanSettings",
     "RemoveSettings",
     "ShardSettings",
+    "WorkerSettings",
     "format_size",
     "parse_size",
 ]
@@ -72,7 +73,7 @@ __all__ = [
 ENV_PREFIX = "AZU_"
 _COORDINATOR_DIR = Path("~/.azu/coordinator")
 NODE_DIR = Path("~/.azu/node")
-_KV_TOKENS = 8192  # what every worker keeps room for, unless the coordinator's operator says otherwise
+KV_TOKENS = 8192  # what every worker keeps room for, unless the coordinator's operator says otherwise
 MAX_TOKENS = 1_000_000  # tokens; far above any context length, below what could overflow an estimate
 
 
@@ -228,6 +229,13 @@ class NodeSettings(WorkerSettings, MemberSettings):
         "which `azu-node status` finds. Keep it on loopback: it has no accounts.",
         json_schema_extra=cli(metavar="HOST:PORT"),
     )
+    leave_patience: int = Field(
+        default=60,
+        ge=0,
+        le=3_600,
+        description="Seconds that the worker stays for when it is stopped, until others have taken its jobs over.",
+        json_schema_extra=cli(metavar="SECONDS"),
+    )
     relay: bool = Field(
         default=False,
         description="Relay for workers that cannot be connected to, within limits, where this one can be.",
@@ -237,28 +245,6 @@ class NodeSettings(WorkerSettings, MemberSettings):
         description="Take work from this coordinator only. May be given several times. Where omitted, the worker keeps "
         "to the first coordinator that assigns it layers, until it is restarted.",
         json_schema_extra=cli(metavar="PEER_ID"),
-    )
-
-
-class PlanSettings(WorkerSettings):
-    """A model, and the memory to plan it for."""
-
-    model: Text = Field(
-        description="A folder of safetensors, a .gguf file, a hub id such as Qwen/Qwen3-0.6B (only headers are "
-        "fetched), or a model that the data folder holds, by its id or its manifest's digest.",
-        json_schema_extra=cli(metavar="MODEL"),
-    )
-    kv_tokens: int = Field(
-        default=_KV_TOKENS,
-        ge=1,
-        le=MAX_TOKENS * 100,
-        description="Tokens of KV cache to keep room for, summed over all jobs; as the coordinator's --kv-tokens.",
-        json_schema_extra=cli(metavar="TOKENS"),
-    )
-    as_json: bool = Field(
-        default=False,
-        description="Print one JSON document instead of tables, with all sizes in bytes.",
-        json_schema_extra=cli(option="--json"),
     )
 
 
@@ -300,7 +286,7 @@ class CoordinatorSettings(PaymentSettings, AccountSettings, MemberSettings, Ledg
         json_schema_extra=cli(metavar="TOKENS"),
     )
     kv_tokens: int = Field(
-        default=_KV_TOKENS,
+        default=KV_TOKENS,
         ge=1,
         le=MAX_TOKENS * 100,
         description="Tokens of KV cache that each worker has to keep room for, summed over all jobs that run at once.",

@@ -11,7 +11,7 @@ from pathlib import Path
 from azu.errors import InputError, InternalError
 from azu.identity import Identity, load_or_create_identity
 
-__all__ = ["open_data_dir", "share_data_dir"]
+__all__ = ["is_in_use", "open_data_dir", "share_data_dir"]
 
 
 @contextmanager
@@ -37,6 +37,21 @@ def open_data_dir(path: Path) -> Iterator[Identity]:
         yield load_or_create_identity(path / "identity.key")
     finally:
         os.close(descriptor)
+
+
+def is_in_use(path: Path) -> bool:
+    """Whether a process holds a data folder."""
+    try:
+        descriptor = os.open(path / "lock", os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def share_data_dir(path: Path) -> Identity:

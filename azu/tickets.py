@@ -90,11 +90,15 @@ class Sampling(Document):
 
 
 class StageEntry(Document):
-    """One stage of a job: layers [start, end) at a peer."""
+    """One stage of a job: layers [start, end) at a peer.
+
+    It is paid for positions from `paid_from` on: those before are paid to whoever left it the stage.
+    """
 
     peer_id: PeerId
     start: Layer
     end: Layer
+    paid_from: Count = 0
 
 
 class JobTicket(Document):
@@ -142,10 +146,20 @@ class JobTicket(Document):
         """Positions that went through every layer where so many tokens came out: the last is sampled and never run."""
         return self.prompt_tokens + tokens - 1 if tokens else 0
 
-    def amended(self, peers: Mapping[int, str], now: int) -> JobTicket:
-        """The ticket of the next epoch, issued now, with other peers in the stages of these indices."""
+    def amended(self, peers: Mapping[int, str], now: int, paid_from: Mapping[int, int] | None = None) -> JobTicket:
+        """The ticket of the next epoch, issued now, with other peers in the stages of these indices.
+
+        Args:
+            paid_from: for each stage of these that is paid up to a position to the peer which it had.
+        """
+        begins = paid_from or {}
         stages = tuple(
-            stage.model_copy(update={"peer_id": peers.get(index, stage.peer_id)})
+            StageEntry(
+                peer_id=peers.get(index, stage.peer_id),
+                start=stage.start,
+                end=stage.end,
+                paid_from=begins.get(index, stage.paid_from),
+            )
             for index, stage in enumerate(self.stages)
         )
         life = self.expires_at - self.issued_at
@@ -273,15 +287,18 @@ def check_ticket(
 def check_amendment(ticket: JobTicket, old: JobTicket, *, signer: str, me: str, now: float) -> Refusal | None:
     """Whether the worker `me`, which runs a stage of the job by the ticket `old`, goes on by `ticket`; None means yes.
 
-    Peers of other stages, the epoch and the times may be others than before.
+    Other stages' peers and what these are paid for, the epoch and the times may be others than before.
     """
     if signer != old.coordinator:
         return Refusal("wrong_signer", "the amendment was not signed by the job's coordinator")
     if ticket.epoch <= old.epoch:
         return Refusal("stale_epoch", f"epoch {ticket.epoch} came, {old.epoch} is in force")
-    index = old.stage_of(me)
-    if index is None or [number for number, stage in enumerate(ticket.stages) if stage.peer_id == me] != [index]:
-        return Refusal("not_my_stage", f"the amendment does not leave {me} its stage")
+    mine, before = (
+        [(number, stage.paid_from) for number, stage in enumerate(each.stages) if stage.peer_id == me]
+        for each in (ticket, old)
+    )
+    if len(before) != 1 or mine != before:
+        return Refusal("not_my_stage", f"the amendment does not leave {me} its stage, and what it is paid for it")
     fields = JobTicket.model_fields.keys() - {"epoch", "stages", "issued_at", "expires_at"}
     ranges = [[(stage.start, stage.end) for stage in each.stages] for each in (ticket, old)]
     if ranges[0] != ranges[1] or any(getattr(ticket, name) != getattr(old, name) for name in fields):

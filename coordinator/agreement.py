@@ -12,6 +12,9 @@ the prompt and saw the tokens itself. A stage is credited if
 - somebody else's word agrees with its own at one of them at least: a stage that died and gives no receipt does not cost
   its neighbours their pay.
 
+The same holds for a stage that another worker took over because the first one left properly: it gives its receipt then,
+and what its neighbours say of the epoch that ends there comes with their word that they are paused.
+
 A receipt that confirms less is as good as none. Where two receipts disagree, nobody can tell which one lies: both
 stages are held. The first stage's input is the last one's output, so a first stage that saw other tokens than the
 coordinator disagrees with the last one; a last stage that says it sent others than came is wrong by itself.
@@ -20,13 +23,13 @@ coordinator disagrees with the last one; a last stage that says it sent others t
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
 
-from azu.crossings import token_crossing
+from azu.crossings import Crossing, token_crossing
 from azu.tickets import JobTicket, Receipt
 
-__all__ = ["Finding", "HeldReason", "compare"]
+__all__ = ["Finding", "Handover", "HeldReason", "Word", "compare", "word_of"]
 
 # no_receipt: none came that is the stage's own for this job and epoch. short: it confirms fewer positions than the
 # coordinator counts. contradicted: by others' word. unwitnessed: nobody else is there to confirm it.
@@ -41,16 +44,44 @@ class Finding:
     against: tuple[str, ...] = ()
 
 
+class Word(NamedTuple):
+    """What a stage says of one epoch: positions that it ran, and what it took and gave."""
+
+    positions: int
+    received: Crossing
+    sent: Crossing
+
+
+def word_of(receipt: Receipt) -> Word:
+    """What a receipt says."""
+    return Word(receipt.tokens, receipt.received, receipt.sent)
+
+
+@dataclass(slots=True)
+class Handover:
+    """Stages that were left properly, in the middle of a job.
+
+    ticket: in force until then. tokens: so many had come. left: the stages. receipts: theirs, with their envelopes.
+    words: of the stages that stayed.
+    """
+
+    ticket: JobTicket
+    tokens: int
+    left: tuple[int, ...]
+    receipts: dict[int, tuple[bytes, Receipt]] = field(default_factory=dict)
+    words: dict[int, Word] = field(default_factory=dict)
+
+
 def compare(
-    ticket: JobTicket, prompt: Sequence[int], tokens: Sequence[int], receipts: Mapping[int, Receipt]
+    ticket: JobTicket, prompt: Sequence[int], tokens: Sequence[int], said: Mapping[int, Word]
 ) -> tuple[Finding, ...]:
     """What is found of each stage of a job, of which these tokens came.
 
     Args:
-        receipts: by stage; checked to be each one's own for this ticket.
+        said: by stage; each one's own, for this ticket.
     """
     positions = ticket.positions(len(tokens))
-    words = {index: receipt for index, receipt in receipts.items() if receipt.tokens >= positions}
+    words = {index: word for index, word in said.items() if word.positions >= positions}
     peers = [stage.peer_id for stage in ticket.stages]
     against: dict[int, set[str]] = {index: set() for index in range(len(peers))}
     agreed: set[int] = set()
@@ -62,7 +93,7 @@ def compare(
             against[side].update({peers[other] for other in sides if other != side} or {ticket.coordinator})
 
     def find(index: int) -> Finding:
-        if index not in receipts:
+        if index not in said:
             return Finding("no_receipt")
         if index not in words:
             return Finding("short")
@@ -74,7 +105,7 @@ def compare(
 
 
 def _seams(
-    ticket: JobTicket, prompt: Sequence[int], tokens: Sequence[int], words: Mapping[int, Receipt]
+    ticket: JobTicket, prompt: Sequence[int], tokens: Sequence[int], words: Mapping[int, Word]
 ) -> Iterator[tuple[tuple[int, ...], bool]]:
     """The stages at each seam of which both sides have a word, and whether they agree. A lone one has the
     coordinator at its other side.

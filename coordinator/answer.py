@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator
 from typing import Literal
 
@@ -25,7 +26,7 @@ class Answer:
         is_complete: whether the last one has.
         is_ended: whether no more of them are wanted.
         loss: why no more come, where something went wrong.
-        told_at: when the client was told the last one, in trio's time.
+        began_at, told_at: when the client was told the first one and the last one, in trio's time.
     """
 
     def __init__(self, ticket: JobTicket) -> None:
@@ -33,7 +34,7 @@ class Answer:
         self.is_complete = False
         self.is_ended = False
         self.loss: AzuError | None = None
-        self.told_at = trio.current_time()
+        self.began_at = self.told_at = trio.current_time()
         self._stop_tokens = ticket.stop_tokens
         self._most = ticket.max_tokens
         self._begun = trio.Event()
@@ -57,8 +58,18 @@ class Answer:
         self.tokens.append(token)
         self.is_complete = bool(sampled.finish)
         self.told_at = trio.current_time()
+        if len(self.tokens) == 1:
+            self.began_at = self.told_at
         self._begun.set()
         self._events_in.send_nowait(sampled)
+
+    @property
+    def ends_within(self) -> float:
+        """Seconds until the last token at the latest, if they go on to come as fast as until now."""
+        came = len(self.tokens) - 1
+        if came < 1:
+            return math.inf
+        return (self._most - len(self.tokens)) * (trio.current_time() - self.began_at) / came
 
     def give_up(self, loss: AzuError) -> None:
         """Tell the client that no more come."""

@@ -22,6 +22,7 @@ from azu.wire.messages import (
     SILENCE_S,
     Amend,
     End,
+    Leaving,
     Message,
     Open,
     Paused,
@@ -34,6 +35,7 @@ from azu.wire.messages import (
     Waiting,
 )
 from azu.wire.tokens import pack_tokens, unpack_tokens
+from coordinator.agreement import Word
 from coordinator.mending import Held, Start
 
 __all__ = ["Attendance", "Audience"]
@@ -68,8 +70,10 @@ class Attendance:
     Attributes:
         ticket: the last that it was sent.
         is_up: whether it has taken the job up.
+        is_leaving: whether its worker has said that it is about to leave.
         waits_until: when it may be thought to hang that has said that the job waits for KV cache, in trio's time.
         held: what it holds, since it is paused for that ticket.
+        word: what it says of the epoch that ended then.
         receipt: its envelope and content, once it has come.
     """
 
@@ -80,7 +84,9 @@ class Attendance:
         self.index = index
         self.peer_id = ticket.stages[index].peer_id
         self.is_up = False
+        self.is_leaving = False
         self.held: Held | None = None
+        self.word: Word | None = None
         self.waits_until = 0.0
         self.receipt: tuple[bytes, Receipt] | None = None
         self._overlay = overlay
@@ -105,7 +111,7 @@ class Attendance:
 
     def amend(self, ticket: JobTicket, envelope: bytes, known: int) -> None:
         """Pause the stage, to go on by this ticket. known: tokens that have come."""
-        self.ticket, self.held = ticket, None
+        self.ticket, self.held, self.word = ticket, None, None
         self._order(Amend(known=known), envelope)
 
     def resume(self, start: Start, known: Sequence[int]) -> None:
@@ -171,6 +177,7 @@ class Attendance:
                 self._take_paused(message, body)
             if isinstance(message, Waiting):
                 self._note_waiting()
+            self.is_leaving = self.is_leaving or isinstance(message, Leaving)
             self.is_up = self.is_up or isinstance(message, Ready | Paused)
             audience.hear(self, message)
 
@@ -188,6 +195,7 @@ class Attendance:
         if len(tokens) > self.ticket.max_tokens or message.position > self.ticket.total_tokens:
             raise ProtocolError("it holds what it cannot hold", code="bad_paused")
         self.held = Held(message.position, message.can_replay, tokens)
+        self.word = Word(message.position, message.received, message.sent)
 
     def _take_receipt(self, envelope: bytes) -> None:
         signer, receipt = open_receipt(envelope)

@@ -10,6 +10,7 @@ import trio
 from azu.identity import Identity
 from azu.overlay import Overlay
 from azu.tickets import JobTicket, Receipt, sign_ticket
+from coordinator.agreement import Handover
 from coordinator.attendance import Attendance, Audience
 from coordinator.mending import Start
 
@@ -25,6 +26,7 @@ class Crew:
     Attributes:
         ticket: the one in force.
         stages: in their order; empty until they are attended.
+        handovers: of stages that were left properly.
     """
 
     def __init__(
@@ -32,6 +34,8 @@ class Crew:
     ) -> None:
         self.ticket = ticket
         self.stages: list[Attendance] = []
+        self.handovers: list[Handover] = []
+        self._left: list[tuple[Handover, Attendance]] = []
         self._identity = identity
         self._overlay = overlay
         self._prompt = prompt
@@ -44,19 +48,34 @@ class Crew:
         envelope = sign_ticket(self._identity, self.ticket)
         self.stages = [self._attend(nursery, index, envelope) for index in range(len(self.ticket.stages))]
 
-    def amend(self, nursery: trio.Nursery, peers: Mapping[int, str], known: int) -> None:
+    def amend(self, nursery: trio.Nursery, peers: Mapping[int, str], known: int, left: tuple[int, ...] = ()) -> None:
         """Give all stages the ticket of the next epoch, in which these peers have the stages of these indices.
 
         Args:
             known: tokens that have come.
+            left: those of these stages whose workers leave properly, and are paid for what they did until now.
         """
-        self.ticket = self.ticket.amended(peers, int(time.time()))
+        if left:
+            self.handovers.append(Handover(self.ticket, known, left))
+            for index in left:
+                self._left.append((self.handovers[-1], self.stages[index]))
+                self.stages[index].end(known)
+        paid_from = dict.fromkeys(left, self.ticket.positions(known))
+        self.ticket = self.ticket.amended(peers, int(time.time()), paid_from)
         envelope = sign_ticket(self._identity, self.ticket)
         for index, stage in enumerate(self.stages):
             if index in peers:
                 self.stages[index] = self._attend(nursery, index, envelope)
             else:
                 stage.amend(self.ticket, envelope, known)
+
+    def note_word(self, stage: Attendance) -> None:
+        """Keep what a stage that is paused says of the epoch in which others left, if any did."""
+        last = self.handovers[-1] if self.handovers else None
+        if last is None or self.ticket.epoch != last.ticket.epoch + 1 or stage.index in last.left:
+            return
+        if stage.word is not None:
+            last.words[stage.index] = stage.word
 
     def resume(self, starts: Sequence[Start], known: Sequence[int]) -> None:
         """Tell all stages, which are paused, where to go on."""
@@ -70,11 +89,14 @@ class Crew:
         with trio.move_on_after(patience):
             while self._attending:
                 await self.news()
+        for handover, left in self._left:
+            if left.receipt is not None:
+                handover.receipts[left.index] = left.receipt
         return {stage.index: stage.receipt for stage in self.stages if stage.receipt is not None}
 
     def leave(self) -> None:
         """Attend no stage any more."""
-        for stage in self.stages:
+        for stage in (*self.stages, *(left for _, left in self._left)):
             stage.leave()
 
     def tell_news(self) -> None:

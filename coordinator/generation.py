@@ -101,7 +101,7 @@ class StageReport:
     peer_id: str
     start: int
     end: int
-    tokens: int  # positions that went through its layers
+    tokens: int  # positions that went through its layers, of those that it is to be paid for
     token_layers: int
     earned: int
     state: Literal["credited", "held"]

@@ -15,12 +15,12 @@ from azu.errors import AzuError, ProtocolError
 from azu.identity import Identity
 from azu.overlay import Overlay
 from azu.tickets import JobTicket
-from azu.wire.messages import Failed, Message, Paused, Ping, Ready, Token, Waiting
+from azu.wire.messages import LEAVING, Failed, Leaving, Message, Paused, Ping, Ready, Token, Waiting
 from coordinator.answer import Answer
 from coordinator.attendance import Attendance
 from coordinator.crew import Crew
 from coordinator.generation import JobReport, SampledToken, known_as
-from coordinator.mender import Mender, OnLost, Substitutes
+from coordinator.mender import Mender, OnLeaving, OnLost, Substitutes
 from coordinator.meter import Meter, read_job
 
 __all__ = ["RunningJob"]
@@ -48,6 +48,7 @@ class RunningJob:
         vocab_size: int,
         pace: float,
         on_lost: OnLost,
+        on_leaving: OnLeaving,
         substitutes: Substitutes,
     ) -> None:
         self.is_abandoned = False  # before its first token, to another chain, which settles it
@@ -57,7 +58,15 @@ class RunningJob:
         self._vocab_size = vocab_size
         self._answer = Answer(ticket)
         self._crew = Crew(identity, overlay, ticket, prompt, self)
-        self._mender = Mender(self._crew, self._answer, overlay, pace=pace, on_lost=on_lost, substitutes=substitutes)
+        self._mender = Mender(
+            self._crew,
+            self._answer,
+            overlay,
+            pace=pace,
+            on_lost=on_lost,
+            on_leaving=on_leaving,
+            substitutes=substitutes,
+        )
 
     @property
     def job_id(self) -> str:
@@ -76,9 +85,9 @@ class RunningJob:
 
     @property
     def is_turned_away(self) -> bool:
-        """Whether a stage had no room for the job after all."""
+        """Whether a stage had no room for the job after all, or is about to leave."""
         cause = self._answer.loss and self._answer.loss.__cause__
-        return isinstance(cause, RefusedError) and cause.code == "no_capacity"
+        return isinstance(cause, RefusedError) and cause.code in ("no_capacity", LEAVING)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -112,7 +121,7 @@ class RunningJob:
             self._answer.is_ended = True
             self._crew.tell_news()
             receipts = await self._crew.end(len(tokens), _RECEIPT_S)
-            read = (self.ticket, self._prompt, tokens, receipts)
+            read = (self.ticket, self._prompt, tokens, receipts, self._crew.handovers)
             self.report = read_job(*read) if self.is_abandoned else await self._meter.settle(*read)
         return self.report
 
@@ -127,7 +136,10 @@ class RunningJob:
         elif isinstance(message, Paused):
             if stage.held is not None and max(stage.held.tokens, default=0) >= self._vocab_size:
                 raise ProtocolError("it knows a token outside the vocabulary", code="bad_token")
+            self._crew.note_word(stage)
             self._crew.tell_news()
+        elif isinstance(message, Leaving):
+            self._mender.note_leaving(stage)
         elif not isinstance(message, Ready | Ping | Waiting):
             raise ProtocolError(f"it sent {type(message).__name__}", code="unexpected_message")
 

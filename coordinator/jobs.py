@@ -89,6 +89,7 @@ class JobRunner:
                 vocab_size=request.model.manifest.vocab_size,
                 pace=self._pace(grant.chain),
                 on_lost=self._swarm.blame,
+                on_leaving=self._swarm.note_leaving,
                 substitutes=partial(self._substitutes, request.model.manifest, grant),
             )
             try:

@@ -4,6 +4,9 @@
                         ▲                                                     │
                         └────────────── another one lost meanwhile ◄──────────┘
 
+A stage whose worker is about to leave is replaced in the same way, but that the job runs on until another peer is
+found, and ends there if it is about to end anyway.
+
 `coordinator/mending.py` says where each stage goes on. Before the first token, a job whose stages did not all take it
 up is given up: its runner has other chains to try.
 """
@@ -11,6 +14,7 @@ up is given up: its runner has other chains to try.
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 
@@ -28,12 +32,14 @@ from coordinator.crew import Crew
 from coordinator.generation import known_as
 from coordinator.mending import settle
 
-__all__ = ["Mender", "OnLost", "Substitutes"]
+__all__ = ["Mender", "OnLeaving", "OnLost", "Substitutes"]
 
 logger = logging.getLogger(__name__)
 
 # Told a peer id, the weight of its fault and the error, as soon as a stage is lost.
 OnLost = Callable[[str, int, AzuError], None]
+# Told a peer id, as soon as that says that it is about to leave.
+OnLeaving = Callable[[str], None]
 # Peers for the stages of these indices, for which those given last are not wanted; None while there are none. It may
 # count on their being used.
 Substitutes = Callable[[JobTicket, Collection[int], Collection[str]], Mapping[int, str] | None]
@@ -48,6 +54,8 @@ _AT_FAULT, _SUSPECT = 2, 1
 # So long a job waits for a worker that can take a lost stage over: it may have to load the layers first.
 _REPLACE_S = 300.0
 _LOOK_S = 0.5
+# A job that ends within this time is not moved from a worker that leaves.
+_ENDS_S = 2.0
 # Stages have this long to pause, beyond what a pass takes.
 _PAUSE_S = 30.0
 # A peer that was lost is not taken again for this long.
@@ -75,6 +83,7 @@ class Mender:
         *,
         pace: float,
         on_lost: OnLost,
+        on_leaving: OnLeaving,
         substitutes: Substitutes,
     ) -> None:
         self.amendments = 0
@@ -84,6 +93,7 @@ class Mender:
         self._overlay = overlay
         self._pace = pace
         self._on_lost = on_lost
+        self._on_leaving = on_leaving
         self._substitutes = substitutes
         self._job = known_as(crew.ticket.job_id)
         self._is_mended = False  # and no token has come since
@@ -105,6 +115,12 @@ class Mender:
         self._in_vain = 0
         self._accusers.clear()
 
+    def note_leaving(self, stage: Attendance) -> None:
+        """A stage's worker is about to leave."""
+        log(logger, logging.INFO, "stage is leaving", job=self._job, peer=stage.peer_id)
+        self._on_leaving(stage.peer_id)
+        self._crew.tell_news()
+
     def take_failure(self, stage: Attendance, failed: Failed) -> None:
         """A stage says that it cannot go on, and whose fault that seems."""
         error = NetworkError(failed.message, code=failed.code)
@@ -117,9 +133,11 @@ class Mender:
         elif index is None:  # it blames a stranger
             self.lose(stage, error)
         else:
-            self._on_lost(stage.peer_id, _SUSPECT, error)
-            self._accusers[stage.peer_id] += 1
-            self.lose(self._crew.stages[index], error)
+            accused = self._crew.stages[index]
+            if not accused.is_leaving:  # else it has waited in vain, and is gone
+                self._on_lost(stage.peer_id, _SUSPECT, error)
+                self._accusers[stage.peer_id] += 1
+            self.lose(accused, error)
             if self._accusers[stage.peer_id] > 1:  # whom it accused first is gone: it seems to be its own fault
                 self.lose(stage, error)
 
@@ -131,7 +149,8 @@ class Mender:
             log(logger, logging.DEBUG, "stage ended", job=self._job, peer=stage.peer_id, reason=error.message)
             return
         log(logger, logging.WARNING, "stage lost", job=self._job, peer=stage.peer_id, reason=error.message)
-        self._on_lost(stage.peer_id, _AT_FAULT, error)
+        if not stage.is_leaving or isinstance(error, ProtocolError | TrustError):
+            self._on_lost(stage.peer_id, _AT_FAULT, error)
         if not self._answer.tokens and not (stage.is_up or self.amendments):
             self._answer.give_up(self._loss_of(stage, error))
             return
@@ -179,13 +198,17 @@ class Mender:
             return
 
     async def mend(self, nursery: trio.Nursery) -> None:
-        """Replace what is lost until the answer is over."""
+        """Replace what is lost or leaves until the answer is over."""
         while not self._answer.is_over:
-            if not self._lost and not self.is_mending:
-                await self._crew.news()
+            is_broken = bool(self._lost) or self.is_mending
+            heirs = None if is_broken else self._find_heirs()
+            if heirs is None and not is_broken:
+                with trio.move_on_after(_LOOK_S if self._leaving() else math.inf):
+                    await self._crew.news()
                 continue
             self.is_mending = True
-            await self._amend(nursery)
+            if heirs is None or not await self._change(nursery, heirs):
+                await self._amend(nursery)
             self.is_mending, self._is_mended = False, True
             self._moved_at = trio.current_time()
             self._due = self._crew.ticket.prompt_tokens + len(self._answer.tokens)
@@ -194,7 +217,7 @@ class Mender:
         """Bring the job to a ring that runs; it is over afterwards where there is none to be had."""
         deadline = trio.current_time() + (_REPLACE_S if self._answer.tokens else 0.0)
         while not self._answer.is_over:
-            peers = self._substitutes(self._crew.ticket, self._lost.keys(), self._unwanted())
+            peers = self._find_substitutes()
             is_hopeless = self._in_vain >= _MAX_AMENDMENTS or (peers is None and trio.current_time() >= deadline)
             if self._lost and is_hopeless:
                 index, error = next(iter(self._lost.items()))
@@ -202,23 +225,48 @@ class Mender:
             elif peers is None:
                 with trio.move_on_after(_LOOK_S):
                     await self._crew.news()
-            else:
-                self._lost.clear()
-                self._begin_epoch(nursery, peers)
-                await self._until_paused()
-                if not self._lost:
-                    self._resume()
-                    return
+            elif await self._change(nursery, peers):
+                return
+
+    async def _change(self, nursery: trio.Nursery, peers: Mapping[int, str]) -> bool:
+        """Have these peers take stages over; whether the ring runs then, or nobody needs it any more."""
+        left = tuple(index for index in sorted(peers) if index not in self._lost)
+        self._lost.clear()
+        self._begin_epoch(nursery, peers, left)
+        await self._until_paused()
+        if not self._lost:
+            self._resume()
+        return not self._lost
+
+    def _leaving(self) -> list[int]:
+        """The stages whose workers are about to leave, but for those that are lost already."""
+        return [stage.index for stage in self._crew.stages if stage.is_leaving and stage.index not in self._lost]
+
+    def _find_heirs(self) -> Mapping[int, str] | None:
+        """Peers for the stages that are left; None where none are, or there are none, or it is not worth it."""
+        leaving = self._leaving()
+        if not leaving or self._answer.ends_within <= _ENDS_S:
+            return None
+        return self._substitutes(self._crew.ticket, leaving, self._unwanted())
+
+    def _find_substitutes(self) -> Mapping[int, str] | None:
+        """Peers for the stages that are lost, and for those that are left too, if there are any."""
+        if leaving := self._leaving():
+            peers = self._substitutes(self._crew.ticket, [*self._lost, *leaving], self._unwanted())
+            if peers is not None:
+                return peers
+        return self._substitutes(self._crew.ticket, self._lost.keys(), self._unwanted())
 
     def _unwanted(self) -> set[str]:
         now = trio.current_time()
-        return {peer_id for peer_id, until in self._shunned.items() if until > now}
+        shunned = {peer_id for peer_id, until in self._shunned.items() if until > now}
+        return shunned | {stage.peer_id for stage in self._crew.stages if stage.is_leaving}
 
-    def _begin_epoch(self, nursery: trio.Nursery, peers: Mapping[int, str]) -> None:
+    def _begin_epoch(self, nursery: trio.Nursery, peers: Mapping[int, str], left: tuple[int, ...]) -> None:
         self.amendments += 1
         self._in_vain += 1
         self._known = len(self._answer.tokens)
-        self._crew.amend(nursery, peers, self._known)
+        self._crew.amend(nursery, peers, self._known, left)
         epoch = self._crew.ticket.epoch
         log(logger, logging.INFO, "job amended", job=self._job, epoch=epoch, peers=list(peers.values()))
 

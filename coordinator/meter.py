@@ -3,18 +3,19 @@
 A job's tokens are counted by the coordinator alone: it saw them come. With `p` prompt and `c` completion tokens,
 `p + c - 1` positions went through every layer, since the last token is sampled and never run; nothing is charged where
 no token came out. A stage is paid for that count, and for what it did only if others agree: `coordinator/agreement.py`.
+Who leaves a stage properly in the middle is paid up to there, and who has it then from there on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from azu.economics import split, token_layers
 from azu.errors import InternalError
 from azu.ledger import Earning, EndedJob, Ledger
 from azu.tickets import JobTicket, Receipt, Refusal
-from coordinator.agreement import Finding, compare
+from coordinator.agreement import Finding, Handover, Word, compare, word_of
 from coordinator.generation import JobReport, StageReport, known_as
 
 __all__ = ["Meter", "read_job"]
@@ -22,20 +23,66 @@ __all__ = ["Meter", "read_job"]
 Receipts = Mapping[int, tuple[bytes, Receipt]]
 
 
-def read_job(ticket: JobTicket, prompt: Sequence[int], tokens: Sequence[int], receipts: Receipts) -> JobReport:
-    """The meter's reading of a job of which these tokens reached the coordinator. Pure."""
-    positions = ticket.positions(len(tokens))
-    found = compare(ticket, prompt, tokens, {index: receipt for index, (_, receipt) in receipts.items()})
-    stages = tuple(_read_stage(ticket, index, positions, finding) for index, finding in enumerate(found))
-    total = token_layers(positions, ticket.n_layers)
+def read_job(
+    ticket: JobTicket,
+    prompt: Sequence[int],
+    tokens: Sequence[int],
+    receipts: Receipts,
+    handovers: Iterable[Handover] = (),
+) -> JobReport:
+    """The meter's reading of a job of which these tokens reached the coordinator. Pure.
+
+    Args:
+        receipts: by stage, of those who had them at the end.
+        handovers: of stages, before.
+    """
+    stages = _read_stages(ticket, prompt, tokens, receipts, handovers)
+    return _report(ticket, len(tokens), (stage for stage, _ in stages))
+
+
+def _report(ticket: JobTicket, tokens: int, stages: Iterable[StageReport]) -> JobReport:
+    total = token_layers(ticket.positions(tokens), ticket.n_layers)
     return JobReport(
         job_id=known_as(ticket.job_id),
         prompt_tokens=ticket.prompt_tokens,
-        completion_tokens=len(tokens),
+        completion_tokens=tokens,
         token_layers=total,
         cost=total * ticket.price,
-        stages=stages,
+        stages=tuple(stages),
     )
+
+
+def _read_stages(
+    ticket: JobTicket,
+    prompt: Sequence[int],
+    tokens: Sequence[int],
+    receipts: Receipts,
+    handovers: Iterable[Handover],
+) -> Iterator[tuple[StageReport, bytes | None]]:
+    """Each stage with its receipt's envelope: those of the last epoch in their order, then those that left before."""
+    everybody = range(len(ticket.stages))
+    yield from _read_epoch(ticket, prompt, tokens, everybody, receipts, {})
+    for handover in handovers:
+        came = tokens[: handover.tokens]
+        left = _read_epoch(handover.ticket, prompt, came, handover.left, handover.receipts, handover.words)
+        yield from ((stage, envelope) for stage, envelope in left if stage.tokens)
+
+
+def _read_epoch(
+    ticket: JobTicket,
+    prompt: Sequence[int],
+    tokens: Sequence[int],
+    paid: Iterable[int],
+    receipts: Receipts,
+    words: Mapping[int, Word],
+) -> Iterator[tuple[StageReport, bytes | None]]:
+    """What stages that are paid for up to the end of an epoch have done, and what is found of them."""
+    said = {**words, **{index: word_of(receipt) for index, (_, receipt) in receipts.items()}}
+    found = compare(ticket, prompt, tokens, said)
+    for index in paid:
+        positions = ticket.positions(len(tokens)) - ticket.stages[index].paid_from
+        envelope = receipts[index][0] if index in receipts else None
+        yield _read_stage(ticket, index, positions, found[index] if positions else Finding()), envelope
 
 
 def _read_stage(ticket: JobTicket, index: int, positions: int, finding: Finding) -> StageReport:
@@ -72,15 +119,21 @@ class Meter:
         return Meter(self._ledger, is_free=self._is_free, wallet=wallet, key_id=key_id)
 
     async def settle(
-        self, ticket: JobTicket, prompt: Sequence[int], tokens: Sequence[int], receipts: Receipts
+        self,
+        ticket: JobTicket,
+        prompt: Sequence[int],
+        tokens: Sequence[int],
+        receipts: Receipts,
+        handovers: Iterable[Handover] = (),
     ) -> JobReport:
         """Read the meter for an ended job and write it down; a job that is already written down stays as it is.
 
         Raises:
             InternalError: the ledger cannot be written, or nothing is reserved for the job.
         """
-        report = read_job(ticket, prompt, tokens, receipts)
-        job = _ended(ticket, report, {index: envelope for index, (envelope, _) in receipts.items()})
+        stages = list(_read_stages(ticket, prompt, tokens, receipts, handovers))
+        report = _report(ticket, len(tokens), (stage for stage, _ in stages))
+        job = _ended(ticket, report, [envelope for _, envelope in stages])
         wallet, key_id = self._asker
         closed = await self._ledger.settle(replace(job, wallet=wallet, key_id=key_id), is_free=self._is_free)
         if isinstance(closed, Refusal):
@@ -92,7 +145,7 @@ class Meter:
         return await self._ledger.balances("worker")
 
 
-def _ended(ticket: JobTicket, report: JobReport, envelopes: Mapping[int, bytes]) -> EndedJob:
+def _ended(ticket: JobTicket, report: JobReport, envelopes: Sequence[bytes | None]) -> EndedJob:
     return EndedJob(
         job_id=report.job_id,
         epoch=ticket.epoch,
@@ -110,9 +163,9 @@ def _ended(ticket: JobTicket, report: JobReport, envelopes: Mapping[int, bytes])
                 s.token_layers,
                 s.earned,
                 s.state,
-                envelopes.get(index),
+                envelope,
                 " ".join((s.reason, *s.against)),
             )
-            for index, s in enumerate(report.stages)
+            for s, envelope in zip(report.stages, envelopes, strict=True)
         ),
     )

@@ -15,7 +15,7 @@ from azu.errors import AzuError, ProtocolError, TrustError
 from azu.logs import log
 from azu.overlay import PROVIDER_SECONDS, Overlay
 from azu.records import WORKERS_KEY, WorkerRecord, is_live, open_worker_record
-from azu.wire.messages import CONTROL, CONTROL_PROTOCOL, Accepted, Assign, GetStatus, Message, Status
+from azu.wire.messages import CONTROL, CONTROL_PROTOCOL, LEAVING, Accepted, Assign, GetStatus, Message, Status
 
 __all__ = ["SwarmView"]
 
@@ -61,15 +61,24 @@ class SwarmView:
         self._contacts: dict[str, _Contact] = {}
 
     def workers(self) -> tuple[WorkerRecord, ...]:
-        """The newest records of workers that are alive, as they signed them."""
+        """The newest records of workers that are alive and stay, as they signed them."""
         now = time.time()
         records = (contact.record for contact in self._contacts.values())
-        return tuple(record for record in records if record is not None and is_live(record, now))
+        return tuple(record for record in records if record is not None and is_live(record, now) and not record.leaving)
+
+    def note_leaving(self, peer_id: str) -> None:
+        """A worker is about to leave: nothing is planned with it any more."""
+        contact = self._contacts.get(peer_id)
+        if contact is not None and contact.record is not None:
+            contact.record = contact.record.model_copy(update={"leaving": True})
 
     def blame(self, peer_id: str, weight: int, error: AzuError) -> None:
         """Note a worker's part in a failed job: while there are others with fewer faults, they are preferred."""
         contact = self._contacts.get(peer_id)
         if contact is None:
+            return
+        if isinstance(error, RefusedError) and error.code == LEAVING:
+            self.note_leaving(peer_id)
             return
         if isinstance(error, RefusedError) and error.code == "no_capacity":
             # No fault, only full: its next record says how full.

@@ -94,7 +94,8 @@ def entry_of(ticket: JobTicket, receipt: Receipt, counted: int | None, envelopes
         counted: tokens that the coordinator says came of it, None where it did not say.
         envelopes: the ticket and the receipt, signed.
     """
-    positions = 0 if counted is None else min(receipt.tokens, ticket.positions(counted))
+    paid_from = ticket.stages[receipt.stage].paid_from
+    positions = 0 if counted is None else max(0, min(receipt.tokens, ticket.positions(counted)) - paid_from)
     work = token_layers(positions, receipt.end - receipt.start)
     return Served(
         job_id=ticket.job_id.hex(),

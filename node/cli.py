@@ -6,8 +6,8 @@ import os
 from functools import partial
 
 from azu.cli import begin_logging, program, run_program, settings_options
-from azu.config import NodeSettings, PlanSettings
-from node.settings import EarningsSettings, StatusSettings
+from azu.config import NodeSettings
+from node.settings import EarningsSettings, LeaveSettings, PlanSettings, StatusSettings
 
 __all__ = ["main"]
 
@@ -17,6 +17,7 @@ __all__ = ["main"]
     examples=[
         "azu-node join /ip4/203.0.113.7/tcp/4001/p2p/12D3KooW... --vram 8GiB",
         "azu-node status",
+        "azu-node leave",
         "azu-node plan Qwen/Qwen3-8B --vram 8GiB --dtype int4",
         "azu-node join /dns4/boot.example.org/tcp/4001/p2p/12D3KooW... --device cuda:1 --payout-address 0x...",
     ],
@@ -28,14 +29,20 @@ def main() -> None:
 @main.command()
 @settings_options(NodeSettings, positional="bootstrap")
 def join(settings: NodeSettings) -> None:
-    """Join a swarm and serve layers until stopped (Ctrl-C, or SIGTERM)."""
+    """Join a swarm and serve layers until stopped (Ctrl-C, SIGTERM, or `azu-node leave`).
+
+    A worker that is stopped has others take its jobs over first; a second signal ends it at once.
+    """
     # Read once, when torch loads its OpenMP: compute threads spin until a pass goes on, and sleep soon after it; else
     # they take the cores from this machine's other workers (docs/performance.md has the measurement).
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    import trio
+
     from node.service import serve  # torch and libp2p load here, so that --help is fast
 
-    run_program(partial(serve, settings), settings=settings)
+    leave = trio.Event()
+    run_program(partial(serve, settings, leave), settings=settings, at_signal=leave.set)
 
 
 @main.command()
@@ -59,6 +66,16 @@ def status(settings: StatusSettings) -> None:
 
     begin_logging(settings)
     print_status(settings)
+
+
+@main.command()
+@settings_options(LeaveSettings)
+def leave(settings: LeaveSettings) -> None:
+    """Stop the worker on this machine once others have taken its jobs over, as SIGTERM does, and wait until it ends."""
+    from node.leave import leave as leave_swarm
+
+    begin_logging(settings)
+    leave_swarm(settings)
 
 
 @main.command()

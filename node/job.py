@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 import trio
 
@@ -21,7 +22,7 @@ from azu.crossings import NOTHING, Crossing, token_crossing
 from azu.errors import AzuError, NetworkError, ProtocolError
 from azu.logs import log
 from azu.tickets import JobTicket, Receipt, check_amendment, open_ticket
-from azu.wire.messages import PING_S, SILENCE_S, Amend, End, Hello, Message, Paused, Ping, Prompt, Resume
+from azu.wire.messages import PING_S, SILENCE_S, Amend, End, Hello, Leaving, Message, Paused, Ping, Prompt, Resume
 from azu.wire.tensors import ITEMSIZE
 from azu.wire.tokens import pack_tokens
 from node.history import History, HistoryBudget
@@ -66,6 +67,7 @@ class StageJob:
         self._progress = Progress(History(history, stage.hidden_size * ITEMSIZE[self._session.dtype]))
         self._leg = Leg(ticket, index, around, self._progress)
         self._known = 0  # tokens that the coordinator has, as it last said
+        self._left = trio.Event()
         self.counted: int | None = None
         self.expiry = trio.CancelScope()
         self._set_expiry()
@@ -91,6 +93,7 @@ class StageJob:
             with self.expiry:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._beat)
+                    nursery.start_soon(self._tell_leaving)
                     nursery.start_soon(self._run_legs)
                     try:
                         await self._listen()
@@ -103,6 +106,10 @@ class StageJob:
         if lost is not None:
             raise lost
 
+    def leave(self) -> None:
+        """Tell the coordinator that others have to take the job over; it runs until it is ended."""
+        self._left.set()
+
     async def receive_from(self, channel: Channel, hello: Hello) -> None:
         """Take what the previous stage sends on a ring stream of the leg that runs; as `Leg.receive_from`."""
         await self._leg.receive_from(channel, hello)
@@ -110,20 +117,31 @@ class StageJob:
     async def _run_legs(self) -> None:
         try:
             if self.ticket.epoch:
-                await self._tell_paused()
+                await self._tell_paused(NOTHING, NOTHING)
             while True:
                 await self._leg.run()
+                seams = self._crossings(self._leg, self._known)
                 self._leg = Leg(self.ticket, self.index, self._around, self._progress)
                 self._on_leg()
-                await self._tell_paused()
+                await self._tell_paused(*seams)
         except NetworkError as error:  # _listen() sees the same end and tells why
             log(logger, logging.DEBUG, "coordinator not told", job=self.ticket.job_id.hex(), reason=error.message)
 
-    async def _tell_paused(self) -> None:
+    async def _tell_paused(self, received: Crossing, sent: Crossing) -> None:
         progress = self._progress
-        tokens = progress.tokens[self._known :]
-        paused = Paused(epoch=self.epoch, position=progress.positions, can_replay=progress.history.is_whole)
-        await self._coordinator.send(paused, pack_tokens(tokens))
+        paused = Paused(
+            epoch=self.epoch,
+            position=progress.positions,
+            can_replay=progress.history.is_whole,
+            received=received,
+            sent=sent,
+        )
+        await self._coordinator.send(paused, pack_tokens(progress.tokens[self._known :]))
+
+    async def _tell_leaving(self) -> None:
+        await self._left.wait()
+        with suppress(NetworkError):  # _listen() sees the same end and tells why
+            await self._coordinator.send(Leaving())
 
     async def _listen(self) -> None:
         """Take the coordinator's messages until it ends the job."""
@@ -184,7 +202,8 @@ class StageJob:
     def receipt(self) -> Receipt:
         """What this stage did, by itself and with its neighbours."""
         entry = self.ticket.stages[self.index]
-        received, sent = self._crossings(self.counted or 0)
+        is_begun = self._leg.ticket.epoch == self.ticket.epoch  # else nothing has gone to or from the new neighbours
+        received, sent = self._crossings(self._leg if is_begun else None, self.counted or 0)
         return Receipt(
             job_id=self.ticket.job_id,
             epoch=self.ticket.epoch,
@@ -198,12 +217,11 @@ class StageJob:
             issued_at=int(time.time()),
         )
 
-    def _crossings(self, counted: int) -> tuple[Crossing, Crossing]:
-        """What was received and sent for the tokens that the coordinator counts."""
+    def _crossings(self, leg: Leg | None, counted: int) -> tuple[Crossing, Crossing]:
+        """What was received and sent in a leg for the tokens that the coordinator counts."""
         progress, prompt, positions = self._progress, self.ticket.prompt_tokens, self.ticket.positions(counted)
-        received = sent = NOTHING
-        if self._leg.ticket.epoch == self.ticket.epoch:  # else nothing has gone to or from the new neighbours yet
-            received, sent = self._leg.received.until(positions), self._leg.sent.until(positions)
+        received = leg.received.until(positions) if leg is not None else NOTHING
+        sent = leg.sent.until(positions) if leg is not None else NOTHING
         if self._session.is_first:
             received = token_crossing(0, [*progress.prompt, *progress.tokens][:positions])
         if self._session.is_last:

@@ -18,7 +18,7 @@ from azu.logs import log
 from azu.models.memory import MAX_JOBS
 from azu.overlay import Overlay, OverlayStream
 from azu.tickets import JobTicket, LoadedLayers, Refusal, check_ticket, open_ticket, sign_receipt
-from azu.wire.messages import JOB, RING, Failed, Hello, Open, ReceiptReply, Refused
+from azu.wire.messages import JOB, LEAVING, RING, Failed, Hello, Open, ReceiptReply, Refused
 from node.book import Book, entry_of
 from node.engine.device import DeviceThread
 from node.engine.pace import Pace
@@ -83,6 +83,7 @@ class Jobs:
     ) -> None:
         self.kv = KvRoom()
         self.admitted = 0  # jobs since the start
+        self.is_leaving = False
         self.meter = meter or RingMeter()
         self.history = HistoryBudget(history)
         self._identity = identity
@@ -93,7 +94,8 @@ class Jobs:
         self._book = book
         self._jobs: dict[bytes, StageJob] = {}
         self._ended: OrderedDict[bytes, int] = OrderedDict()  # the last epoch by job id, the oldest first
-        self._changed = trio.Event()  # set when a job or a leg begins, and then replaced
+        self._serving = 0  # jobs that run, or have ended and whose coordinator has not got the receipt yet
+        self._changed = trio.Event()  # set when a job or a leg begins, or a job is served, and then replaced
 
     @property
     def loaded(self) -> Loaded | None:
@@ -114,6 +116,17 @@ class Jobs:
     def kv_tokens_filled(self) -> int:
         """Positions of KV cache that running jobs have computed, of those that they hold."""
         return sum(job.position for job in self._jobs.values())
+
+    def leave(self) -> None:
+        """Let no more jobs in, and have others take over those that run."""
+        self.is_leaving = True
+        for job in self._jobs.values():
+            job.leave()
+
+    async def until_served(self) -> None:
+        """Wait until no job runs, and whatever coordinators are to be told of those that have ended is told."""
+        while self._serving:
+            await self._changed.wait()
 
     async def handle_job(self, stream: OverlayStream) -> None:
         """Serve a /azu/job/1 stream: one job, until the coordinator ends it."""
@@ -136,6 +149,14 @@ class Jobs:
         channel.limit_body(max(4 * ticket.prompt_tokens, 4 * ticket.max_tokens, _MAX_TICKET_BYTES))
         around = Surroundings(self._identity, self._overlay, self._device, loaded.stage, channel, self.meter, self.kv)
         job = StageJob(ticket, index, around, envelope=bytes(body), history=self.history, on_leg=self._wake)
+        self._serving += 1
+        try:
+            await self._serve(job, channel)
+        finally:
+            self._serving -= 1
+            self._wake()
+
+    async def _serve(self, job: StageJob, channel: Channel) -> None:
         try:
             with self._admitted(job):
                 self._wake()
@@ -146,7 +167,7 @@ class Jobs:
         receipt = await self._account(job)
         # Only now, with its room free again: the coordinator may send the next job as soon as it reads this.
         if job.expiry.cancelled_caught:
-            log(logger, logging.WARNING, "job expired", job=ticket.job_id.hex())
+            log(logger, logging.WARNING, "job expired", job=job.ticket.job_id.hex())
             await channel.send(Failed(code="job_expired", message="its ticket expired", peer_id=self._identity.peer_id))
         else:
             await channel.send(ReceiptReply(), receipt)
@@ -189,6 +210,8 @@ class Jobs:
 
     def _check(self, ticket: JobTicket, signer: str, sender: str) -> Refusal | None:
         loaded = self.loaded
+        if self.is_leaving:
+            return Refusal(LEAVING, "this worker is about to leave the swarm", "Other workers take the job")
         refusal = check_ticket(
             ticket,
             signer=signer,

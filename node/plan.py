@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from azu.config import PlanSettings
 from azu.errors import InputError
 from azu.models.inventory import outline
 from azu.models.manifest import Manifest, is_digest
@@ -17,6 +16,7 @@ from azu.models.publish import means_path, open_path
 from azu.models.source import load_json
 from azu.sizes import format_size
 from azu.wire.tensors import ACTIVATIONS, ITEMSIZE, WEIGHT_FORMATS, WeightFormat
+from node.settings import PlanSettings
 
 __all__ = ["Fit", "Plan", "Sizes", "describe", "make_plan", "plan", "show"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
@@ -84,7 +85,9 @@ class WorkerReport(Reporter):
         return {
             "peer_id": overlay.peer_id,
             "agent": AGENT,
+            "pid": os.getpid(),
             "uptime_s": time.time() - self._started_at,
+            "leaving": jobs.is_leaving,
             "resident_bytes": resident_bytes(),
             "addrs": list(overlay.addrs),
             "reach": str(overlay.finding),

@@ -36,8 +36,8 @@ def usable_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-async def serve(settings: NodeSettings) -> None:
-    """Join the swarm and serve until cancelled.
+async def serve(settings: NodeSettings, leave: trio.Event) -> None:
+    """Join the swarm and serve until `leave` is set and the jobs have ended here, or until cancelled.
 
     Raises:
         InputError: a setting that cannot work, such as a missing bootstrap address or device, or a missing package.
@@ -94,3 +94,6 @@ async def serve(settings: NodeSettings) -> None:
             await nursery.start(serve_report, worker, overlay, settings.metrics, settings.data_dir)
             nursery.start_soon(partial(stay_joined, overlay, settings.bootstrap, book=book))
             nursery.start_soon(worker.run)
+            await leave.wait()
+            await worker.leave(settings.leave_patience)
+            nursery.cancel_scope.cancel()

@@ -87,7 +87,8 @@ def show_status(status: Mapping[str, Any]) -> str:
         "memory": f"{format_size(status['resident_bytes'])} resident",
         "layers": _layers(status),
         "speed": _speed(status),
-        "jobs": f"{jobs['running']} running, {jobs['most']} at most, {jobs['admitted']} since the start",
+        "jobs": f"{jobs['running']} running, {jobs['most']} at most, {jobs['admitted']} since the start"
+        + ("; it leaves once others have taken them over" if status["leaving"] else ""),
         "kv cache": f"{kv['reserved']} of {kv['all']} tokens reserved, {kv['all'] - kv['reserved']} free, "
         f"{kv['filled']} filled",
         "traffic": f"hidden states {format_size(start['received_bytes'])} in, {format_size(start['sent_bytes'])} out; "

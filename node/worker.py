@@ -21,6 +21,7 @@ from azu.wire.messages import (
     CONTROL_PROTOCOL,
     JOB_PROTOCOL,
     LAYERS_PROTOCOL,
+    LEAVING,
     RING_PROTOCOL,
     Accepted,
     Assign,
@@ -134,6 +135,18 @@ class Worker:
             with trio.move_on_after(2, shield=True):
                 await self._publish(self.record(life=0))
 
+    async def leave(self, patience: float) -> None:
+        """Take no more jobs and no layers, and wait until others have taken over those that run, for so many seconds
+        at most.
+        """
+        log(logger, logging.INFO, "leaving", jobs=self.jobs.count, patience_s=patience)
+        self.jobs.leave()
+        self._changed.set()
+        with trio.move_on_after(patience):
+            await self.jobs.until_served()
+        if self.jobs.count:
+            log(logger, logging.WARNING, "jobs are left that nobody took over", jobs=self.jobs.count)
+
     @property
     def loading(self) -> HeldRange | None:
         """What is being loaded, if anything is."""
@@ -172,6 +185,7 @@ class Worker:
             speed=loaded.pace.speed() if loaded else Speed(),
             waiting=round(self.instruments.waiting),
             links=self.instruments.ring.links.told(trio.current_time()),
+            leaving=self.jobs.is_leaving,
         )
         return sign_worker_record(self._identity, record)
 
@@ -247,6 +261,8 @@ class Worker:
         return None
 
     def _check_state(self, assignment: Assignment) -> Refusal | None:
+        if self.jobs.is_leaving:
+            return Refusal(LEAVING, "this worker is about to leave the swarm")
         if self._loading is not None:
             return Refusal("loading", f"layers {self._loading.start}-{self._loading.end - 1} are being loaded")
         if self.jobs.count and not self._is_fulfilled(assignment):

@@ -59,6 +59,12 @@ class Worker:
     def kill(self) -> None:
         self.scope.cancel()
 
+    async def leave(self) -> None:
+        """Leave properly, as soon as no job runs here any more."""
+        self.real.jobs.leave()
+        await self.real.jobs.until_served()
+        self.kill()
+
     async def run(self, *, task_status: trio.TaskStatus[None]) -> None:
         with self.scope:
             async with real_stage(self.model, self.number, self.start, self.end) as self.stage:
@@ -94,7 +100,7 @@ class Worker:
             "peer_id": self.peer_id, "sequence": time.time_ns(), "issued_at": now, "expires_at": now + 60,
             "agent": "test", "protocols": (), "addrs": (), "device": "test", "dtype": "float32", "vram_total": 1,
             "vram_free": 0, "kv_tokens": jobs.kv.tokens, "kv_tokens_free": jobs.kv.room,
-            "jobs": jobs.count, "layer_us": 10, "payout_address": "",
+            "jobs": jobs.count, "layer_us": 10, "payout_address": "", "leaving": jobs.is_leaving,
             "ranges": [{"manifest": manifest, "start": self.start, "end": self.end, "state": "loaded"}],
         }  # fmt: skip
         return sign_worker_record(self.real.identity, WorkerRecord.model_validate(fields))

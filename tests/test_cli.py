@@ -252,6 +252,9 @@ def main(settings):
     async def serve(how):
         try:
             print("ready", flush=True)
+            if how == "asked":
+                await asked.wait()
+                return
             if how == "hang":
                 while True:
                     time.sleep(0.01)
@@ -261,7 +264,8 @@ def main(settings):
                 print("cleaning", flush=True)
                 await trio.sleep(60 if how == "slow" else 0.01)
                 print("clean", flush=True)
-    run_program(partial(serve, HOW), settings=settings)
+    asked = trio.Event()
+    run_program(partial(serve, HOW), settings=settings, at_signal=asked.set if HOW == "asked" else None)
 
 HOW = sys.argv.pop(1)
 main()
@@ -289,9 +293,10 @@ class Started:
         return self.process.returncode, out, err
 
 
+@pytest.mark.parametrize("how", ["well", "asked"])
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
-def test_a_signal_stops_cleanly(number: signal.Signals, code: int) -> None:
-    returned, out, err = Started("well").end(number)
+def test_a_signal_stops_cleanly(number: signal.Signals, code: int, how: str) -> None:
+    returned, out, err = Started(how).end(number)
     assert (returned, out) == (code, "cleaning\nclean\n")
     assert "Traceback" not in err
     assert f"stopping  signal={number.name}" in err

@@ -229,11 +229,10 @@ def amend(new: JobTicket, old: JobTicket, signer: Identity = COORDINATOR) -> str
 
 def test_an_amendment_puts_other_peers_into_other_stages() -> None:
     old = ticket(expires_at=int(NOW) + 59)
-    new = old.amended({0: EVE.peer_id}, int(NOW))
-    assert amend(new, old) == ""
-    assert [stage.peer_id for stage in new.stages] == [EVE.peer_id, BOB.peer_id]
+    new = old.amended({0: EVE.peer_id}, int(NOW), {0: 9})
+    assert [(stage.peer_id, stage.paid_from) for stage in new.stages] == [(EVE.peer_id, 9), (BOB.peer_id, 0)]
     assert (new.epoch, new.issued_at, new.expires_at) == (1, int(NOW), int(NOW) + 60)
-    assert amend(old.model_copy(update={"epoch": 7}), old) == ""  # nobody was replaced
+    assert {amend(each, old) for each in (new, old.model_copy(update={"epoch": 7}))} == {""}
 
 
 @pytest.mark.parametrize(
@@ -243,6 +242,7 @@ def test_an_amendment_puts_other_peers_into_other_stages() -> None:
         ("stale_epoch", {"epoch": 3}),
         ("not_my_stage", {"stages": (TICKET["stages"][0], TICKET["stages"][1] | {"peer_id": EVE.peer_id})}),
         ("not_my_stage", {"stages": (TICKET["stages"][0] | {"peer_id": BOB.peer_id}, TICKET["stages"][1])}),
+        ("not_my_stage", {"stages": (TICKET["stages"][0], TICKET["stages"][1] | {"paid_from": 1})}),
         ("another_job", {"stages": (TICKET["stages"][0] | {"end": 5}, TICKET["stages"][1] | {"start": 5})}),
         ("another_job", {"job_id": b"k" * 16}),
         ("another_job", {"manifest": "d" * 64}),

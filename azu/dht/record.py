@@ -87,7 +87,7 @@ def _worker(record: WorkerRecord) -> dict[str, str]:
         "kv cache": f"{record.kv_tokens} positions, {record.kv_tokens_free} for the next job to begin with",
         "speed": f"{record.layer_us / 1000:.2f} ms per token and layer" if record.layer_us else "not measured yet",
         "lately": speed_text(record.speed),
-        "jobs": f"{record.jobs}; {record.waiting} of their steps wait",
+        "jobs": f"{record.jobs}; {record.waiting} of their steps wait{'; it is about to leave' * record.leaving}",
         "links": _lines([f"{link.peer_id}  {link_text(link)}" for link in record.links]),
         "layers": _lines(layers),
         "paid to": printable(record.payout_address) or "nobody: earnings are only counted",

@@ -9,13 +9,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field
 
-from azu.errors import ProtocolError
-from azu.wire.document import Digest, Document, PeerId, decode_cbor, encode_cbor, reason
-from azu.wire.frames import MAX_HEADER_BYTES, Buffer, Frame, encode_frame
+from azu.crossings import NOTHING, Crossing
+from azu.wire.codec import Codec, Message, encode_message
+from azu.wire.document import Digest, PeerId
 from azu.wire.tensors import TensorHeader
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "JOB_PROTOCOL",
     "LAYERS",
     "LAYERS_PROTOCOL",
+    "LEAVING",
     "MAX_ASKED",
     "MAX_PART",
     "MAX_RANGE_BYTES",
@@ -49,6 +50,7 @@ __all__ = [
     "GetStatus",
     "HaveBlobs",
     "Hello",
+    "Leaving",
     "ManifestReply",
     "Message",
     "Moved",
@@ -88,6 +90,8 @@ MAX_PART = 8
 # was stopped or cut off ends no stream by itself.
 PING_S = 2.0
 SILENCE_S = 15.0
+# The code with which a worker that is about to leave refuses jobs and layers: it is no fault.
+LEAVING = "leaving"
 _MAX_SIGNED_BYTES = 65_536
 _MAX_FILE_BYTES = 2**44
 
@@ -98,12 +102,6 @@ Epoch = Annotated[int, Field(ge=0, le=2**31)]
 JobId = Annotated[bytes, Field(min_length=16, max_length=16)]
 Text = Annotated[str, Field(max_length=2_000)]
 Code = Annotated[str, Field(pattern=r"^[a-z0-9_]{1,64}$")]
-
-
-class Message(Document):
-    """A frame's header. `max_body` is the largest body in bytes that may come with it."""
-
-    max_body: ClassVar[int] = 0
 
 
 class Refused(Message):
@@ -232,10 +230,17 @@ class Amend(Message):
     known: Count
 
 
+class Leaving(Message):
+    """The stage's worker is about to leave the swarm: others are to take its jobs over. It goes on until they have."""
+
+    t: Literal["leaving"] = "leaving"
+
+
 class Paused(Message):
     """A stage computes nothing until it is told to resume in this epoch.
 
     It has `position` positions in its cache, and can send on what it made of all of them where `can_replay` is set.
+    `received` and `sent` are as in a receipt for the epoch that ends here, up to the tokens that the coordinator had.
     Body: the sampled tokens that it knows beyond those that the coordinator has, as Prompt's.
     """
 
@@ -244,6 +249,8 @@ class Paused(Message):
     epoch: Epoch
     position: Count
     can_replay: bool
+    received: Crossing = NOTHING
+    sent: Crossing = NOTHING
 
 
 class Resume(Message):
@@ -347,40 +354,10 @@ class Credit(Message):
     frames: Annotated[int, Field(ge=1, le=1_024)]
 
 
-class Codec:
-    """Decodes the messages of one protocol and refuses all others."""
-
-    def __init__(self, name: str, *messages: type[Message]) -> None:
-        self.name = name
-        self.max_body = max(message.max_body for message in messages)
-        union: Any = messages[0]
-        for message in messages[1:]:
-            union = union | message
-        self._adapter: TypeAdapter[Message] = TypeAdapter(Annotated[union, Field(discriminator="t")])
-
-    def decode(self, frame: Frame) -> Message:
-        """The message in a frame's header.
-
-        Raises:
-            ProtocolError: it is not one of this protocol's messages, or its body is larger than the message allows.
-        """
-        values = decode_cbor(frame.header, limit=MAX_HEADER_BYTES)
-        try:
-            message = self._adapter.validate_python(values)
-        except ValidationError as error:
-            raise ProtocolError(f"not a {self.name} message: {reason(error)}", code="bad_message") from error
-        if len(frame.body) > message.max_body:
-            raise ProtocolError(f"a body of {len(frame.body)} bytes with a {type(message).__name__}", code="too_large")
-        return message
-
-
-def encode_message(message: Message, body: Buffer = b"") -> tuple[Buffer, ...]:
-    """The buffers to write for one message and its body."""
-    return encode_frame(encode_cbor(message.model_dump()), body)
-
-
 ACCOUNT = Codec("account", GetStatus, Status, Refused)
 CONTROL = Codec("control", GetStatus, Status, Assign, Accepted, Refused)
 LAYERS = Codec("layers", GetManifest, ManifestReply, WhichBlobs, HaveBlobs, GetBlob, BlobRange, Refused)
-JOB = Codec("job", Open, Prompt, Ping, Amend, Resume, End, Ready, Paused, Waiting, Token, Failed, ReceiptReply, Refused)
+JOB = Codec(
+    "job", Open, Prompt, Ping, Amend, Resume, End, Ready, Paused, Waiting, Leaving, Token, Failed, ReceiptReply, Refused
+)
 RING = Codec("ring", Hello, Welcome, Chunk, Next, Credit, Moved, Refused)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from azu.crossings import Crossing, token_crossing
 from azu.identity import Identity
 from azu.tickets import JobTicket, Receipt, sign_receipt
-from coordinator.agreement import compare
+from coordinator.agreement import compare, word_of
 from coordinator.generation import JobReport
 from coordinator.meter import read_job
 
@@ -38,7 +38,8 @@ class Job:
         return read_job(self.ticket, self.prompt, self.tokens, signed)
 
     def reasons(self) -> list[str | None]:
-        return [each.reason for each in compare(self.ticket, self.prompt, self.tokens, self.receipts)]
+        said = {index: word_of(receipt) for index, receipt in self.receipts.items()}
+        return [each.reason for each in compare(self.ticket, self.prompt, self.tokens, said)]
 
 
 def job_of(conducts: list[Conduct], prompt: int = 3, count: int = 4, price: int = 2) -> Job:

@@ -18,12 +18,14 @@ from azu.identity import Identity
 from azu.ledger import Ledger
 from azu.ledger.accounts import FREE
 from azu.tickets import JobTicket, Receipt, sign_receipt
+from coordinator.agreement import Handover, word_of
 from coordinator.generation import JobReport
 from coordinator.meter import Meter, Receipts, read_job
 from coordinator.old_meter import take_over_meter
 
 WORKERS = [Identity(bytes([number]) * 32) for number in range(1, 4)]
 ALICE, BOB, CAROL = WORKERS
+DAVE = Identity(bytes([4]) * 32)
 
 
 def ticket(**changes: Any) -> JobTicket:
@@ -93,6 +95,36 @@ def settled(meter: Meter, subject: JobTicket, counted: int, given: Receipts) -> 
 
 
 # --- reading
+
+
+def test_who_leaves_is_paid_up_to_there_and_the_heir_from_there_on() -> None:
+    """A word that a stage which stays has given then is as good as its receipt."""
+    before = ticket()
+    after = before.amended({1: DAVE.peer_id}, 0, {1: before.positions(2)})
+    left = receipts(before, 2, 6, 6, 6)
+    said = {index: word_of(left[index][1]) for index in (0, 2)}
+    handover = Handover(before, 2, (1,), {1: left[1]}, said)
+    report = read_job(after, PROMPT, answer(3), receipts(after, 3, 7, 7, 7), [handover])
+    assert [(stage.peer_id, stage.tokens) for stage in report.stages] == [
+        (ALICE.peer_id, 7), (DAVE.peer_id, 1), (CAROL.peer_id, 7), (BOB.peer_id, 6)
+    ]  # fmt: skip
+    assert {stage.state for stage in report.stages} == {"credited"}
+    assert sum(stage.token_layers for stage in report.stages) == report.token_layers
+    lies = {0: said[0]._replace(sent=seam(8, 6)), 2: said[2]}
+    for words, reason in ((lies, "contradicted"), ({}, "unwitnessed"), (said, "")):
+        handover = Handover(before, 2, (1,), {1: left[1]}, words)
+        assert read_job(after, PROMPT, answer(3), receipts(after, 3, 7, 7, 7), [handover]).stages[3].reason == reason
+    silent = read_job(after, PROMPT, answer(3), receipts(after, 3, 7, 7, 7), [Handover(before, 2, (1,), {}, said)])
+    assert silent.stages[3].reason == "no_receipt"
+
+
+def test_who_leaves_before_the_first_token_is_paid_nothing() -> None:
+    after = ticket().amended({1: CAROL.peer_id}, 0, {1: 0})
+    left = receipts(ticket(), 0, 5, 5, 5)
+    report = read_job(
+        after, PROMPT, answer(3), receipts(after, 3, 7, 7, 7), [Handover(ticket(), 0, (1,), {1: left[1]})]
+    )
+    assert [stage.tokens for stage in report.stages] == [7, 7, 7]
 
 
 def test_the_last_token_is_sampled_but_never_run() -> None:

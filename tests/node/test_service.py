@@ -20,6 +20,6 @@ def test_a_missing_package_is_told_before_anything_is_joined(tmp_path: Path, mon
     bootstrap = f"/ip4/127.0.0.1/tcp/1/p2p/{Identity.generate().peer_id}"
     settings = NodeSettings(data_dir=tmp_path, bootstrap=(bootstrap,), dtype="int8", device="cpu")
     with pytest.raises(InputError) as raised:
-        trio.run(serve, settings)
+        trio.run(serve, settings, trio.Event())
     assert raised.value.code == "missing_package"
     assert not list(tmp_path.iterdir())

@@ -143,6 +143,15 @@ async def test_a_worker_that_leaves_withdraws_its_record(tmp_path: Path) -> None
             assert found is None or open_worker_record(found).expires_at <= time.time()
 
 
+async def test_a_worker_that_leaves_says_so_and_takes_no_orders(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not (await scene.record()).leaving
+    monkeypatch.setattr(scene.worker.jobs, "until_served", trio.sleep_forever)
+    with trio.fail_after(10):
+        await scene.worker.leave(0.1)
+    assert (await scene.record()).leaving
+    assert await scene.order() == "leaving"
+
+
 @pytest.mark.parametrize("fault", [ModelError("bad weights"), KeyError("rope_theta"), OSError("disk")])
 async def test_a_load_that_fails_leaves_a_worker_that_takes_the_next_order(scene: Scene, fault: Exception) -> None:
     scene.loader.go.set()

@@ -36,6 +36,7 @@ from azu.wire.messages import (
     Refused,
     Status,
 )
+from node.status import fetch_status
 from tests.local_swarm import LOOPBACK, LocalSwarm, Program, wait_until
 
 SERVE = ["azu-coordinator", "serve"]
@@ -203,14 +204,40 @@ def refuses_what_is_not_covered(swarm: LocalSwarm, layers: str) -> None:
     assert layers in str(refused.value)
 
 
-def pieces_of(swarm: LocalSwarm) -> Iterator[str]:
-    """The texts of an answer of 40 tokens, as they come."""
+def test_a_worker_that_leaves_hands_its_answer_over_first(tmp_path: Path) -> None:
+    with LocalSwarm(tmp_path) as swarm:
+        for _ in range(4):
+            swarm.add_worker("440MiB")
+        swarm.wait_until_covered()
+        layers = [worker.wait_for("stage ready")["layers"] for worker in swarm.workers]
+        [twice] = {each for each in layers if layers.count(each) > 1}
+        undisturbed = "".join(pieces_of(swarm, 100))
+        pieces = pieces_of(swarm, 100)
+        answer = [next(pieces) for _ in range(5)]
+        leaver, other = sorted(
+            (worker for worker, each in zip(swarm.workers, layers, strict=True) if each == twice),
+            key=lambda worker: fetch_status(tmp_path / worker.name)["jobs"]["running"],
+            reverse=True,
+        )
+        assert leaver.stop() == 0
+        assert fetch_status(tmp_path / other.name)["jobs"]["running"] == 1
+        answer += pieces
+        assert "".join(answer) == undisturbed
+        assert len(swarm.coordinator.found("job amended")) == 1
+        assert not swarm.coordinator.found("stage lost")
+        leave = Program("leave", ["azu-node", "leave", "--data-dir", str(tmp_path / other.name)])
+        assert leave.wait() == 0, leave.describe()
+        assert other.wait() == 0
+
+
+def pieces_of(swarm: LocalSwarm, tokens: int = 40) -> Iterator[str]:
+    """The texts of an answer of so many tokens, as they come."""
     client = OpenAI(base_url=f"{swarm.url}/v1", api_key="none", max_retries=0, timeout=240)
     stream = client.chat.completions.create(
         model=swarm.model_id,
         messages=[{"role": "user", "content": "Tell me a long story about a lighthouse."}],
         temperature=0,
-        max_tokens=40,
+        max_tokens=tokens,
         stream=True,
     )
     for chunk in stream:
