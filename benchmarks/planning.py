@@ -6,11 +6,12 @@
 Times are CPU time of one core, the least of several runs: placement from nothing, placement again when a twentieth of
 the workers were replaced or when nothing changed, and one job's route.
 
-Distances are shares of a bound. What a plan gives is the largest flow of tokens through it, solved as a linear program
-that knows nothing of how the plan was made. The bound is that of the whole swarm with all its time well spent: the sum
-of the workers' speeds over the number of layers, of which no placement can have more. For small swarms the best
-placement itself is found too, as a mixed-integer program: whatever it has more than the plan is the price of few stages
-and of being quick. Needs scipy: pip install scipy
+Distances are shares of a bound. What a plan gives is the largest flow of tokens through it, where a stage costs its
+layers and a hop (coordinator.planning.snapshot.Power), solved as a linear program that knows nothing of how the plan
+was made. The bound is that of the whole swarm with all its time well spent: each worker always busy with as many layers
+as it can hold, of which no placement can have more. For small swarms the best placement itself is found too, as a
+mixed-integer program: whatever it has more than the plan is the price of safety and of being quick. Needs scipy: pip
+install scipy
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ from dataclasses import replace
 from typing import Any
 
 from benchmarks.machines import LAYERS, large_model, machines
-from coordinator.planning import ModelShape, Placement, WorkerView, find_route, place
-from coordinator.planning.snapshot import speeds
+from coordinator.planning import Links, ModelShape, Placement, WorkerView, find_route, place
+from coordinator.planning.snapshot import powers
 
 RUNS = 7
 SIZES = "40x32,60x32,100x80,200x80,200x126,400x126,1000x126"
+SMALL = "3x6,5x6,6x6"
 MILP_S = 20.0
 Edge = tuple[int, int, float]  # from a border between layers to another, tokens per second
 
@@ -69,12 +71,25 @@ def report_times(count: int, seed: int) -> None:
         print(f"| {name} | {least(work):.0f} |")
 
 
-def edges_of(workers: Sequence[WorkerView]) -> list[Edge]:
+def edges_of(workers: Sequence[WorkerView], n_layers: int) -> list[Edge]:
     """What each worker adds between the borders of what it holds."""
-    speed = speeds(workers)
+    power = powers(workers, Links())
     return [
-        (*worker.held, speed[worker.peer_id] / (worker.held[1] - worker.held[0])) for worker in workers if worker.held
+        (*worker.held, power[worker.peer_id].rate(worker.held[1] - worker.held[0], n_layers))
+        for worker in workers
+        if worker.held
     ]
+
+
+def bound_of(shape: ModelShape, workers: Sequence[WorkerView]) -> float:
+    """Tokens per second if every worker were always busy with the range that makes the most of it."""
+    power = powers(workers, Links())
+    n_layers, total = shape.n_layers, 0.0
+    for worker in workers:
+        ranges = [(0, n_layers), *((1, 1 + count) for count in range(1, n_layers)), (0, 1), (n_layers - 1, n_layers)]
+        sizes = [end - start for start, end in ranges if shape.stage_bytes(start, end) <= worker.vram]
+        total += max((size * power[worker.peer_id].rate(size, n_layers) for size in sizes), default=0.0)
+    return total / n_layers
 
 
 def flow_rows(edges: Sequence[Edge], n_layers: int, columns: int) -> tuple[Any, Any]:
@@ -109,14 +124,14 @@ def best_placement(shape: ModelShape, workers: Sequence[WorkerView]) -> float | 
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import csr_matrix, hstack, identity, lil_matrix
 
-    speed = speeds(workers)
+    power = powers(workers, Links())
     edges: list[Edge] = []
     owners: list[int] = []
     for index, worker in enumerate(workers):
         for start in range(shape.n_layers):
             for end in range(start + 1, shape.n_layers + 1):
                 if shape.stage_bytes(start, end) <= worker.vram:
-                    edges.append((start, end, speed[worker.peer_id] / (end - start)))
+                    edges.append((start, end, power[worker.peer_id].rate(end - start, shape.n_layers)))
                     owners.append(index)
     count = len(edges)
     rows, cost = flow_rows(edges, shape.n_layers, count)
@@ -147,10 +162,7 @@ def report_distances(sizes: Sequence[tuple[int, int]], seeds: int) -> None:
         for seed in range(seeds):
             shape, workers = large_model(n_layers), machines(count, seed)
             running = carried_out(workers, place(shape, workers))
-            smallest = min(shape.stage_bytes(layer, layer + 1) for layer in range(n_layers))
-            speed = speeds(workers)
-            bound = sum(speed[worker.peer_id] for worker in workers if worker.vram >= smallest) / n_layers
-            shares.append(largest_flow(edges_of(running), n_layers) / bound)
+            shares.append(largest_flow(edges_of(running, n_layers), n_layers) / bound_of(shape, workers))
             route = find_route(n_layers, running, 1_000)
             assert route is not None
             stages.append(len(route.stages))
@@ -161,13 +173,12 @@ def report_distances(sizes: Sequence[tuple[int, int]], seeds: int) -> None:
 
 
 def report_best(count: int, n_layers: int, seeds: int) -> None:
-    """A table of small swarms, for which the best placement can be found."""
-    print("\n| workers | layers | the plan | the best placement | ratio |\n| --- | --- | --- | --- | --- |")
+    """Rows for small swarms, for which the best placement can be found."""
     for seed in range(seeds):
         shape, workers = large_model(n_layers), machines(count, seed)
         running = carried_out(workers, place(shape, workers))
         best = best_placement(shape, workers)
-        rate = largest_flow(edges_of(running), n_layers)
+        rate = largest_flow(edges_of(running, n_layers), n_layers)
         if best is None:
             print(f"| {count} | {n_layers} | {rate:.1f} | not found in {MILP_S:.0f} s | |")
         else:
@@ -177,9 +188,8 @@ def report_best(count: int, n_layers: int, seeds: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=1_000, help="in the swarm that is timed")
-    parser.add_argument(
-        "--sizes", default="40x32,60x32,100x80,200x80,200x126,400x126,1000x126", help="workers x layers"
-    )
+    parser.add_argument("--sizes", default=SIZES, help="workers x layers, measured by the bound")
+    parser.add_argument("--small", default=SMALL, help="workers x layers, measured by the best placement")
     parser.add_argument("--seeds", type=int, default=5, help="swarms of each size")
     options = parser.parse_args()
     report_times(options.workers, seed=0)
@@ -187,9 +197,15 @@ def main() -> None:
         import scipy.optimize  # noqa: F401 - only here, and only for the bounds
     except ImportError:
         sys.exit("\nNo distances: they need scipy. Run: pip install scipy")
-    sizes = [tuple(map(int, each.split("x"))) for each in options.sizes.split(",")]
-    report_distances([(count, n_layers) for count, n_layers in sizes], options.seeds)
-    report_best(5, 6, options.seeds)
+    report_distances(_sizes(options.sizes), options.seeds)
+    print("\n| workers | layers | the plan | the best placement | ratio |\n| --- | --- | --- | --- | --- |")
+    for count, n_layers in _sizes(options.small):
+        report_best(count, n_layers, options.seeds)
+
+
+def _sizes(text: str) -> list[tuple[int, int]]:
+    pairs = (each.split("x") for each in text.split(",") if each)
+    return [(int(count), int(n_layers)) for count, n_layers in pairs]
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from coordinator.planning import ModelShape, Placement, WorkerView, find_route, place
+from coordinator.planning import Links, ModelShape, Placement, WorkerView, find_route, place
 from coordinator.planning.snapshot import speeds
 
 __all__ = ["POLICIES", "Policy", "View"]
@@ -24,12 +24,13 @@ class View(Protocol):
     shape: ModelShape
     workers: list[WorkerView]
     hops: Matrix  # seconds from one worker to another
+    links: Links  # what the workers measured of them
 
 
 class Policy(Protocol):
     """One of them. `place` is asked at each step, `route` for one job's chain: None if no chain has room."""
 
-    def place(self, shape: ModelShape, workers: Sequence[WorkerView], chance: random.Random) -> Sequence[Placement]: ...
+    def place(self, view: View, chance: random.Random) -> Sequence[Placement]: ...
 
     def route(self, view: View, tokens: int, chance: random.Random) -> Chain | None: ...
 
@@ -54,8 +55,8 @@ def _with_room(workers: Sequence[WorkerView], tokens: int) -> list[int]:
 class Random:
     """Neither speed nor place counts."""
 
-    def place(self, shape: ModelShape, workers: Sequence[WorkerView], chance: random.Random) -> list[Placement]:
-        idle = [(worker, _windows(shape, worker.vram)) for worker in workers if worker.held is None]
+    def place(self, view: View, chance: random.Random) -> list[Placement]:
+        idle = [(worker, _windows(view.shape, worker.vram)) for worker in view.workers if worker.held is None]
         return [Placement(worker.peer_id, *chance.choice(windows)) for worker, windows in idle if windows]
 
     def route(self, view: View, tokens: int, chance: random.Random) -> Chain | None:
@@ -82,7 +83,8 @@ def _covers(worker: WorkerView, layer: int) -> bool:
 class Petals:
     """The least served layers when a worker joins; the shortest path over lines and layers."""
 
-    def place(self, shape: ModelShape, workers: Sequence[WorkerView], chance: random.Random) -> list[Placement]:
+    def place(self, view: View, chance: random.Random) -> list[Placement]:
+        shape, workers = view.shape, view.workers
         speed = speeds(workers)
         served = np.zeros(shape.n_layers)
         for worker in workers:
@@ -149,11 +151,11 @@ def _comes_by(way: _Way | None, worker: int) -> bool:
 class Azu:
     """The coordinator's own planner."""
 
-    def place(self, shape: ModelShape, workers: Sequence[WorkerView], chance: random.Random) -> Sequence[Placement]:
-        return place(shape, workers)
+    def place(self, view: View, chance: random.Random) -> Sequence[Placement]:
+        return place(view.shape, view.workers, view.links)
 
     def route(self, view: View, tokens: int, chance: random.Random) -> Chain | None:
-        found = find_route(view.shape.n_layers, view.workers, tokens)
+        found = find_route(view.shape.n_layers, view.workers, tokens, links=view.links)
         if found is None:
             return None
         index = {worker.peer_id: i for i, worker in enumerate(view.workers)}

@@ -7,7 +7,8 @@ Three ways to place layers and to choose a job's workers:
     random   a random range of as many layers as fit; of those that hold the next layer a random worker, to its end
     Petals   when a worker joins, the range whose layers have the least throughput, as many layers as fit; then the
              path with the least time per token over lines and layers, lines measured, load unknown (arXiv:2312.08361)
-    azu      coordinator.planning as it is: place() at each step, find_route() of whole ranges, no line measured
+    azu      coordinator.planning as it is: place() at each step, find_route() of whole ranges; of the lines it knows
+             what workers' records say, which is those to 16 others for each, and works the rest out from that
 
 Clients ask one thing after the other, and each job reserves KV cache until it ends. Time goes in steps. In one, a
 token of a job takes at each worker its layers in a pass with as many others as are there on average (what Little's
@@ -20,6 +21,7 @@ workers' speeds together over the number of layers (the bound). Everything follo
 from __future__ import annotations
 
 import argparse
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -28,10 +30,11 @@ from pathlib import Path
 
 import numpy as np
 
+from azu.records import MAX_LINKS
 from benchmarks.machines import LAYERS, large_model, machines
 from benchmarks.plot import Line, draw
 from benchmarks.swarm_policies import POLICIES, Policy
-from coordinator.planning import Placement, WorkerView
+from coordinator.planning import Link, Links, Placement, WorkerView
 
 STEP_S = 5.0
 LIFE_S = 7_200.0  # a worker's, on average
@@ -83,13 +86,14 @@ class Swarm:
         self.workers = [self._slower(worker) for worker in machines(count, seed)]
         self.places = [self._place() for _ in self.workers]
         self.hops = np.zeros((count, count))
+        self._measured: list[list[int]] = [[] for _ in range(count)]  # the others whose lines each worker measured
         self._connect(range(count))
         self.ready_at = [0.0] * count
         self.jobs = [Job(0.0, 0.0) for _ in range(clients)]
         self.crowd = np.zeros(count)  # how many jobs are at each worker, on average
         self.now = 0.0
         self.done: list[tuple[float, float, int]] = []  # tokens, seconds, stages of finished jobs
-        self._hold(policy.place(self.shape, self.workers, self._chance))
+        self._hold(policy.place(self, self._chance))
         self.workers = [replace(worker, ready=worker.held is not None) for worker in self.workers]
         for job in self.jobs:
             self._begin(job)
@@ -111,6 +115,18 @@ class Swarm:
         for one in numbers:
             line = np.hypot(x - x[one], y - y[one]) + delay + delay[one] + 0.05 * (relayed | relayed[one])
             self.hops[one], self.hops[:, one] = line, line
+            self._measured[one] = self._chance.sample(
+                [n for n in range(len(x)) if n != one], min(MAX_LINKS, len(x) - 1)
+            )
+        names = [worker.peer_id for worker in self.workers]
+        self.links = Links(
+            {
+                (names[one], names[other]): Link(2 * float(self.hops[one, other]), math.inf)
+                for one, others in enumerate(self._measured)
+                for other in others
+            },
+            hop_bytes=0,
+        )
 
     def _hold(self, plan: Sequence[Placement]) -> None:
         index = {worker.peer_id: number for number, worker in enumerate(self.workers)}
@@ -151,7 +167,7 @@ class Swarm:
         if running:
             self._compute(running)
         self.now += STEP_S
-        self._hold(self.policy.place(self.shape, self.workers, self._chance))
+        self._hold(self.policy.place(self, self._chance))
         for number, worker in enumerate(self.workers):
             if worker.held and not worker.ready and self.now >= self.ready_at[number]:
                 self.workers[number] = replace(worker, ready=True)
@@ -185,9 +201,8 @@ class Swarm:
         job.workers = np.zeros(0, dtype=int)
 
     def _churn(self) -> None:
-        for number in range(len(self.workers)):
-            if self._chance.random() >= STEP_S / LIFE_S:
-                continue
+        gone = [number for number in range(len(self.workers)) if self._chance.random() < STEP_S / LIFE_S]
+        for number in gone:
             for job in self.jobs:
                 if job.runs and number in job.workers:
                     self._end(job)
@@ -196,8 +211,9 @@ class Swarm:
             newcomer = self._slower(machines(1, 10_000 + self._joined)[0])
             self.workers[number] = replace(newcomer, peer_id=f"peer{self._joined:04}")
             self.places[number] = self._place()
-            self._connect([number])
             self.crowd[number] = 0.0
+        if gone:
+            self._connect(gone)
 
     def bound(self) -> float:
         """Tokens per second if all workers were busy with as many jobs as they hold."""

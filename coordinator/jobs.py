@@ -27,7 +27,7 @@ from coordinator.generation import GenerationRequest, JobReport
 from coordinator.job import RunningJob
 from coordinator.meter import Meter
 from coordinator.placement import layers_text, links_of, missing_layers, views_for
-from coordinator.planning import Placement, Route, find_route, stand_in
+from coordinator.planning import Demand, Placement, Route, find_route, stand_in
 from coordinator.swarm import SwarmView
 
 __all__ = ["JobRunner"]
@@ -38,6 +38,8 @@ logger = logging.getLogger(__name__)
 _WAIT_S = 30.0
 # Chains that are tried for a job which has not yet given a token.
 _TRIES = 3
+# Clients seldom use all the tokens that they may: no more are expected.
+_EXPECTED_TOKENS = 256
 # A ticket lives this long, and for this much longer per token: a bound on what an orphaned job can hold on to.
 _TICKET_LIFE_S = 600
 _TICKET_LIFE_PER_TOKEN_S = 2
@@ -158,6 +160,7 @@ class JobRunner:
             when_empty: as if no job were running.
         """
         first = len(request.prompt) + 1
+        demand = Demand(len(request.prompt), min(request.max_tokens, _EXPECTED_TOKENS))
         manifest = request.model.manifest
         workers = self._able(len(request.prompt) + request.max_tokens, when_empty=when_empty)
         faults = {worker.peer_id: self._swarm.faults(worker.peer_id) for worker in workers}
@@ -168,7 +171,8 @@ class JobRunner:
                 alike = [worker for worker in workers if worker.dtype == dtype and faults[worker.peer_id] <= most]
                 views = views_for(manifest, alike, self._swarm.faults)
                 links = links_of(manifest, dtype, alike)
-                if (route := find_route(manifest.n_layers, views, first, links=links, parts=True)) is not None:
+                route = find_route(manifest.n_layers, views, first, demand=demand, links=links, parts=True)
+                if route is not None:
                     routes.append((route.seconds, dtype, route))
             if routes:
                 _, best, route = min(routes, key=lambda each: each[:2])

@@ -68,6 +68,7 @@ def views_for(
                 network=network_of(worker.addrs),
                 decode_s=(worker.speed.decode_base_ns + worker.speed.decode_token_ns) / 1e9 or worker.layer_us / 1e6,
                 decode_job_s=worker.speed.decode_token_ns / 1e9,
+                prefill_s=worker.speed.prefill_ns / 1e9,
                 faults=faults(worker.peer_id),
                 relayed=bool(worker.addrs) and all("/p2p-circuit" in addr for addr in worker.addrs),
             )
@@ -222,7 +223,8 @@ class Placer:
         placed: set[str] = set()
         for dtype in sorted({worker.dtype for worker in workers}):
             alike = [worker for worker in workers if worker.dtype == dtype]
-            for placement in place(shape_of(manifest, dtype, self._kv_tokens), views_for(manifest, alike)):
+            shape, links = shape_of(manifest, dtype, self._kv_tokens), links_of(manifest, dtype, alike)
+            for placement in place(shape, views_for(manifest, alike), links):
                 placed.add(placement.peer_id)
                 if placement.peer_id not in self._left_out:
                     nursery.start_soon(self._assign, manifest, dtype, placement)

@@ -3,11 +3,22 @@
 from coordinator.planning.coverage import holes, uncovered
 from coordinator.planning.placement import place
 from coordinator.planning.routing import Route, find_route, stand_in
-from coordinator.planning.snapshot import DIRECT, RELAYED, Link, Links, ModelShape, Placement, WorkerView, layered
+from coordinator.planning.snapshot import (
+    DIRECT,
+    RELAYED,
+    Demand,
+    Link,
+    Links,
+    ModelShape,
+    Placement,
+    WorkerView,
+    layered,
+)
 
 __all__ = [
     "DIRECT",
     "RELAYED",
+    "Demand",
     "Link",
     "Links",
     "ModelShape",

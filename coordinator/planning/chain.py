@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from coordinator.planning.coverage import best_chain, holes
-from coordinator.planning.snapshot import ModelShape, Placement, WorkerView
+from coordinator.planning.snapshot import ModelShape, Placement, Power, WorkerView
 
 __all__ = ["CACHED_IS_WORTH", "cover", "slowest"]
 
@@ -33,41 +33,45 @@ class _Room:
     """
 
     worker: WorkerView
-    speed: float
+    power: Power
     first: int
     middle: int
     last: int
 
     def within(self, rate: float) -> tuple[int, int, int]:
         """The same, where the stage must not be slower than `rate` tokens per second."""
-        most = int(self.speed / rate + 1e-9) if rate else self.middle + self.first + self.last
+        most = self.power.most_layers(rate) if rate else self.middle + self.first + self.last
         return min(self.first, most), min(self.middle, most), min(self.last, most)
 
 
-def slowest(plan: Sequence[Placement], speed: Mapping[str, float]) -> float:
+def slowest(shape: ModelShape, plan: Sequence[Placement], power: Mapping[str, Power]) -> float:
     """Tokens per second of a chain's slowest stage."""
-    return min(speed[p.peer_id] / (p.end - p.start) for p in plan)
+    return min(power[p.peer_id].rate(p.end - p.start, shape.n_layers) for p in plan)
 
 
 def cover(
-    shape: ModelShape, workers: Sequence[WorkerView], speed: Mapping[str, float], start: int, end: int
+    shape: ModelShape, workers: Sequence[WorkerView], power: Mapping[str, Power], start: int, end: int, stages: int = 0
 ) -> list[Placement] | None:
-    """Cover layers [start, end) by the fewest of these workers with the fastest slowest stage, or None."""
+    """Cover layers [start, end) by the fewest of these workers with the fastest slowest stage, or None.
+
+    Args:
+        stages: where it is more than the fewest, by no more than so many.
+    """
     # Workers of equal memory take their ranges in the order of what they have cached, so that a restart moves nothing.
     ordered = sorted(workers, key=lambda w: (-w.vram, min(w.cached, default=(shape.n_layers, 0)), w.peer_id))
-    rooms = _rooms(shape, ordered, speed, start, end)
+    rooms = _rooms(shape, ordered, power, start, end)
     plan = _fewest(shape, rooms, start, end)
     if plan is None:
         return None
-    plan = _fastest(shape, rooms, plan, speed)
+    plan = _fastest(shape, rooms, plan, power, max(stages, len(plan)))
     cached = _from_disks(shape, workers, start, end)
-    if cached and len(cached) <= len(plan) and slowest(cached, speed) >= CACHED_IS_WORTH * slowest(plan, speed):
+    if cached and len(cached) <= len(plan) and _is_worth_it(shape, cached, plan, power):
         return cached
     return plan
 
 
 def _rooms(
-    shape: ModelShape, workers: Sequence[WorkerView], speed: Mapping[str, float], start: int, end: int
+    shape: ModelShape, workers: Sequence[WorkerView], power: Mapping[str, Power], start: int, end: int
 ) -> list[_Room]:
     sizes: dict[int, tuple[int, int, int]] = {}
     for vram in {worker.vram for worker in workers}:
@@ -76,7 +80,7 @@ def _rooms(
             max(0, _largest_end(shape, vram, start + 1, end - 1) - (start + 1)),
             end - _smallest_start(shape, vram, start + 1, end),
         )
-    return [_Room(worker, speed[worker.peer_id], *sizes[worker.vram]) for worker in workers]
+    return [_Room(worker, power[worker.peer_id], *sizes[worker.vram]) for worker in workers]
 
 
 def _fewest(shape: ModelShape, rooms: Sequence[_Room], start: int, end: int) -> list[Placement] | None:
@@ -90,16 +94,19 @@ def _fewest(shape: ModelShape, rooms: Sequence[_Room], start: int, end: int) -> 
 
 
 def _fastest(
-    shape: ModelShape, rooms: Sequence[_Room], plan: list[Placement], speed: Mapping[str, float]
+    shape: ModelShape, rooms: Sequence[_Room], plan: list[Placement], power: Mapping[str, Power], count: int
 ) -> list[Placement]:
-    """A plan of as many stages whose slowest stage is as fast as can be, by bisection over its speed."""
-    start, end, count = plan[0].start, plan[-1].end, len(plan)
-    if count == 1:
+    """A plan of so many stages at most whose slowest stage is as fast as can be, by bisection over its speed."""
+    start, end = plan[0].start, plan[-1].end
+    if len(plan) == 1:
         able = [room for room in rooms if shape.stage_bytes(start, end) <= room.worker.vram]
-        return [Placement(max(able, key=lambda room: room.speed).worker.peer_id, start, end)]
-    rooms = _undominated(rooms, count)
-    low = slowest(plan, speed)
-    high = sum(heapq.nlargest(count, (room.speed for room in rooms))) / (end - start) * _CLOSE
+        best = max(able, key=lambda room: room.power.rate(end - start, shape.n_layers))
+        plan = [Placement(best.worker.peer_id, start, end)]
+        if count == 1:
+            return plan
+    rooms = _undominated(rooms, count, end - start)
+    low = slowest(shape, plan, power)
+    high = sum(heapq.nlargest(count, (room.power.speed for room in rooms))) / (end - start) * _CLOSE
     for _ in range(_STEPS):
         if high <= low * _CLOSE:
             break
@@ -108,22 +115,22 @@ def _fastest(
         if faster is None or len(faster) > count:
             high = rate
         else:
-            plan, low = faster, max(rate, slowest(faster, speed))
+            plan, low = faster, max(rate, slowest(shape, faster, power))
     return plan
 
 
-def _undominated(rooms: Sequence[_Room], count: int) -> list[_Room]:
-    """The workers without those that `count` others surpass in memory and speed. `rooms` as in `_fewest`."""
+def _undominated(rooms: Sequence[_Room], count: int, most: int) -> list[_Room]:
+    """The workers without those that `count` others surpass in memory, and in speed with any layers up to so many.
+
+    `rooms` as in `_fewest`. A stage's time is linear in its layers, so one and the most are enough to look at.
+    """
     kept: list[_Room] = []
-    fastest: list[float] = []
+    times: list[tuple[float, float]] = []
     for room in rooms:
-        if len(fastest) < count:
-            heapq.heappush(fastest, room.speed)
-        elif room.speed > fastest[0]:
-            heapq.heapreplace(fastest, room.speed)
-        else:
-            continue
-        kept.append(room)
+        one, all_ = (layers / room.power.speed + room.power.away_s for layers in (1, most))
+        if sum(other[0] <= one and other[1] <= all_ for other in times) < count:
+            kept.append(room)
+            times.append((one, all_))
     return kept
 
 
@@ -157,12 +164,18 @@ def _fill(shape: ModelShape, rooms: Sequence[_Room], start: int, end: int, rate:
     placements: list[Placement] = []
     position = start
     for room in rooms:
-        most = int(room.speed / rate + 1e-9) if rate else end
+        most = room.power.most_layers(rate) if rate else end
         stop = _largest_end(shape, room.worker.vram, position, min(end, position + most))
         if stop > position:
             placements.append(Placement(room.worker.peer_id, position, stop))
         position = stop
     return placements if position == end else None
+
+
+def _is_worth_it(
+    shape: ModelShape, cached: Sequence[Placement], plan: Sequence[Placement], power: Mapping[str, Power]
+) -> bool:
+    return slowest(shape, cached, power) >= CACHED_IS_WORTH * slowest(shape, plan, power)
 
 
 def _from_disks(shape: ModelShape, workers: Sequence[WorkerView], start: int, end: int) -> list[Placement] | None:

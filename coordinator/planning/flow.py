@@ -17,10 +17,11 @@ def largest_flow(n_layers: int, held: Iterable[tuple[Range, float]]) -> float:
 
     Edmonds and Karp (1972), O(L E²) for E distinct ranges, which borders in common keep few.
     """
-    room: list[dict[int, float]] = [{} for _ in range(n_layers + 1)]
+    room: dict[int, dict[int, float]] = {0: {}, n_layers: {}}
     for (start, end), rate in held:
-        room[start][end] = room[start].get(end, 0.0) + rate
-        room[end].setdefault(start, 0.0)
+        there = room.setdefault(start, {})
+        there[end] = there.get(end, 0.0) + rate
+        room.setdefault(end, {}).setdefault(start, 0.0)
     total = 0.0
     while path := _path(room, n_layers):
         more = min(room[one][other] for one, other in path)
@@ -31,7 +32,7 @@ def largest_flow(n_layers: int, held: Iterable[tuple[Range, float]]) -> float:
     return total
 
 
-def _path(room: list[dict[int, float]], end: int) -> list[tuple[int, int]]:
+def _path(room: dict[int, dict[int, float]], end: int) -> list[tuple[int, int]]:
     """The shortest way from 0 with room on all of it; empty where there is none."""
     before = {0: 0}
     queue = deque([0])

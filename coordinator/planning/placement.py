@@ -9,29 +9,42 @@ network that may fail together; then to the stage with the fewest tokens per sec
 What a worker has cached is preferred to a stage that is up to a quarter slower. One that is too small for a stage
 holds halves of it together with others (see `stages`), and stays idle where there are none.
 
+**How many stages.** The fewest are tried first, and then some more, as long as there are not too many workers for that:
+the safest plan is taken, and of these the one with the most tokens per second, hops counted (see `Power`). In swarms of
+`FEW` workers those plans are only where a search begins (see `few`).
+
 **Moves.** A worker that has layers is moved only where the gain clearly exceeds the cost: it runs no job, speeds were
 measured, its stage is faster than the slowest by a quarter and by another tenth for each minute that the layers take to
 load, and is not the slower one afterwards; or the slowest hangs on one worker alone, and its own on more than two. Each
 move makes the slowest stages faster or safer, and planning again on the result changes nothing.
 
-Complexity: O(W K + W log W) for W workers and a chain of K stages, after what `chain` takes.
+Complexity: O(W K + W log W) for W workers and a chain of K stages, after what `chain` takes; for each chain tried.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import product
+from typing import NamedTuple
 
 from coordinator.planning.chain import CACHED_IS_WORTH, cover
 from coordinator.planning.coverage import best_chain, holes
+from coordinator.planning.few import Held, Rater, Score, refine
 from coordinator.planning.flow import largest_flow
-from coordinator.planning.snapshot import ModelShape, Placement, Range, WorkerView, is_range, speeds
+from coordinator.planning.snapshot import Links, ModelShape, Placement, Power, Range, WorkerView, is_range, powers
 from coordinator.planning.stages import SPREAD, Stage
 
-__all__ = ["place"]
+__all__ = ["FEW", "place"]
+
+FEW = 12
+# Chains with so many stages more than the fewest are tried, and no more than for so many workers in all.
+_MORE_STAGES = 5
+_MOST_TRIED = 1_200
 
 # A move's gain has to be so large, and so much larger for each second of loading.
 _CLEARLY = 1.25
+_ALMOST = 1 - 1e-9  # for rounding
 _PER_SECOND = 0.1 / 60
 _FETCH = 25e6  # bytes per second, from other peers
 _READ = 400e6  # bytes per second, from a disk
@@ -44,22 +57,86 @@ _UNEVEN = 1.01
 _MOST_PAIRS = 400
 
 
-def place(shape: ModelShape, workers: Sequence[WorkerView]) -> tuple[Placement, ...]:
+def place(shape: ModelShape, workers: Sequence[WorkerView], links: Links | None = None) -> tuple[Placement, ...]:
     """The assignments to give now; empty when there is nothing to change or nothing that would help."""
     workers = sorted(
         (worker for worker in workers if worker.held is None or is_range(worker.held, shape.n_layers)),
         key=lambda worker: worker.peer_id,
     )
-    speed = speeds(workers)
-    plan = _chain(shape, workers, speed)
-    if plan is None:
-        return ()
-    chain, taken = plan
-    return _Replicas(shape, chain, workers, taken, speed).plan()
+    power = powers(workers, links or Links())
+    if len(workers) > FEW:
+        plans = [(plan.score, number, plan) for number, plan in enumerate(_plans(shape, workers, power))]
+        return max(plans, key=lambda each: (each[0], -each[1]))[2].changes if plans else ()
+    now = workers
+    for _ in range(_ROUNDS):
+        changes = _place_few(shape, now, power)
+        if not changes:
+            break
+        now = [_as_loaded(worker, changes) for worker in now]
+    changed = (then for worker, then in zip(workers, now, strict=True) if then.held != worker.held)
+    return tuple(sorted((Placement(then.peer_id, *then.held) for then in changed if then.held), key=_place_in_model))
+
+
+def _place_in_model(placement: Placement) -> tuple[int, int, str]:
+    return placement.start, placement.end, placement.peer_id
+
+
+def _as_loaded(worker: WorkerView, changes: Held) -> WorkerView:
+    if worker.peer_id not in changes:
+        return worker
+    return replace(worker, held=changes[worker.peer_id], ready=True, jobs=0)
+
+
+def _place_few(shape: ModelShape, workers: Sequence[WorkerView], power: Mapping[str, Power]) -> Held:
+    """What changes first in a small swarm, by peer id."""
+    had = {worker.peer_id: worker.held for worker in workers if worker.held}
+    plans = [{**had, **plan.held} for plan in _plans(shape, workers, power)]
+    if not plans:
+        return {}
+    rater = Rater(shape, workers, power)
+    filled = {peer_id: had.get(peer_id, range_) for peer_id, range_ in plans[0].items()}
+    if rater.safety(filled) and not _pays(rater.score(plans[0]), rater.score(filled)):
+        plans[0] = filled
+    idle = [worker for worker in workers if worker.peer_id not in had]
+    best = refine(rater, [worker.peer_id for worker in idle], plans)
+    cached = {
+        w.peer_id: max(fit, key=_length) for w in idle if (fit := [r for r in w.cached if rater.fits(w.peer_id, *r)])
+    }
+    if cached:
+        others = [worker.peer_id for worker in idle if worker.peer_id not in cached]
+        loaded = refine(rater, others, [{**best, **cached}])
+        score, best_score = rater.score(loaded), rater.score(best)
+        if score.safety >= best_score.safety and score.rate >= CACHED_IS_WORTH * best_score.rate:
+            best = loaded
+    return {peer_id: range_ for peer_id, range_ in best.items() if had.get(peer_id) != range_}
+
+
+def _pays(moved: Score, before: Score) -> bool:
+    """Whether moves make a small swarm better, and not slower."""
+    return moved.beats(before) and moved.rate >= before.rate
+
+
+def _length(range_: Range) -> int:
+    return range_[1] - range_[0]
+
+
+def _plans(shape: ModelShape, workers: Sequence[WorkerView], power: Mapping[str, Power]) -> Iterator[_Plan]:
+    """Plans around chains of more and more stages, the fewest first; one where layers are held; none if none fits."""
+    found = _chain(shape, workers, power)
+    if found is None:
+        return
+    yield _Replicas(shape, found[0], workers, found[1], power).plan()
+    fewest = len(found[0])
+    if any(worker.held for worker in workers):
+        return
+    for stages in range(fewest + 1, fewest + 1 + min(_MORE_STAGES, _MOST_TRIED // len(workers) - 1)):
+        taken = cover(shape, workers, power, 0, shape.n_layers, stages)
+        if taken is not None and len(taken) == stages:
+            yield _Replicas(shape, [(p.start, p.end) for p in taken], workers, taken, power).plan()
 
 
 def _chain(
-    shape: ModelShape, workers: Sequence[WorkerView], speed: Mapping[str, float]
+    shape: ModelShape, workers: Sequence[WorkerView], power: Mapping[str, Power]
 ) -> tuple[list[Range], list[Placement]] | None:
     """The ranges of the chain and what has to be loaded for it, or None where the model cannot be covered."""
     kept = [worker.held for worker in best_chain(shape.n_layers, workers) if worker.held]
@@ -67,21 +144,33 @@ def _chain(
     taken: list[Placement] = []
     for start, end in sorted(holes(shape.n_layers, kept), key=lambda range_: range_[0] - range_[1]):
         used = {placement.peer_id for placement in taken}
-        filled = cover(shape, [worker for worker in idle if worker.peer_id not in used], speed, start, end)
+        filled = cover(shape, [worker for worker in idle if worker.peer_id not in used], power, start, end)
         if filled is None:
-            return _from_scratch(shape, workers, speed)
+            return _from_scratch(shape, workers, power)
         taken += filled
     return sorted([*kept, *((p.start, p.end) for p in taken)]), taken
 
 
 def _from_scratch(
-    shape: ModelShape, workers: Sequence[WorkerView], speed: Mapping[str, float]
+    shape: ModelShape, workers: Sequence[WorkerView], power: Mapping[str, Power]
 ) -> tuple[list[Range], list[Placement]] | None:
-    plan = cover(shape, workers, speed, 0, shape.n_layers)
+    plan = cover(shape, workers, power, 0, shape.n_layers)
     if plan is None:
         return None
     held = {worker.peer_id: worker.held for worker in workers}
     return [(p.start, p.end) for p in plan], [p for p in plan if held[p.peer_id] != (p.start, p.end)]
+
+
+class _Plan(NamedTuple):
+    """What changes, and what comes of it."""
+
+    changes: tuple[Placement, ...]
+    score: Score
+
+    @property
+    def held(self) -> dict[str, Range]:
+        """What changes, by peer id."""
+        return {p.peer_id: (p.start, p.end) for p in self.changes}
 
 
 class _Replicas:
@@ -93,9 +182,9 @@ class _Replicas:
         chain: Iterable[Range],
         workers: Sequence[WorkerView],
         taken: Iterable[Placement],
-        speed: Mapping[str, float],
+        power: Mapping[str, Power],
     ) -> None:
-        self._speed = speed
+        self._power = power
         self._stages = [Stage(shape, start, end) for start, end in chain]
         self._at: dict[str, Stage] = {}  # where each worker is, by peer id
         self._idle: dict[str, WorkerView] = {}
@@ -113,8 +202,8 @@ class _Replicas:
             else:
                 (self._strays if held else self._idle)[worker.peer_id] = worker
 
-    def plan(self) -> tuple[Placement, ...]:
-        """What changes."""
+    def plan(self) -> _Plan:
+        """What changes, and what comes of it."""
         for _ in range(_ROUNDS):
             moves = 0
             placed = self._place_idle()
@@ -124,14 +213,16 @@ class _Replicas:
                 moves += 1
             if not placed and not moves:
                 break
-        return tuple(p for p in self._given.values() if self._had.get(p.peer_id) != (p.start, p.end))
+        changes = tuple(p for p in self._given.values() if self._had.get(p.peer_id) != (p.start, p.end))
+        safety = min(stage.safety for stage in self._stages)
+        return _Plan(changes, Score(safety, min(stage.rate for stage in self._stages)))
 
     def _find(self, range_: Range) -> Stage | None:
         around = (s for s in self._stages if s.start <= range_[0] and range_[1] <= s.end)
         return next((found for stage in around if (found := stage.find(range_))), None)
 
     def _put(self, worker: WorkerView, stage: Stage) -> None:
-        stage.add(worker, self._speed[worker.peer_id])
+        stage.add(worker, self._power[worker.peer_id])
         self._at[worker.peer_id] = stage
 
     def _give(self, worker: WorkerView, stage: Stage) -> None:
@@ -144,7 +235,7 @@ class _Replicas:
             # One that is too small for all of them may have to wait for others; the rest is of use at once.
             is_small = all(stage.need > worker.vram for stage in self._stages)
             for stage in sorted(self._stages, key=lambda stage: self._preference(stage, worker)):
-                spot = stage.spot(worker, self._speed[worker.peer_id])
+                spot = stage.spot(worker, self._power[worker.peer_id])
                 if spot is not None and (spot[0] > 0 or is_small):
                     self._give(worker, spot[1])
                     break
@@ -209,7 +300,7 @@ class _Replicas:
     def _turn(self, worker: WorkerView) -> tuple[int, float, str]:
         """Who chooses first: those who have the fewest places, then the fastest, as the last ones even out the rest."""
         fitting = sum(stage.need <= worker.vram for stage in self._stages)
-        return fitting, -self._speed[worker.peer_id], worker.peer_id
+        return fitting, -self._power[worker.peer_id].speed, worker.peer_id
 
     def _preference(self, stage: Stage, worker: WorkerView) -> tuple[int, bool, float, int]:
         """The lower, the better is it for the worker to be there."""
@@ -229,7 +320,9 @@ class _Replicas:
         for stage in sorted(self._stages, key=lambda stage: (-stage.rate, stage.start)):
             able = [w for w in stage.workers.values() if stage.can_spare(w) and self._may_move(w, weak)]
             if able:
-                self._take(max(able, key=lambda w: (w.has_cached(weak.range), -self._speed[w.peer_id])), stage, weak)
+                self._take(
+                    max(able, key=lambda w: (w.has_cached(weak.range), -self._power[w.peer_id].speed)), stage, weak
+                )
                 return True
         return False
 
@@ -245,7 +338,7 @@ class _Replicas:
             for worker in stage.workers.values():
                 left, gained = stage.rate - self._share(worker, stage), weak.rate + self._share(worker, weak)
                 # The other stage must not become the slower one: else they would change places for ever.
-                pays = left >= gained and self._gains(weak, stage.rate, worker)
+                pays = left >= gained * _ALMOST and self._gains(weak, stage.rate, worker)
                 if pays and stage.can_spare(worker) and self._may_move(worker, weak):
                     moves.append((gained, worker))
             for _, worker in sorted(moves, key=lambda move: -move[0]):
@@ -264,11 +357,11 @@ class _Replicas:
         return self._flow(then) < self._flow(now)
 
     def _flow(self, held: Mapping[str, Range]) -> float:
-        rates = ((range_, self._speed[peer] / (range_[1] - range_[0])) for peer, range_ in held.items())
-        return largest_flow(self._stages[-1].end, rates)
+        end = self._stages[-1].end
+        return largest_flow(end, ((r, self._power[peer].rate(r[1] - r[0], end)) for peer, r in held.items()))
 
     def _share(self, worker: WorkerView, stage: Stage) -> float:
-        return stage.share(self._speed[worker.peer_id])
+        return stage.share(self._power[worker.peer_id])
 
     def _may_move(self, worker: WorkerView, stage: Stage) -> bool:
         is_free = not worker.jobs and (worker.ready or worker.peer_id in self._given)

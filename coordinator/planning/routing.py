@@ -1,10 +1,11 @@
-"""Which workers run a job: the chain with the least expected time per token under the present load. Pure.
+"""Which workers run a job: the chain with the least expected time for it under the present load. Pure.
 
 A token costs each stage's layers, in a pass with the jobs that the worker has already, and a hop from stage to stage
-and from the last to the first (see docs/design.md, the ring). That is a shortest path over the borders between layers,
-found by dynamic programming; of equal ones the path with the fewest stages, then with the fewest jobs. The hop that
-closes the ring joins both ends of the path, so paths are searched for one first worker after the other, and only while
-what the rest takes at least is less than what was found.
+and from the last to the first (see docs/design.md, the ring). The prompt costs each stage's layers for each of its
+positions, and one longer hop from stage to stage; that chunks of it overlap is left out. That is a shortest path over
+the borders between layers, found by dynamic programming; of equal ones the path with the fewest stages, then with the
+fewest jobs. The hop that closes the ring joins both ends of the path, so paths are searched for one first worker after
+the other, and only while what the rest takes at least is less than what was found.
 
 **Parts.** Workers that can run a part of what they hold are entered and left at any border. A path could then come back
 to a worker, and a job has one stage for each peer: such a path is no route, and the search goes on in three smaller
@@ -14,20 +15,24 @@ taken, if there is one.
 
 Where lines differ no more than `_MOST_FIRSTS` first workers are tried, the most promising ones first.
 
-Complexity: for W workers on L layers, O(W log W + L R²) for whole ranges, where R replicas meet at a border, and with
-parts O(L P log P) for P workers that hold a layer; where lines were measured, up to O(L P²). Times the first workers
-that have to be tried: two sweeps, where all lines are alike.
+**Lines.** One that was not measured is a sum of what its ends are away (see `Links`), so the best of all workers to
+come from is the same for all that are entered, but for those with which a worker has a measured line.
+
+Complexity: for W workers on L layers, O(W log W + L (R log R + M)) for whole ranges, where R replicas meet at a border
+and M is how many lines of theirs were measured, and with parts the same for P workers that hold a layer. Times the
+first workers that have to be tried: two sweeps, where all lines are alike.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Collection, Iterable, Iterator, Sequence
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from azu.models.memory import MAX_JOBS
-from coordinator.planning.snapshot import Links, Placement, WorkerView, is_range, layer_seconds
+from coordinator.planning.snapshot import Demand, Link, Links, Placement, WorkerView, is_range, layer_seconds
 
 __all__ = ["Route", "find_route", "stand_in"]
 
@@ -41,7 +46,7 @@ class Route:
 
     Attributes:
         runners_up: for each stage, another worker that could run exactly its layers now, or None.
-        seconds: expected for each token, without the time that it waits in line.
+        seconds: expected for what was demanded, without the time that it waits in line.
     """
 
     stages: tuple[Placement, ...]
@@ -76,11 +81,18 @@ class _Path(NamedTuple):
 
 
 def find_route(
-    n_layers: int, workers: Sequence[WorkerView], tokens: int, *, links: Links | None = None, parts: bool = False
+    n_layers: int,
+    workers: Sequence[WorkerView],
+    tokens: int,
+    *,
+    demand: Demand = Demand(),  # noqa: B008 - frozen
+    links: Links | None = None,
+    parts: bool = False,
 ) -> Route | None:
     """The best chain of ready workers with room for one more job of `tokens` positions each, or None.
 
     Args:
+        demand: what is to be quick; by default one token.
         parts: whether workers can run a part of the range that they hold.
     """
     usable = [
@@ -88,14 +100,15 @@ def find_route(
         for worker in sorted(workers, key=lambda worker: worker.peer_id)
         if worker.held and is_range(worker.held, n_layers) and _has_room(worker, tokens)
     ]
-    search = _Search(n_layers, usable, links or Links())
+    search = _Search(n_layers, usable, links or Links(), demand)
     spans = [_Span(index, *worker.held) for index, worker in enumerate(usable) if worker.held]
     found = search.with_parts(spans) if parts else search.best(spans, parts=False)
     if found is None:
         return None
     seconds, stages = found
     chosen = {placement.peer_id for placement in stages}
-    others = [(w, layer_s) for w, layer_s in zip(usable, layer_seconds(usable), strict=True) if w.peer_id not in chosen]
+    timed = zip(usable, layer_seconds(usable, demand), strict=True)
+    others = [(worker, layer_s) for worker, layer_s in timed if worker.peer_id not in chosen]
     runners_up = [_best_for(others, p.start, p.end, parts) for p in stages]
     return Route(stages, tuple(other.peer_id if other else None for other in runners_up), seconds)
 
@@ -110,7 +123,7 @@ def stand_in(
     parts: bool = False,
 ) -> WorkerView | None:
     """The worker that could best run exactly layers [start, end) of a job now: with the fewest faults, then fastest."""
-    timed = zip(workers, layer_seconds(workers), strict=True)
+    timed = zip(workers, layer_seconds(workers, Demand()), strict=True)
     able = [(w, layer_s) for w, layer_s in timed if w.peer_id not in without and _has_room(w, tokens)]
     return _best_for(able, start, end, parts)
 
@@ -132,25 +145,111 @@ def _has_room(worker: WorkerView, tokens: int) -> bool:
 Found = tuple[float, tuple[Placement, ...]]
 
 
+class _Lines:
+    """What a job's hops cost between workers, by their places, in nanoseconds: a sum for each two, or as measured.
+
+    Attributes:
+        ends: what a worker's end of a line costs that was not measured. wires: what its bandwidth does, direct and
+            relayed.
+        into: to each worker, the costs of the lines that were measured, by the place of the other. out_of: from it.
+    """
+
+    def __init__(self, workers: Sequence[WorkerView], links: Links, demand: Demand) -> None:
+        self._demand = demand
+        self._bytes = links.hop_bytes
+        self.relayed = [worker.relayed for worker in workers]
+        ends = [Link(links.away_s(worker), math.inf) for worker in workers]
+        wires = [Link(0.0, line.bandwidth) for line in (links.direct, links.relayed)]
+        self.ends, self._ends_back = [self._cost(each) for each in ends], [self._back(each) for each in ends]
+        self.wires, self._wires_back = [self._cost(each) for each in wires], [self._back(each) for each in wires]
+        self.into: list[dict[int, int]] = [{} for _ in workers]
+        self.out_of: list[dict[int, int]] = [{} for _ in workers]
+        self._into_back: list[dict[int, int]] = [{} for _ in workers]
+        places = {worker.peer_id: place for place, worker in enumerate(workers)}
+        for (one, other), link in links.measured.items():
+            if one in places and other in places and one != other:
+                start, end = places[one], places[other]
+                self.into[end][start] = self.out_of[start][end] = self._cost(link)
+                self._into_back[end][start] = self._back(link)
+
+    def _cost(self, link: Link) -> int:
+        """From a stage to the next: of the prompt's positions at once, and then of each token."""
+        prompt = self._demand.prompt
+        return self._back(link) + (_nanoseconds(link.hop_s(prompt * self._bytes)) if prompt else 0)
+
+    def _back(self, link: Link) -> int:
+        """From the last stage to the first: of each token."""
+        return _nanoseconds(self._demand.tokens * link.hop_s(self._bytes))
+
+    def back(self, last: int, first: int) -> int:
+        """What the hop costs that closes a ring."""
+        known = self._into_back[first].get(last)
+        wire = self._wires_back[self.relayed[last] or self.relayed[first]]
+        return known if known is not None else self._ends_back[last] + self._ends_back[first] + wire
+
+    def least_back(self, first: int) -> int:
+        """No hop that closes a ring at this worker costs less."""
+        least = self._ends_back[first] + min(self._ends_back) + min(self._wires_back)
+        return min([least, *self._into_back[first].values()])
+
+
+_Exit = tuple[int, int, int, _Path]  # a path's costs with a hop: nanoseconds, stages, jobs
+
+
+class _Exits:
+    """The paths that end at one border."""
+
+    def __init__(self, spans: Sequence[_Span], leaving: Sequence[_Path], lines: _Lines) -> None:
+        self._spans = spans
+        self._leaving = leaving
+        self._lines = lines
+        self._sums: dict[bool, list[_Exit]] = {}  # by whether a relay leads to the next worker, without its end
+        self._from: dict[int, list[_Path]] = {}  # by worker
+        for path in leaving:
+            self._from.setdefault(spans[path.span].worker, []).append(path)
+
+    def best_to(self, place: int, measured: Mapping[int, int]) -> _Exit | None:
+        """The cheapest with a hop to a worker, whose lines of these costs were measured; not from itself."""
+        best: _Exit | None = None
+        for time, stages, jobs, path in self._summed(self._lines.relayed[place]):
+            other = self._spans[path.span].worker
+            if other != place and other not in measured:
+                best = time + self._lines.ends[place], stages, jobs, path
+                break
+        for other in measured.keys() & self._from.keys():
+            for path in self._from[other]:
+                found = path.time + measured[other], path.stages + 1, path.jobs, path
+                if best is None or found < best:
+                    best = found
+        return best
+
+    def _summed(self, relayed: bool) -> list[_Exit]:
+        if relayed not in self._sums:
+            self._sums[relayed] = sorted(
+                (path.time + self._lines.ends[other] + self._lines.wires[relayed or self._lines.relayed[other]],
+                 path.stages + 1, path.jobs, path)
+                for path in self._leaving
+                for other in [self._spans[path.span].worker]
+            )  # fmt: skip
+        return self._sums[relayed]
+
+
 class _Search:
     """Paths over the layers of one model through workers that have room, in the order of their peer ids."""
 
-    def __init__(self, n_layers: int, workers: Sequence[WorkerView], links: Links) -> None:
+    def __init__(self, n_layers: int, workers: Sequence[WorkerView], links: Links, demand: Demand) -> None:
         self._n_layers = n_layers
         self._workers = workers
-        self._links = links
-        self._layer = [_nanoseconds(seconds) for seconds in layer_seconds(workers)]
-        self._least = _nanoseconds(links.least_s())
+        self._layer = [_nanoseconds(seconds) for seconds in layer_seconds(workers, demand)]
+        self._lines = _Lines(workers, links, demand)
 
     def best(self, spans: Sequence[_Span], *, parts: bool) -> Found | None:
         """The best path through these spans, whole ones or parts of them; it may come back to a worker."""
         # Backwards, so that each first worker gets what the way from it takes at least.
         mirrored = [_Span(s.worker, self._n_layers - s.end, self._n_layers - s.start) for s in spans]
         rests = self._sweep(mirrored, None, parts=parts, backwards=True)
-        whole = self._n_layers
         least = sorted(
-            (rest.time + self._least * (spans[rest.span].end < whole), rest.stages, rest.jobs, rest.span)
-            for rest in rests
+            (rest.time + self._least_back(spans[rest.span]), rest.stages, rest.jobs, rest.span) for rest in rests
         )
         best: tuple[int, int, int, _Path] | None = None
         for *at_least, span in least[:_MOST_FIRSTS]:
@@ -161,6 +260,10 @@ class _Search:
                 if best is None or total[:3] < best[:3]:
                     best = total
         return (best[0] / 1e9, self._placements(spans, best[3])) if best else None
+
+    def _least_back(self, span: _Span) -> int:
+        """What a path at least costs more that begins in a span, as it ends: nothing, if it may need no other stage."""
+        return self._lines.least_back(span.worker) if span.end < self._n_layers else 0
 
     def _sweep(self, spans: Sequence[_Span], first: int | None, *, parts: bool, backwards: bool) -> list[_Path]:
         """The best path to the end of all layers through each last worker, and its costs there.
@@ -178,7 +281,7 @@ class _Search:
                 self._at(spans, path, border) for number, path in inside.items() if spans[number].end == border or parts
             )
             inside = {number: path for number, path in inside.items() if spans[number].end > border}
-            best: dict[int, tuple[int, int, int, _Path]] = {}  # by the kind of line that leads to a worker
+            exits = _Exits(spans, leaving, self._lines)
             if border == self._n_layers:
                 return [path for path in leaving if spans[path.span].end == border]
             for number in entering[border]:
@@ -186,7 +289,7 @@ class _Search:
                     if first in (None, spans[number].worker):
                         inside[number] = _Path(0, 1, self._workers[spans[number].worker].jobs, number, 0, None)
                     continue
-                entered = self._enter(spans, leaving, number, border, backwards, best)
+                entered = self._enter(exits, spans[number].worker, number, border, backwards)
                 stays = inside.get(number)
                 if entered and (stays is None or entered[:3] < self._at(spans, stays, border)[:3]):
                     inside[number] = entered
@@ -197,52 +300,20 @@ class _Search:
         time, stages, jobs, span, entry, before = path
         return _Path(time + (border - entry) * self._layer[spans[span].worker], stages, jobs, span, entry, before)
 
-    def _enter(
-        self,
-        spans: Sequence[_Span],
-        leaving: Sequence[_Path],
-        number: int,
-        border: int,
-        backwards: bool,
-        known: dict[int, tuple[int, int, int, _Path]],
-    ) -> _Path | None:
-        """The cheapest of the paths that end at a border, with a hop to a worker; they come in order.
-
-        Args:
-            known: what was found at this border for others; the same for all that have the same lines.
-        """
-        worker = self._workers[spans[number].worker]
-        alike = int(worker.relayed) if not self._links.measured else 2 + number
-        best = known.get(alike)
-        if best is None or self._workers[spans[best[3].span].worker] is worker:
-            best, is_for_all = None, True
-            for path in leaving:
-                if best is not None and (path.time + self._least, path.stages + 1, path.jobs) >= best[:3]:
-                    break
-                other = self._workers[spans[path.span].worker]
-                if other is worker:
-                    is_for_all = False  # others may come from this one
-                    continue
-                hop = self._hop(worker, other) if backwards else self._hop(other, worker)
-                total = (path.time + hop, path.stages + 1, path.jobs, path)
-                if best is None or total[:3] < best[:3]:
-                    best = total
-            if best is None:
-                return None
-            if is_for_all:
-                known[alike] = best
+    def _enter(self, exits: _Exits, place: int, number: int, border: int, backwards: bool) -> _Path | None:
+        """The cheapest of the paths that end at a border, with a hop to a worker."""
+        best = exits.best_to(place, self._lines.out_of[place] if backwards else self._lines.into[place])
+        if best is None:
+            return None
         time, stages, jobs, before = best
-        return _Path(time, stages, jobs + worker.jobs, number, border, before)
-
-    def _hop(self, one: WorkerView, other: WorkerView) -> int:
-        return _nanoseconds(self._links.hop_s(one, other))
+        return _Path(time, stages, jobs + self._workers[place].jobs, number, border, before)
 
     def _closed(self, spans: Sequence[_Span], path: _Path) -> int:
         """The path's time with the hop from its last worker to its first."""
         if path.stages == 1:
             return path.time
         *_, first = path.walk()
-        return path.time + self._hop(self._workers[spans[path.span].worker], self._workers[spans[first.span].worker])
+        return path.time + self._lines.back(spans[path.span].worker, spans[first.span].worker)
 
     def _placements(self, spans: Sequence[_Span], path: _Path) -> tuple[Placement, ...]:
         stages: list[Placement] = []

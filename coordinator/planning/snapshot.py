@@ -7,22 +7,26 @@ a line without them as `DIRECT` or, where an end can be reached through a relay 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import accumulate
 
 __all__ = [
     "DIRECT",
     "RELAYED",
+    "Demand",
     "Link",
     "Links",
     "ModelShape",
     "Placement",
+    "Power",
     "Range",
     "WorkerView",
     "is_range",
     "layered",
     "layer_seconds",
+    "powers",
     "speeds",
 ]
 
@@ -32,7 +36,9 @@ Range = tuple[int, int]
 # share a pass that takes 3.2 times as long (docs/performance.md).
 BATCH_SHARE = 0.15
 # Placement looks at passes of so many jobs, since throughput matters when there are many.
-PLANNED_JOBS = 8
+PLANNED_JOBS = 16
+# Where no speed was measured, a hop counts as so many layers of one pass.
+UNMEASURED_HOP = 3.0
 # A measurement is a claim. No worker counts as so many times faster or slower than the median: else one that lies
 # about its speed would keep its stage without replicas.
 MOST_APART = 16.0
@@ -67,7 +73,8 @@ class WorkerView:
 
     `held` is the range that it has loaded or is loading, `ready` whether it can run it; `cached` what lies on its disk.
     `network` is an opaque group, whose members may fail together; "" is a group of its own. A pass of b jobs takes
-    `decode_s + (b - 1) * decode_job_s` for each layer. Workers that hold layers of another model are not passed in.
+    `decode_s + (b - 1) * decode_job_s` for each layer, a prompt's position `prefill_s`. Workers that hold layers of
+    another model are not passed in.
     """
 
     peer_id: str
@@ -80,6 +87,7 @@ class WorkerView:
     network: str = ""
     decode_s: float = 0.0
     decode_job_s: float = 0.0
+    prefill_s: float = 0.0
     faults: int = 0
     relayed: bool = False
 
@@ -98,6 +106,14 @@ class Placement:
 
 
 @dataclass(frozen=True, slots=True)
+class Demand:
+    """What a job asks of a chain: `prompt` positions of a prompt, and then so many `tokens`, each a trip round."""
+
+    prompt: int = 0
+    tokens: int = 1
+
+
+@dataclass(frozen=True, slots=True)
 class Link:
     """A line from one worker to another: round trip in seconds, bandwidth in bytes per second."""
 
@@ -109,30 +125,80 @@ class Link:
         return self.rtt_s / 2 + size / self.bandwidth
 
 
+@dataclass(frozen=True, slots=True)
+class Power:
+    """What a worker gives: `speed` in layers per second, many jobs at once, and `away_s`, what a stage costs beside its
+    layers. A worker has PLANNED_JOBS jobs at a time, and while a token of one is on its way to the next stage, it has
+    one job less to compute for: so that is a hop's seconds over the number of jobs.
+    """
+
+    speed: float
+    away_s: float
+
+    def rate(self, layers: int, n_layers: int) -> float:
+        """Tokens per second through a stage of so many layers; one with all of the model has nowhere to send them."""
+        return 1 / (layers / self.speed + (self.away_s if layers < n_layers else 0.0))
+
+    def most_layers(self, rate: float) -> int:
+        """How many layers a stage may have, in a chain of several, to be no slower than `rate`."""
+        return max(0, int(self.speed * (1 / rate - self.away_s) + 1e-9))
+
+
 DIRECT = Link(rtt_s=0.05, bandwidth=12.5e6)
 RELAYED = Link(rtt_s=0.15, bandwidth=2.5e6)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Links:
-    """All lines; `measured` by (from, to), `hop_bytes` what a token's activations take on one."""
+    """All lines; `measured` by (from, to), `hop_bytes` what a token's activations take on one.
+
+    A line that was not measured is taken as the sum of what its ends are away from everything: a worker's usual round
+    trip, as it measured that itself, without its half of everybody's usual one. What others say of it counts only where
+    it says nothing, so that nobody can make another look far away.
+    """
 
     measured: Mapping[tuple[str, str], Link] = field(default_factory=dict)
     hop_bytes: int = 8_192
     direct: Link = DIRECT
     relayed: Link = RELAYED
 
-    def hop_s(self, one: WorkerView, other: WorkerView) -> float:
-        """Seconds that a token's activations take from one worker to another."""
-        link = self.measured.get((one.peer_id, other.peer_id)) if self.measured else None
-        if link is None:
-            link = self.relayed if one.relayed or other.relayed else self.direct
-        return link.hop_s(self.hop_bytes)
+    @cached_property
+    def _usual(self) -> dict[str, float]:
+        """Workers' usual round trips, of those that are known."""
+        told: dict[str, list[float]] = {}
+        heard: dict[str, list[float]] = {}
+        for (one, other), link in self.measured.items():
+            told.setdefault(one, []).append(link.rtt_s)
+            heard.setdefault(other, []).append(link.rtt_s)
+        return {peer_id: statistics.median(rtts) for peer_id, rtts in (heard | told).items()}
 
-    def least_s(self) -> float:
-        """No hop takes less."""
-        links = (self.direct, self.relayed, *self.measured.values())
-        return min(link.hop_s(self.hop_bytes) for link in links)
+    @cached_property
+    def _typical(self) -> float:
+        return statistics.median(self._usual.values()) if self._usual else self.direct.rtt_s
+
+    def away_s(self, worker: WorkerView) -> float:
+        """A worker's part of a round trip that was not measured, in seconds."""
+        usual = self._usual.get(worker.peer_id)
+        if usual is not None:
+            return max(0.0, usual - self._typical / 2)
+        return self.relayed.rtt_s - self.direct.rtt_s / 2 if worker.relayed else self.direct.rtt_s / 2
+
+    def link(self, one: WorkerView, other: WorkerView) -> Link:
+        """The line from one worker to another."""
+        link = self.measured.get((one.peer_id, other.peer_id))
+        if link is not None:
+            return link
+        bandwidth = (self.relayed if one.relayed or other.relayed else self.direct).bandwidth
+        return Link(self.away_s(one) + self.away_s(other), bandwidth)
+
+    def hop_s(self, one: WorkerView, other: WorkerView, positions: int = 1) -> float:
+        """Seconds that the activations of so many positions take from one worker to another."""
+        return self.link(one, other).hop_s(positions * self.hop_bytes)
+
+    def usual_hop_s(self, worker: WorkerView) -> float:
+        """Seconds that a token's activations usually take from a worker."""
+        bandwidth = (self.relayed if worker.relayed else self.direct).bandwidth
+        return Link(self.away_s(worker) + self._typical / 2, bandwidth).hop_s(self.hop_bytes)
 
 
 def is_range(range_: Range, n_layers: int) -> bool:
@@ -141,7 +207,12 @@ def is_range(range_: Range, n_layers: int) -> bool:
 
 
 def _typical(workers: Sequence[WorkerView]) -> float:
-    return statistics.median([worker.decode_s for worker in workers if worker.decode_s > 0] or [0.0])
+    return _middle(worker.decode_s for worker in workers)
+
+
+def _middle(seconds: Iterable[float]) -> float:
+    """The median of those that were measured."""
+    return statistics.median([each for each in seconds if each > 0] or [0.0])
 
 
 def _pass_s(worker: WorkerView, typical: float, jobs: int) -> float:
@@ -149,10 +220,13 @@ def _pass_s(worker: WorkerView, typical: float, jobs: int) -> float:
     return alone + (jobs - 1) * (worker.decode_job_s or BATCH_SHARE * alone)
 
 
-def layer_seconds(workers: Sequence[WorkerView]) -> list[float]:
-    """For each worker, the seconds of a layer in a pass with the jobs that it has and one more; 0 if none measured."""
-    typical = _typical(workers)
-    return [_pass_s(worker, typical, worker.jobs + 1) for worker in workers]
+def layer_seconds(workers: Sequence[WorkerView], demand: Demand) -> list[float]:
+    """For each worker, the seconds of a layer for a job, in passes with its other jobs; 0 if none was measured."""
+    typical, usual = _typical(workers), _middle(worker.prefill_s for worker in workers)
+    return [
+        demand.tokens * _pass_s(worker, typical, worker.jobs + 1) + demand.prompt * (worker.prefill_s or usual)
+        for worker in workers
+    ]
 
 
 def speeds(workers: Sequence[WorkerView]) -> dict[str, float]:
@@ -166,3 +240,11 @@ def speeds(workers: Sequence[WorkerView]) -> dict[str, float]:
     found = {worker.peer_id: PLANNED_JOBS / _pass_s(worker, typical, PLANNED_JOBS) for worker in workers}
     middle = statistics.median(found.values())
     return {peer: min(max(speed, middle / MOST_APART), middle * MOST_APART) for peer, speed in found.items()}
+
+
+def powers(workers: Sequence[WorkerView], links: Links) -> dict[str, Power]:
+    """By peer id, what workers give as stages."""
+    speed = speeds(workers)
+    if not _typical(workers):
+        return {peer_id: Power(each, UNMEASURED_HOP) for peer_id, each in speed.items()}
+    return {w.peer_id: Power(speed[w.peer_id], links.usual_hop_s(w) / PLANNED_JOBS) for w in workers}

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from coordinator.planning.chain import CACHED_IS_WORTH
-from coordinator.planning.snapshot import ModelShape, Range, WorkerView
+from coordinator.planning.snapshot import ModelShape, Power, Range, WorkerView
 
 __all__ = ["SPREAD", "Stage"]
 
@@ -75,9 +75,9 @@ class Stage:
         """Its halves, none where nobody was ever put there."""
         return self._halves or ()
 
-    def share(self, speed: float) -> float:
-        """Tokens per second that a worker of this speed adds by holding it whole."""
-        return speed / (self.end - self.start)
+    def share(self, power: Power) -> float:
+        """Tokens per second that a worker of this power adds by holding it whole."""
+        return power.rate(self.end - self.start, self._shape.n_layers)
 
     def find(self, range_: Range) -> Stage | None:
         """The stage of exactly these layers, in the tree from here."""
@@ -88,10 +88,10 @@ class Stage:
                 return half.find(range_)
         return None
 
-    def add(self, worker: WorkerView, speed: float) -> None:
+    def add(self, worker: WorkerView, power: Power) -> None:
         """Have a worker hold it whole."""
         self.workers[worker.peer_id] = worker
-        self._tokens[worker.peer_id] = self.share(speed)
+        self._tokens[worker.peer_id] = self.share(power)
         self._members[worker.network or worker.peer_id] += 1
         self._changed()
 
@@ -135,12 +135,12 @@ class Stage:
         is_last = self._members[worker.network or worker.peer_id] == 1
         return self._ways > _TOGETHER and not (is_last and self._networks == _TOGETHER)
 
-    def spot(self, worker: WorkerView, speed: float) -> tuple[float, Stage] | None:
+    def spot(self, worker: WorkerView, power: Power) -> tuple[float, Stage] | None:
         """Where in the tree a worker adds most, and how many tokens per second; None where it fits nowhere.
 
         What has no gain yet is a place too: a half whose other half nobody holds.
         """
-        found = (self.share(speed), self) if self.need <= worker.vram else None
+        found = (self.share(power), self) if self.need <= worker.vram else None
         if found is not None and self._halves is None:
             return found
         if (halves := self.halves()) is None:
@@ -148,10 +148,10 @@ class Stage:
         weak, strong = sorted(halves, key=lambda half: (half.rate * _worth(half, worker), half.start))
         if found is not None and strong.rate - weak.rate <= found[0]:
             return found
-        if (inside := weak.spot(worker, speed)) is not None:
+        if (inside := weak.spot(worker, power)) is not None:
             gain = max(0.0, min(inside[0], strong.rate - weak.rate))
             return (gain, inside[1]) if found is None or gain > found[0] else found
-        if found is None and (inside := strong.spot(worker, speed)) is not None:
+        if found is None and (inside := strong.spot(worker, power)) is not None:
             return 0.0, inside[1]
         return found
 

@@ -94,9 +94,13 @@ def test_what_a_worker_holds_of_a_model(
 
 def test_what_a_worker_measured_and_where_it_is() -> None:
     relayed = "/ip4/198.18.0.1/tcp/4001/p2p/12D3KooWRelay/p2p-circuit"
-    record = worker(1, layer_us=1_500, addrs=("/ip4/192.168.1.2/tcp/4001", relayed, "/ip4/8.8.4.4/tcp/4001"))
+    speed = {"decode_base_ns": 1_000_000, "decode_token_ns": 500_000, "prefill_ns": 40_000}
+    record = worker(1, speed=speed, addrs=("/ip4/192.168.1.2/tcp/4001", relayed, "/ip4/8.8.4.4/tcp/4001"))
     (view,) = views_for(MANIFEST, [record], lambda peer_id: 3 if peer_id == record.peer_id else 0)
     assert (view.decode_s, view.network, view.faults, view.relayed) == (0.0015, "8.8.0.0/16", 3, False)
+    assert (view.decode_job_s, view.prefill_s) == (0.0005, 0.00004)
+    (view,) = views_for(MANIFEST, [worker(1, layer_us=1_500)])
+    assert view.decode_s == 0.0015, "an older worker"
     (view,) = views_for(MANIFEST, [worker(1, addrs=(relayed,))])
     assert (view.decode_s, view.network, view.relayed) == (0.0, "", True)
 

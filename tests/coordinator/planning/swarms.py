@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import combinations
 
-from coordinator.planning import ModelShape, Placement, WorkerView, find_route
+from coordinator.planning import Links, ModelShape, Placement, WorkerView, find_route
+from coordinator.planning.flow import largest_flow
 from coordinator.planning.placement import _chain
-from coordinator.planning.snapshot import speeds
+from coordinator.planning.snapshot import powers
 
 Range = tuple[int, int]
 
@@ -43,6 +44,13 @@ def holding(peer_id: str, start: int, end: int, *, vram: int = 10_000, **changes
     return WorkerView(peer_id, vram, held=(start, end), **changes)  # type: ignore[arg-type]
 
 
+def flow(n_layers: int, workers: Sequence[WorkerView]) -> float:
+    """The largest flow of tokens from layer 0 to the end, each worker an edge over the layers that it holds."""
+    power = powers(workers, Links())
+    held = [(w.held, power[w.peer_id].rate(w.held[1] - w.held[0], n_layers)) for w in workers if w.held]
+    return largest_flow(n_layers, held)
+
+
 def ranges(plan: Sequence[Placement]) -> list[Range]:
     return sorted((placement.start, placement.end) for placement in plan)
 
@@ -63,7 +71,7 @@ def assert_fits(shape: ModelShape, workers: Sequence[WorkerView], plan: Sequence
 
 def primary(shape: ModelShape, workers: Sequence[WorkerView]) -> list[Placement]:
     """The chain that a plan begins with, where nobody holds anything yet."""
-    found = _chain(shape, sorted(workers, key=lambda worker: worker.peer_id), speeds(workers))
+    found = _chain(shape, sorted(workers, key=lambda worker: worker.peer_id), powers(workers, Links()))
     return sorted(found[1], key=lambda placement: placement.start) if found else []
 
 

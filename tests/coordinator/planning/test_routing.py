@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from azu.models.memory import MAX_JOBS
-from coordinator.planning import Link, Links, Placement, WorkerView, find_route, stand_in
+from coordinator.planning import Demand, Link, Links, Placement, WorkerView, find_route, stand_in
 from tests.coordinator.planning.swarms import Range, assert_covers_once, cuts, holding, route
 
 
@@ -93,6 +93,7 @@ def swarms(draw: st.DrawFn, n_layers: int = 5, most: int = 6) -> list[WorkerView
             jobs=draw(st.integers(0, 3)),
             decode_s=draw(st.sampled_from([0.0, 0.001, 0.01, 0.05, 0.2])),
             decode_job_s=draw(st.sampled_from([0.0, 0.004])),
+            prefill_s=draw(st.sampled_from([0.0, 0.0005, 0.003])),
             relayed=draw(st.booleans()),
         )
         for index in range(draw(st.integers(1, most)))
@@ -107,16 +108,22 @@ def measured(data: st.DataObject, workers: Sequence[WorkerView]) -> Links:
     return Links(links, hop_bytes=1_000)
 
 
-def seconds_of(chain: Sequence[tuple[WorkerView, Range]], workers: Sequence[WorkerView], links: Links) -> float:
-    """A token's way round the ring, added up by hand."""
+def seconds_of(
+    chain: Sequence[tuple[WorkerView, Range]], workers: Sequence[WorkerView], links: Links, demand: Demand
+) -> float:
+    """The prompt's way through the stages, and the tokens' ways round the ring, added up by hand."""
     typical = statistics.median([w.decode_s for w in workers if w.decode_s] or [0.0])
+    usual = statistics.median([w.prefill_s for w in workers if w.prefill_s] or [0.0])
     total = 0.0
     for worker, (start, end) in chain:
         alone = worker.decode_s or typical
-        total += (end - start) * (alone + worker.jobs * (worker.decode_job_s or 0.15 * alone))
+        token = alone + worker.jobs * (worker.decode_job_s or 0.15 * alone)
+        total += (end - start) * (demand.tokens * token + demand.prompt * (worker.prefill_s or usual))
     if len(chain) > 1:
         ring = [*chain, chain[0]]
-        total += sum(links.hop_s(one[0], other[0]) for one, other in pairwise(ring))
+        total += sum(demand.tokens * links.hop_s(one[0], other[0]) for one, other in pairwise(ring))
+        if demand.prompt:
+            total += sum(links.hop_s(one[0], other[0], demand.prompt) for one, other in pairwise(chain))
     return total
 
 
@@ -139,11 +146,12 @@ def may_run(worker: WorkerView, part: Range, parts: bool) -> bool:
 @settings(max_examples=250)
 @given(st.data())
 def test_the_route_is_the_fastest_of_all_chains(parts: bool, data: st.DataObject) -> None:
-    """Objective: seconds per token, whatever lines were measured; with parts, any borders, and no worker twice."""
+    """Objective: the job's seconds, whatever lines were measured; with parts, any borders, and no worker twice."""
     workers = data.draw(swarms())
     links = measured(data, workers)
-    chains = [seconds_of(chain, workers, links) for chain in all_chains(5, workers, parts=parts)]
-    found = find_route(5, workers, 10, links=links, parts=parts)
+    demand = Demand(data.draw(st.sampled_from([0, 1, 700])), data.draw(st.sampled_from([1, 40])))
+    chains = [seconds_of(chain, workers, links, demand) for chain in all_chains(5, workers, parts=parts)]
+    found = find_route(5, workers, 10, demand=demand, links=links, parts=parts)
     if not chains:
         assert found is None
         return
@@ -153,9 +161,20 @@ def test_the_route_is_the_fastest_of_all_chains(parts: bool, data: st.DataObject
     assert_covers_once(5, found.stages)
     assert len({p.peer_id for p in found.stages}) == len(found.stages)
     assert all(may_run(worker, part, parts) for worker, part in chain)
-    assert found.seconds == pytest.approx(seconds_of(chain, workers, links), abs=1e-6)
+    assert found.seconds == pytest.approx(seconds_of(chain, workers, links, demand), abs=1e-6)
     assert found.seconds == pytest.approx(min(chains), abs=1e-6)
-    assert find_route(5, workers[::-1], 10, links=links, parts=parts) == found
+    assert find_route(5, workers[::-1], 10, demand=demand, links=links, parts=parts) == found
+
+
+def test_a_long_prompt_goes_where_prompts_are_fast_and_a_long_answer_where_tokens_are() -> None:
+    common = {"held": (0, 5), "ready": True, "kv_tokens_free": 10_000}
+    reader = WorkerView("reader", 0, **common, decode_s=0.02, prefill_s=0.0001)  # type: ignore[arg-type]
+    writer = WorkerView("writer", 0, **common, decode_s=0.01, prefill_s=0.001)  # type: ignore[arg-type]
+    for demand, best in ((Demand(4_000, 10), "reader"), (Demand(10, 400), "writer")):
+        found = find_route(5, [reader, writer], 10, demand=demand)
+        assert found is not None
+        assert found.stages == (Placement(best, 0, 5),)
+        assert found.runners_up == ("writer" if best == "reader" else "reader",)
 
 
 @given(st.data(), st.booleans())

@@ -10,9 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator.planning import ModelShape, Placement, WorkerView, holes, layered, place
+from benchmarks.machines import large_model, machines
+from coordinator.planning import Link, Links, ModelShape, Placement, WorkerView, holes, layered, place
+from coordinator.planning.chain import slowest
 from coordinator.planning.flow import largest_flow
-from coordinator.planning.snapshot import speeds
+from coordinator.planning.placement import FEW
+from coordinator.planning.snapshot import Power, powers, speeds
 from coordinator.planning.stages import Stage
 from tests.coordinator.planning.swarms import (
     LAYER,
@@ -21,6 +24,7 @@ from tests.coordinator.planning.swarms import (
     assert_covers_once,
     assert_fits,
     cuts,
+    flow,
     primary,
     ranges,
     uniform,
@@ -37,21 +41,15 @@ def loaded(peer_id: str, start: int, end: int, seconds: float = 0.01, **changes:
     return measured(peer_id, 10_000, seconds, held=(start, end), ready=True, **changes)
 
 
-def flow(n_layers: int, workers: Sequence[WorkerView]) -> float:
-    """The largest flow of tokens from layer 0 to the end, each worker an edge over the layers that it holds."""
-    speed = speeds(workers)
-    held = [
-        (worker.held, speed[worker.peer_id] / (worker.held[1] - worker.held[0])) for worker in workers if worker.held
-    ]
-    return largest_flow(n_layers, held)
-
-
 def fastest_by_brute_force(shape: ModelShape, workers: Sequence[WorkerView]) -> tuple[int, float] | None:
     """(fewest stages, then the most tokens per second of the slowest), or None if the model cannot be covered."""
-    speed = speeds(workers)
+    power = powers(workers, Links())
     for stages in range(1, min(len(workers), shape.n_layers) + 1):
         rates = [
-            min(speed[w.peer_id] / (end - start) for w, (start, end) in zip(chosen, chain, strict=True))
+            min(
+                power[w.peer_id].rate(end - start, shape.n_layers)
+                for w, (start, end) in zip(chosen, chain, strict=True)
+            )
             for chain in cuts(shape.n_layers, stages)
             for chosen in permutations(workers, stages)
             if all(shape.stage_bytes(*part) <= worker.vram for part, worker in zip(chain, chosen, strict=True))
@@ -81,9 +79,8 @@ def test_the_chain_has_the_fewest_stages_and_the_fastest_slowest_one(
     chain = primary(shape, workers)
     assert_fits(shape, workers, plan)
     assert_covers_once(n_layers, chain)
-    speed = speeds(workers)
     assert len(chain) == best[0]
-    assert min(speed[p.peer_id] / (p.end - p.start) for p in chain) == pytest.approx(best[1], rel=1e-5)
+    assert slowest(shape, chain, powers(workers, Links())) == pytest.approx(best[1], rel=1e-5)
 
 
 @st.composite
@@ -93,7 +90,7 @@ def snapshots(draw: st.DrawFn) -> tuple[ModelShape, list[WorkerView]]:
     shape = uniform(n_layers, draw(st.integers(0, 20)), draw(st.integers(0, 20)))
     pairs = st.tuples(st.integers(0, n_layers - 1), st.integers(1, n_layers)).filter(lambda pair: pair[0] < pair[1])
     workers = []
-    for index in range(draw(st.integers(0, 12))):
+    for index in range(draw(st.integers(0, 7) | st.integers(FEW + 1, FEW + 3))):
         held = draw(st.none() | st.none() | pairs)
         workers.append(
             WorkerView(
@@ -144,11 +141,28 @@ def test_what_a_stage_gives_is_the_largest_flow_through_it(data: st.DataObject) 
     workers: list[WorkerView] = []
     for index in range(data.draw(st.integers(0, 8))):
         worker = WorkerView(f"w{index}", data.draw(st.integers(LAYER, n_layers * LAYER)))  # of speed 1
-        found = stage.spot(worker, 1.0)
+        found = stage.spot(worker, Power(1.0, 0.0))
         assert found is not None
-        found[1].add(worker, 1.0)
+        found[1].add(worker, Power(1.0, 0.0))
         workers.append(replace(worker, held=found[1].range))
-    assert stage.rate == pytest.approx(flow(n_layers, workers))
+    rates = [(worker.held, 1 / (worker.held[1] - worker.held[0])) for worker in workers if worker.held]
+    assert stage.rate == pytest.approx(largest_flow(n_layers, rates))
+
+
+@pytest.mark.parametrize(
+    ("count", "n_layers", "share"), [(12, 12, 0.9), (12, 40, 0.9), (40, 32, 0.75), (100, 80, 0.8), (200, 126, 0.8)]
+)
+def test_a_swarm_gives_most_of_what_its_workers_have(count: int, n_layers: int, share: float) -> None:
+    """Against each worker always busy with as many layers as it can hold, of which no plan can have more."""
+    shape, workers = large_model(n_layers), machines(count, seed=1)
+    workers = [replace(worker, vram=worker.vram * max(1, n_layers // count)) for worker in workers]
+    power = powers(workers, Links())
+    sizes = {
+        worker.peer_id: max(n for n in range(n_layers + 1) if n == 0 or shape.stage_bytes(0, n) <= worker.vram)
+        for worker in workers
+    }
+    bound = sum(n * power[peer_id].rate(n, n_layers) / n_layers for peer_id, n in sizes.items() if n)
+    assert flow(n_layers, after(workers, place(shape, workers))) >= share * bound
 
 
 # --- replicas
@@ -201,8 +215,9 @@ def test_what_is_cached_is_preferred_until_it_is_clearly_slower() -> None:
 def test_small_workers_hold_halves_of_a_stage_together() -> None:
     running = [loaded("a", 0, 10)]
     assert place(uniform(10), [*running, measured("w1", 60, 0.01)]) == ()  # alone it would help nobody
+    assert ranges(place(uniform(10), [*running, *(measured(f"w{n}", 60, 0.01) for n in (1, 2))])) == [(0, 5), (5, 10)]
     plan = place(uniform(10), [*running, measured("w1", 60, 0.01), measured("w2", 60, 0.02)])
-    assert ranges(plan) == [(0, 5), (5, 10)]
+    assert {(p.peer_id, p.end - p.start) for p in plan} == {("w1", 6), ("w2", 4)}
 
 
 def test_a_machine_that_boasts_does_not_keep_its_stage_without_replicas() -> None:
@@ -249,3 +264,48 @@ def test_the_longer_the_layers_take_to_load_the_more_a_move_must_gain() -> None:
     cached: tuple[Range, ...] = ((10, 20),)
     plan = place(shape, [replace(worker, cached=cached if worker.peer_id == "crowd3" else ()) for worker in workers])
     assert plan == (Placement("crowd3", 10, 20),)
+
+
+# --- lines
+
+
+def lines(workers: Sequence[WorkerView], far: Sequence[str], seconds: float) -> Links:
+    """Workers measured their lines: to and from far ones a round trip of so many seconds, to others 2 ms."""
+    pairs = [(one.peer_id, other.peer_id) for one in workers for other in workers if one is not other]
+    return Links({pair: Link(seconds if set(pair) & set(far) else 0.002, 1e9) for pair in pairs})
+
+
+def test_the_chain_goes_through_near_workers() -> None:
+    workers = [measured(f"w{index}", 100, 0.01) for index in range(4)]
+    plan = place(uniform(20), workers, lines(workers, ["w0", "w1"], 4.0))
+    near = {p.peer_id: p.end - p.start for p in plan}
+    assert near["w2"] == near["w3"] == 10
+    slow = [replace(worker, decode_s=1.0 if worker.peer_id == "w3" else 0.01) for worker in workers]
+    chain = [p for p in place(uniform(20), slow[1:], lines(slow, ["w1"], 0.2)) if p.peer_id != "w3"]
+    assert {p.peer_id for p in chain} == {"w1", "w2"}, "a far one is nearer than a slow one"
+
+
+def test_where_lines_cost_more_than_layers_there_are_fewer_stages() -> None:
+    """One machine could hold the whole model, and two others would help it with a third each."""
+    workers = [measured("large", 400, 0.01), *(measured(f"w{index}", 130, 0.01) for index in range(2))]
+    names = [worker.peer_id for worker in workers]
+    for rtt_s, whole in ((0.002, False), (4.0, True)):
+        plan = place(uniform(40), workers, lines(workers, names, rtt_s))
+        assert ("large" in {p.peer_id for p in plan if p.end - p.start == 40}) == whole
+
+
+def test_nobody_is_made_to_look_far_away_by_others() -> None:
+    workers = [measured(f"w{index}", 100, 0.01) for index in range(3)]
+    honest = {("w0", "w1"): Link(0.01, 1e9), ("w1", "w0"): Link(0.01, 1e9)}
+    lies = {("w2", "w0"): Link(100.0, 1e9), ("w2", "w1"): Link(100.0, 1e9)}
+    links = Links(honest | lies, hop_bytes=0)
+    assert [links.usual_hop_s(worker) for worker in workers] == [0.005, 0.005, pytest.approx(50)]
+
+
+def test_a_line_that_was_not_measured_is_as_long_as_its_ends_are_far() -> None:
+    """Three edges of a city and one of the next: lines to that take 100 ms more."""
+    workers = [measured(f"w{index}", 100, 0.01) for index in range(4)]
+    rtts = {("w0", "w1"): 0.01, ("w1", "w0"): 0.01, ("w2", "w0"): 0.01, ("w3", "w0"): 0.11}
+    links = Links({pair: Link(rtt_s, 1e9) for pair, rtt_s in rtts.items()}, hop_bytes=0)
+    assert links.link(workers[1], workers[2]).rtt_s == pytest.approx(0.01)
+    assert links.link(workers[1], workers[3]).rtt_s == links.link(workers[3], workers[2]).rtt_s == pytest.approx(0.11)
