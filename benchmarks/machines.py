@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from coordinator.planning import ModelShape, WorkerView, layered
+from azu.planning import ModelShape, WorkerView, layered
 
 __all__ = ["LAYERS", "large_model", "machines"]
 

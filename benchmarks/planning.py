@@ -7,7 +7,7 @@ Times are CPU time of one core, the least of several runs: placement from nothin
 the workers were replaced or when nothing changed, and one job's route.
 
 Distances are shares of a bound. What a plan gives is the largest flow of tokens through it, where a stage costs its
-layers and a hop (coordinator.planning.snapshot.Power), solved as a linear program that knows nothing of how the plan
+layers and a hop (azu.planning.snapshot.Power), solved as a linear program that knows nothing of how the plan
 was made. The bound is that of the whole swarm with all its time well spent: each worker always busy with as many layers
 as it can hold, of which no placement can have more. For small swarms the best placement itself is found too, as a
 mixed-integer program: whatever it has more than the plan is the price of safety and of being quick. Needs scipy: pip
@@ -24,9 +24,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from azu.planning import Links, ModelShape, Placement, WorkerView, place
+from azu.planning.snapshot import powers
 from benchmarks.machines import LAYERS, large_model, machines
-from coordinator.planning import Links, ModelShape, Placement, WorkerView, find_route, place
-from coordinator.planning.snapshot import powers
+from coordinator.planning import find_route
 
 RUNS = 7
 SIZES = "40x32,60x32,100x80,200x80,200x126,400x126,1000x126"

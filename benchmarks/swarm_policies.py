@@ -9,8 +9,9 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from coordinator.planning import Links, ModelShape, Placement, WorkerView, find_route, place
-from coordinator.planning.snapshot import speeds
+from azu.planning import Links, ModelShape, Placement, WorkerView, place
+from azu.planning.snapshot import speeds
+from coordinator.planning import find_route
 
 __all__ = ["POLICIES", "Policy", "View"]
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 import trio
 
 from azu.errors import AzuError, CapacityError
+from azu.planning.snapshot import Placement
 from coordinator.generation import GenerationRequest
 from coordinator.planning.admission import FairQueue, Waiting
-from coordinator.planning.snapshot import Placement
 
 __all__ = ["Admission", "Grant"]
 

@@ -18,6 +18,7 @@ from azu.identity import Identity
 from azu.logs import log
 from azu.models.manifest import Manifest
 from azu.overlay import Overlay
+from azu.planning import Demand, Placement, links_of, views_for
 from azu.records import WorkerRecord
 from azu.tickets import JobTicket
 from azu.wire.tensors import WeightFormat
@@ -26,8 +27,8 @@ from coordinator.disputes import Disputes
 from coordinator.generation import GenerationRequest, JobReport
 from coordinator.job import RunningJob
 from coordinator.meter import Meter
-from coordinator.placement import layers_text, links_of, missing_layers, views_for
-from coordinator.planning import Demand, Placement, Route, find_route, stand_in
+from coordinator.placement import layers_text, missing_layers
+from coordinator.planning import Route, find_route, stand_in
 from coordinator.swarm import SwarmView
 
 __all__ = ["JobRunner"]

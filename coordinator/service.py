@@ -24,6 +24,7 @@ from azu.models.manifest import Manifest
 from azu.overlay import ANNOUNCE_SECONDS, Overlay, OverlayConfig, open_overlay
 from azu.payments import PaymentProvider, open_provider
 from azu.peerbook import PeerBook
+from azu.planning import shape_of
 from azu.records import (
     COORDINATORS_KEY,
     VALIDATORS,
@@ -46,7 +47,7 @@ from coordinator.meter import Meter
 from coordinator.old_meter import take_over_meter
 from coordinator.owed import Owed
 from coordinator.paying import keep_paying
-from coordinator.placement import Placer, missing_layers, shape_of
+from coordinator.placement import Placer, missing_layers
 from coordinator.serving import Serving
 from coordinator.shards import LoggedProgress, Sharder, ShardQueue, run_shard
 from coordinator.swarm import SwarmView

@@ -23,6 +23,10 @@ class Trust:
         """Whether this worker serves a coordinator."""
         return coordinator in self._named if self._named else self._first in (None, coordinator)
 
+    def serves(self, coordinator: str) -> bool:
+        """Whether this worker has chosen a coordinator already: it is named, or was the first."""
+        return coordinator in (self._named or {self._first})
+
     def follow(self, coordinator: str) -> None:
         """Note that an assignment of a trusted coordinator is followed."""
         if not self._named and self._first is None:

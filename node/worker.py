@@ -30,6 +30,7 @@ from azu.wire.messages import (
     Status,
 )
 from azu.wire.tensors import WeightFormat
+from node.alone import Alone
 from node.book import Book
 from node.engine.device import DeviceThread
 from node.engine.stage import Device
@@ -104,6 +105,7 @@ class Worker:
         self._assigned_sequences: dict[str, int] = {}  # by coordinator: their clocks may differ
         self._changed = trio.Event()
         self._orders_in, self._orders = trio.open_memory_channel[Assignment](1)
+        self._alone = Alone(overlay, library, trust, self._record, self._take_up)
 
     async def run(self) -> None:
         """Serve until cancelled, then withdraw the record."""
@@ -119,6 +121,7 @@ class Worker:
                 nursery.start_soon(self._provide)
                 nursery.start_soon(self._note_what_comes)
                 nursery.start_soon(keep_pinging, self._overlay, self.instruments.ring.links)
+                nursery.start_soon(self._alone.run)
                 if self._book is not None:
                     nursery.start_soon(keep_asking, self._overlay, self._identity.peer_id, self._book)
                 nursery.start_soon(
@@ -156,6 +159,9 @@ class Worker:
 
     def record(self, life: int = _RECORD_LIFE_S) -> bytes:
         """This worker's signed record as of now, in force for `life` seconds."""
+        return sign_worker_record(self._identity, self._record(life))
+
+    def _record(self, life: int = _RECORD_LIFE_S) -> WorkerRecord:
         now = time.time()
         self._sequence = max(self._sequence + 1, int(now * 1000))
         loaded = self.jobs.loaded
@@ -164,7 +170,7 @@ class Worker:
             ranges.append(loading)
         if loaded is not None:
             ranges.append(HeldRange(manifest=loaded.manifest, start=loaded.start, end=loaded.end, state="loaded"))
-        record = WorkerRecord(
+        return WorkerRecord(
             peer_id=self._identity.peer_id,
             sequence=self._sequence,
             issued_at=int(now),
@@ -187,7 +193,6 @@ class Worker:
             links=self.instruments.ring.links.told(trio.current_time()),
             leaving=self.jobs.is_leaving,
         )
-        return sign_worker_record(self._identity, record)
 
     async def _advertise(self) -> None:
         while True:
@@ -224,6 +229,7 @@ class Worker:
         channel = Channel(stream, CONTROL)
         while (received := await channel.receive(IDLE_S)) is not None:
             message, body = received
+            self._alone.heard(stream.peer_id)
             if isinstance(message, GetStatus):
                 await channel.send(Status(), self.record())
             elif isinstance(message, Assign):
@@ -246,18 +252,23 @@ class Worker:
             now=time.time(),
             is_trusted=self._trust,
             last_sequence=self._assigned_sequences.get(signer, -1),
-        ) or self._check_state(assignment)
+        ) or self._take_up(assignment)
         if refusal is not None:
             log(logger, logging.INFO, "assignment refused", peer=sender, code=refusal.code, reason=refusal.message)
             return Refused(code=refusal.code, message=refusal.message, remedy=refusal.remedy)
         self._assigned_sequences[signer] = assignment.sequence
         self._trust.follow(signer)
-        if not self._is_fulfilled(assignment):
-            self.jobs.loaded = None
-            self._loading = HeldRange(
-                manifest=assignment.manifest, start=assignment.start, end=assignment.end, state="loading"
-            )
-            self._orders_in.send_nowait(assignment)
+        return None
+
+    def _take_up(self, assignment: Assignment) -> Refusal | None:
+        """Load layers, if they are not loaded, unless there is a reason not to."""
+        if (refusal := self._check_state(assignment)) is not None or self._is_fulfilled(assignment):
+            return refusal
+        self.jobs.loaded = None
+        self._loading = HeldRange(
+            manifest=assignment.manifest, start=assignment.start, end=assignment.end, state="loading"
+        )
+        self._orders_in.send_nowait(assignment)
         return None
 
     def _check_state(self, assignment: Assignment) -> Refusal | None:

@@ -56,6 +56,7 @@ PURE = (
     "azu/ledger/operations.py",
     "azu/ledger/payouts.py",
     "azu/models/memory.py",
+    "azu/planning",
     "coordinator/agreement.py",
     "coordinator/disputes.py",
     "coordinator/mending.py",

@@ -1,34 +1,5 @@
-"""Deciding who holds which layers, which workers run a job, and whose turn it is. Pure: no IO, no clock, no chance."""
+"""Which workers run a job, and whose turn it is. Pure: no IO, no clock, no chance. Who holds what: azu.planning."""
 
-from coordinator.planning.coverage import holes, uncovered
-from coordinator.planning.placement import place
 from coordinator.planning.routing import Route, find_route, stand_in
-from coordinator.planning.snapshot import (
-    DIRECT,
-    RELAYED,
-    Demand,
-    Link,
-    Links,
-    ModelShape,
-    Placement,
-    WorkerView,
-    layered,
-)
 
-__all__ = [
-    "DIRECT",
-    "RELAYED",
-    "Demand",
-    "Link",
-    "Links",
-    "ModelShape",
-    "Placement",
-    "Route",
-    "WorkerView",
-    "find_route",
-    "holes",
-    "layered",
-    "place",
-    "stand_in",
-    "uncovered",
-]
+__all__ = ["Route", "find_route", "stand_in"]

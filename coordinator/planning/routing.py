@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from azu.models.memory import MAX_JOBS
-from coordinator.planning.snapshot import Demand, Link, Links, Placement, WorkerView, is_range, layer_seconds
+from azu.planning.snapshot import Demand, Link, Links, Placement, WorkerView, is_range, layer_seconds
 
 __all__ = ["Route", "find_route", "stand_in"]
 

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from azu.models.memory import MAX_JOBS
-from coordinator.planning import Demand, Link, Links, Placement, WorkerView, find_route, stand_in
-from tests.coordinator.planning.swarms import Range, assert_covers_once, cuts, holding, route
+from azu.planning import Demand, Link, Links, Placement, WorkerView
+from coordinator.planning import find_route, stand_in
+from tests.planning.swarms import Range, assert_covers_once, cuts, holding, route
 
 
 @settings(max_examples=200)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from coordinator.planning.snapshot import Range, WorkerView, is_range
+from azu.planning.snapshot import Range, WorkerView, is_range
 
 __all__ = ["best_chain", "holes", "uncovered"]
 

@@ -14,8 +14,8 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 
-from coordinator.planning.chain import CACHED_IS_WORTH
-from coordinator.planning.snapshot import ModelShape, Power, Range, WorkerView
+from azu.planning.chain import CACHED_IS_WORTH
+from azu.planning.snapshot import ModelShape, Power, Range, WorkerView
 
 __all__ = ["SPREAD", "Stage"]
 

@@ -24,8 +24,8 @@ from functools import cache
 from itertools import combinations, islice
 from typing import NamedTuple
 
-from coordinator.planning.flow import largest_flow
-from coordinator.planning.snapshot import ModelShape, Power, Range, WorkerView
+from azu.planning.flow import largest_flow
+from azu.planning.snapshot import ModelShape, Power, Range, WorkerView
 
 __all__ = ["Held", "Rater", "Score", "refine"]
 

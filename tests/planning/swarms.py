@@ -6,10 +6,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import combinations
 
-from coordinator.planning import Links, ModelShape, Placement, WorkerView, find_route
-from coordinator.planning.flow import largest_flow
-from coordinator.planning.placement import _chain
-from coordinator.planning.snapshot import powers
+from azu.planning import Links, ModelShape, Placement, WorkerView
+from azu.planning.flow import largest_flow
+from azu.planning.placement import _chain
+from azu.planning.snapshot import powers
+from coordinator.planning import find_route
 
 Range = tuple[int, int]
 

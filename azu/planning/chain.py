@@ -14,8 +14,8 @@ import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from coordinator.planning.coverage import best_chain, holes
-from coordinator.planning.snapshot import ModelShape, Placement, Power, WorkerView
+from azu.planning.coverage import best_chain, holes
+from azu.planning.snapshot import ModelShape, Placement, Power, WorkerView
 
 __all__ = ["CACHED_IS_WORTH", "cover", "slowest"]
 

@@ -10,14 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from azu.planning import Link, Links, ModelShape, Placement, WorkerView, holes, layered, place
+from azu.planning.chain import slowest
+from azu.planning.flow import largest_flow
+from azu.planning.placement import FEW
+from azu.planning.snapshot import Power, powers, speeds
+from azu.planning.stages import Stage
 from benchmarks.machines import large_model, machines
-from coordinator.planning import Link, Links, ModelShape, Placement, WorkerView, holes, layered, place
-from coordinator.planning.chain import slowest
-from coordinator.planning.flow import largest_flow
-from coordinator.planning.placement import FEW
-from coordinator.planning.snapshot import Power, powers, speeds
-from coordinator.planning.stages import Stage
-from tests.coordinator.planning.swarms import (
+from tests.planning.swarms import (
     LAYER,
     Range,
     after,

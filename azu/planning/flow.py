@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 
-from coordinator.planning.snapshot import Range
+from azu.planning.snapshot import Range
 
 __all__ = ["largest_flow"]
 

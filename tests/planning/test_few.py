@@ -8,10 +8,10 @@ from itertools import combinations, product
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator.planning import Links, ModelShape, WorkerView, place
-from coordinator.planning.few import Score
-from coordinator.planning.snapshot import powers
-from tests.coordinator.planning.swarms import Range, after, assert_fits, uniform
+from azu.planning import Links, ModelShape, WorkerView, place
+from azu.planning.few import Score
+from azu.planning.snapshot import powers
+from tests.planning.swarms import Range, after, assert_fits, uniform
 
 
 def smallest_cut(n_layers: int, edges: Sequence[tuple[Range, float]]) -> float:

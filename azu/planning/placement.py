@@ -28,12 +28,12 @@ from dataclasses import replace
 from itertools import product
 from typing import NamedTuple
 
-from coordinator.planning.chain import CACHED_IS_WORTH, cover
-from coordinator.planning.coverage import best_chain, holes
-from coordinator.planning.few import Held, Rater, Score, refine
-from coordinator.planning.flow import largest_flow
-from coordinator.planning.snapshot import Links, ModelShape, Placement, Power, Range, WorkerView, is_range, powers
-from coordinator.planning.stages import SPREAD, Stage
+from azu.planning.chain import CACHED_IS_WORTH, cover
+from azu.planning.coverage import best_chain, holes
+from azu.planning.few import Held, Rater, Score, refine
+from azu.planning.flow import largest_flow
+from azu.planning.snapshot import Links, ModelShape, Placement, Power, Range, WorkerView, is_range, powers
+from azu.planning.stages import SPREAD, Stage
 
 __all__ = ["FEW", "place"]
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator.planning import ModelShape, Placement, WorkerView, holes, place
-from tests.coordinator.planning.swarms import (
+from azu.planning import ModelShape, Placement, WorkerView, holes, place
+from tests.planning.swarms import (
     LAYER,
     Range,
     after,
