@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
-from azu.planning import ModelShape, WorkerView, layered
+from azu.planning import Link, Links, ModelShape, WorkerView, layered
+from azu.records import MAX_LINKS
 
-__all__ = ["LAYERS", "large_model", "machines"]
+__all__ = ["LAYERS", "large_model", "lines", "machines"]
 
 GIB = 2**30
 LAYERS = 126
@@ -37,3 +39,15 @@ def machines(count: int, seed: int) -> list[WorkerView]:
             )
         )
     return found
+
+
+def lines(workers: Sequence[WorkerView], seed: int) -> Links:
+    """Lines as records tell them: each worker measured some others; up to 20 ms, and two long-tailed access delays."""
+    chance = random.Random(seed)
+    delay = {worker.peer_id: 0.003 * chance.paretovariate(1.3) for worker in workers}
+    measured = {}
+    for worker in workers:
+        for other in chance.sample(workers, min(MAX_LINKS, len(workers))):
+            hop_s = chance.uniform(0, 0.02) + delay[worker.peer_id] + delay[other.peer_id]
+            measured[worker.peer_id, other.peer_id] = Link(2 * hop_s, 12.5e6)
+    return Links(measured)

@@ -24,13 +24,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from azu.planning import Links, ModelShape, Placement, WorkerView, place
+from azu.planning import Demand, Links, ModelShape, Placement, WorkerView, place
 from azu.planning.snapshot import powers
-from benchmarks.machines import LAYERS, large_model, machines
+from benchmarks.machines import LAYERS, large_model, lines, machines
 from coordinator.planning import find_route
 
 RUNS = 7
-SIZES = "40x32,60x32,100x80,200x80,200x126,400x126,1000x126"
+SIZES = "12x32,40x32,60x32,100x80,200x80,200x126,400x126,1000x126"
 SMALL = "3x6,5x6,6x6"
 MILP_S = 20.0
 Edge = tuple[int, int, float]  # from a border between layers to another, tokens per second
@@ -60,12 +60,17 @@ def report_times(count: int, seed: int) -> None:
     newcomers = [replace(worker, peer_id=f"new{worker.peer_id}") for worker in machines(count, seed + 1)[::20]]
     churned = [worker for index, worker in enumerate(running) if index % 20] + newcomers
     assert place(shape, running) == (), "planning again changes something"
+    known = lines(workers, seed)
     rows = {
         "place, nobody holds anything": lambda: place(shape, workers),
+        "place, nobody holds anything, lines measured": lambda: place(shape, workers, Links(known.measured)),
         "place, a twentieth replaced": lambda: place(shape, churned),
         "place, nothing changed": lambda: place(shape, running),
         "route, whole ranges": lambda: find_route(LAYERS, running, 1_000),
         "route, parts of ranges": lambda: find_route(LAYERS, running, 1_000, parts=True),
+        "route, parts of ranges, lines measured": lambda: find_route(
+            LAYERS, running, 1_000, demand=Demand(500, 200), links=Links(known.measured), parts=True
+        ),
     }
     print(f"{count} workers, {LAYERS} layers\n\n| | CPU ms |\n| --- | --- |")
     for name, work in rows.items():

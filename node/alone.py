@@ -205,7 +205,7 @@ def choose(models: Mapping[str, Manifest], records: Sequence[WorkerRecord], me: 
         records: of all other workers.
     """
     mine = {held.manifest for held in me.ranges if held.state != "cached"}
-    alike = [*(record for record in records if record.dtype == me.dtype), me]
+    alike = [*(record for record in records if record.dtype == me.dtype and not record.leaving), me]
     parts = [_part(manifest, alike, me) for digest, manifest in models.items() if mine <= {digest}]
     return min((part for part in parts if part is not None), default=(0, 0, None))[-1]
 

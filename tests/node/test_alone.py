@@ -76,6 +76,10 @@ def test_what_others_load_is_no_hole() -> None:
     assert chosen(idle(layers=3), holding(1, 0, 12, "loading")) is None
 
 
+def test_what_one_that_leaves_holds_is_a_hole() -> None:
+    assert chosen(idle(), holding(1, 0, 6), holding(2, 6, 12, leaving=True)) == (6, 12)
+
+
 def test_it_takes_nothing_of_models_that_it_may_not_serve_or_that_others_run_in_another_format() -> None:
     assert chosen(idle(), holding(1, 0, 6), models={}) is None
     assert chosen(idle(dtype="float32", layers=12), holding(1, 0, 6)) != (6, 12)
