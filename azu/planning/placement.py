@@ -4,36 +4,26 @@
 cannot be filled by idle workers but a plan from scratch would cover the model; holes are filled one by one, the largest
 first.
 
-**Replicas.** Workers left over go where they help most: first to stages that hang on one worker, or on workers of one
-network that may fail together; then to the stage with the fewest tokens per second, which is all that the model gives.
-What a worker has cached is preferred to a stage that is up to a quarter slower. One that is too small for a stage
-holds halves of it together with others (see `stages`), and stays idle where there are none.
-
 **How many stages.** The fewest are tried first, and then some more, as long as there are not too many workers for that:
 the safest plan is taken, and of these the one with the most tokens per second, hops counted (see `Power`). In swarms of
 `FEW` workers those plans are only where a search begins (see `few`).
 
-**Moves.** A worker that has layers is moved only where the gain clearly exceeds the cost: it runs no job, speeds were
-measured, its stage is faster than the slowest by a quarter and by another tenth for each minute that the layers take to
-load, and is not the slower one afterwards; or the slowest hangs on one worker alone, and its own on more than two. Each
-move makes the slowest stages faster or safer, and planning again on the result changes nothing.
+**Disks.** What idle workers have cached is loaded again where that gives nearly as much as the best plan and is as
+safe. In larger swarms that is asked where nobody holds anything, as after a restart of all, and else stage by stage.
 
-Complexity: O(W K + W log W) for W workers and a chain of K stages, after what `chain` takes; for each chain tried.
+Complexity: what `chain` and `replicas` take, for each chain tried; of small swarms, what `few` does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import product
-from typing import NamedTuple
 
 from azu.planning.chain import CACHED_IS_WORTH, cover
 from azu.planning.coverage import best_chain, holes
 from azu.planning.few import Held, Rater, Score, refine
-from azu.planning.flow import largest_flow
+from azu.planning.replicas import Plan, Replicas
 from azu.planning.snapshot import Links, ModelShape, Placement, Power, Range, WorkerView, is_range, powers
-from azu.planning.stages import SPREAD, Stage
 
 __all__ = ["FEW", "place"]
 
@@ -41,20 +31,7 @@ FEW = 12
 # Chains with so many stages more than the fewest are tried, and no more than for so many workers in all.
 _MORE_STAGES = 5
 _MOST_TRIED = 1_200
-
-# A move's gain has to be so large, and so much larger for each second of loading.
-_CLEARLY = 1.25
-_ALMOST = 1 - 1e-9  # for rounding
-_PER_SECOND = 0.1 / 60
-_FETCH = 25e6  # bytes per second, from other peers
-_READ = 400e6  # bytes per second, from a disk
-# More moves than this wait for the next plan.
-_MOST_MOVES = 64
-_ROUNDS = 8
-# Changes among workers that have nothing yet are free: they end where they are hardly worth it, or too many to look at.
-_NOTICEABLY = 1.001
-_UNEVEN = 1.01
-_MOST_PAIRS = 400
+_ROUNDS = 8  # of a small swarm, until nothing changes
 
 
 def place(shape: ModelShape, workers: Sequence[WorkerView], links: Links | None = None) -> tuple[Placement, ...]:
@@ -64,51 +41,85 @@ def place(shape: ModelShape, workers: Sequence[WorkerView], links: Links | None 
         key=lambda worker: worker.peer_id,
     )
     power = powers(workers, links or Links())
-    if len(workers) > FEW:
-        plans = [(plan.score, number, plan) for number, plan in enumerate(_plans(shape, workers, power))]
-        return max(plans, key=lambda each: (each[0], -each[1]))[2].changes if plans else ()
-    now = workers
+    then = _carry_out_few(shape, workers, power) if len(workers) <= FEW else _place_many(shape, workers, power)
+    changed = [
+        Placement(worker.peer_id, *then[worker.peer_id])
+        for worker in workers
+        if worker.peer_id in then and then[worker.peer_id] != worker.held
+    ]
+    return tuple(sorted(changed, key=lambda placement: (placement.start, placement.end, placement.peer_id)))
+
+
+def _place_many(shape: ModelShape, workers: Sequence[WorkerView], power: Mapping[str, Power]) -> Held:
+    """Who holds what then, in a large swarm."""
+    best = _best_plan(shape, workers, power)
+    rater = Rater(shape, workers, power)
+    cached = {} if any(worker.held for worker in workers) else _on_disks(rater, workers)
+    if cached:
+        loaded = _best_plan(shape, [replace(w, held=cached.get(w.peer_id)) for w in workers], power)
+        if _is_as_good(rater, loaded, best):
+            return loaded
+    return best
+
+
+def _best_plan(shape: ModelShape, workers: Sequence[WorkerView], power: Mapping[str, Power]) -> dict[str, Range]:
+    plans = [(plan.score, -number, plan) for number, plan in enumerate(_plans(shape, workers, power))]
+    best = max(plans, key=lambda each: each[:2])[2].held if plans else {}
+    return {worker.peer_id: worker.held for worker in workers if worker.held} | best
+
+
+def _carry_out_few(shape: ModelShape, workers: Sequence[WorkerView], power: Mapping[str, Power]) -> Held:
+    """Who holds what in a small swarm, once planning again changes nothing."""
+    then: Held = {}
     for _ in range(_ROUNDS):
-        changes = _place_few(shape, now, power)
-        if not changes:
+        held = {worker.peer_id: worker.held for worker in workers if worker.held}
+        then = _place_few(shape, workers, power)
+        if then == held:
             break
-        now = [_as_loaded(worker, changes) for worker in now]
-    changed = (then for worker, then in zip(workers, now, strict=True) if then.held != worker.held)
-    return tuple(sorted((Placement(then.peer_id, *then.held) for then in changed if then.held), key=_place_in_model))
-
-
-def _place_in_model(placement: Placement) -> tuple[int, int, str]:
-    return placement.start, placement.end, placement.peer_id
-
-
-def _as_loaded(worker: WorkerView, changes: Held) -> WorkerView:
-    if worker.peer_id not in changes:
-        return worker
-    return replace(worker, held=changes[worker.peer_id], ready=True, jobs=0)
+        workers = [
+            worker
+            if then.get(worker.peer_id) == worker.held
+            else replace(worker, held=then.get(worker.peer_id), ready=True, jobs=0)
+            for worker in workers
+        ]
+    return then
 
 
 def _place_few(shape: ModelShape, workers: Sequence[WorkerView], power: Mapping[str, Power]) -> Held:
-    """What changes first in a small swarm, by peer id."""
+    """Who holds what next."""
     had = {worker.peer_id: worker.held for worker in workers if worker.held}
-    plans = [{**had, **plan.held} for plan in _plans(shape, workers, power)]
+    plans = [had | plan.held for plan in _plans(shape, workers, power)]
     if not plans:
-        return {}
+        return had
     rater = Rater(shape, workers, power)
-    filled = {peer_id: had.get(peer_id, range_) for peer_id, range_ in plans[0].items()}
+    filled = plans[0] | had
     if rater.safety(filled) and not _pays(rater.score(plans[0]), rater.score(filled)):
         plans[0] = filled
-    idle = [worker for worker in workers if worker.peer_id not in had]
-    best = refine(rater, [worker.peer_id for worker in idle], plans)
-    cached = {
-        w.peer_id: max(fit, key=_length) for w in idle if (fit := [r for r in w.cached if rater.fits(w.peer_id, *r)])
+    idle = [worker.peer_id for worker in workers if worker.peer_id not in had]
+    best = refine(rater, idle, plans)
+    if cached := _on_disks(rater, workers):
+        loaded = refine(rater, [peer_id for peer_id in idle if peer_id not in cached], [best | cached])
+        if _is_as_good(rater, loaded, best):
+            return loaded
+    return best
+
+
+def _on_disks(rater: Rater, workers: Sequence[WorkerView]) -> dict[str, Range]:
+    """The longest ranges that idle workers have cached and could load."""
+    fitting = {
+        worker.peer_id: [range_ for range_ in worker.cached if rater.fits(worker.peer_id, *range_)]
+        for worker in workers
+        if worker.held is None
     }
-    if cached:
-        others = [worker.peer_id for worker in idle if worker.peer_id not in cached]
-        loaded = refine(rater, others, [{**best, **cached}])
-        score, best_score = rater.score(loaded), rater.score(best)
-        if score.safety >= best_score.safety and score.rate >= CACHED_IS_WORTH * best_score.rate:
-            best = loaded
-    return {peer_id: range_ for peer_id, range_ in best.items() if had.get(peer_id) != range_}
+    return {
+        peer_id: max(ranges, key=lambda range_: range_[1] - range_[0]) for peer_id, ranges in fitting.items() if ranges
+    }
+
+
+def _is_as_good(rater: Rater, loaded: Held, best: Held) -> bool:
+    """Whether loading what is cached is nearly as good as the best plan."""
+    one, other = rater.score(loaded), rater.score(best)
+    return one.safety >= other.safety and one.rate >= CACHED_IS_WORTH * other.rate
 
 
 def _pays(moved: Score, before: Score) -> bool:
@@ -116,23 +127,19 @@ def _pays(moved: Score, before: Score) -> bool:
     return moved.beats(before) and moved.rate >= before.rate
 
 
-def _length(range_: Range) -> int:
-    return range_[1] - range_[0]
-
-
-def _plans(shape: ModelShape, workers: Sequence[WorkerView], power: Mapping[str, Power]) -> Iterator[_Plan]:
+def _plans(shape: ModelShape, workers: Sequence[WorkerView], power: Mapping[str, Power]) -> Iterator[Plan]:
     """Plans around chains of more and more stages, the fewest first; one where layers are held; none if none fits."""
     found = _chain(shape, workers, power)
     if found is None:
         return
-    yield _Replicas(shape, found[0], workers, found[1], power).plan()
+    yield Replicas(shape, found[0], workers, found[1], power).plan()
     fewest = len(found[0])
     if any(worker.held for worker in workers):
         return
     for stages in range(fewest + 1, fewest + 1 + min(_MORE_STAGES, _MOST_TRIED // len(workers) - 1)):
         taken = cover(shape, workers, power, 0, shape.n_layers, stages)
         if taken is not None and len(taken) == stages:
-            yield _Replicas(shape, [(p.start, p.end) for p in taken], workers, taken, power).plan()
+            yield Replicas(shape, [(p.start, p.end) for p in taken], workers, taken, power).plan()
 
 
 def _chain(
@@ -159,221 +166,3 @@ def _from_scratch(
         return None
     held = {worker.peer_id: worker.held for worker in workers}
     return [(p.start, p.end) for p in plan], [p for p in plan if held[p.peer_id] != (p.start, p.end)]
-
-
-class _Plan(NamedTuple):
-    """What changes, and what comes of it."""
-
-    changes: tuple[Placement, ...]
-    score: Score
-
-    @property
-    def held(self) -> dict[str, Range]:
-        """What changes, by peer id."""
-        return {p.peer_id: (p.start, p.end) for p in self.changes}
-
-
-class _Replicas:
-    """The stages of a chain that is complete, and who is put to them."""
-
-    def __init__(
-        self,
-        shape: ModelShape,
-        chain: Iterable[Range],
-        workers: Sequence[WorkerView],
-        taken: Iterable[Placement],
-        power: Mapping[str, Power],
-    ) -> None:
-        self._power = power
-        self._stages = [Stage(shape, start, end) for start, end in chain]
-        self._at: dict[str, Stage] = {}  # where each worker is, by peer id
-        self._idle: dict[str, WorkerView] = {}
-        self._strays: dict[str, WorkerView] = {}  # what these hold fits no chain
-        self._hopeless: set[Stage] = set()  # there are not enough workers to make these safer
-        self._given = {placement.peer_id: placement for placement in taken}
-        self._chained = frozenset(self._given)
-        self._had = {worker.peer_id: worker.held for worker in workers}
-        for worker in workers:
-            given = self._given.get(worker.peer_id)
-            held = (given.start, given.end) if given else worker.held
-            stage = self._find(held) if held else None
-            if stage is not None:
-                self._put(worker, stage)
-            else:
-                (self._strays if held else self._idle)[worker.peer_id] = worker
-
-    def plan(self) -> _Plan:
-        """What changes, and what comes of it."""
-        for _ in range(_ROUNDS):
-            moves = 0
-            placed = self._place_idle()
-            if placed:
-                self._even_out_all()
-            while moves < _MOST_MOVES and self._move():
-                moves += 1
-            if not placed and not moves:
-                break
-        changes = tuple(p for p in self._given.values() if self._had.get(p.peer_id) != (p.start, p.end))
-        safety = min(stage.safety for stage in self._stages)
-        return _Plan(changes, Score(safety, min(stage.rate for stage in self._stages)))
-
-    def _find(self, range_: Range) -> Stage | None:
-        around = (s for s in self._stages if s.start <= range_[0] and range_[1] <= s.end)
-        return next((found for stage in around if (found := stage.find(range_))), None)
-
-    def _put(self, worker: WorkerView, stage: Stage) -> None:
-        stage.add(worker, self._power[worker.peer_id])
-        self._at[worker.peer_id] = stage
-
-    def _give(self, worker: WorkerView, stage: Stage) -> None:
-        self._put(worker, stage)
-        self._given[worker.peer_id] = Placement(worker.peer_id, *stage.range)
-
-    def _place_idle(self) -> int:
-        """Put every idle worker where it helps; how many found a place."""
-        for worker in sorted(self._idle.values(), key=self._turn):
-            # One that is too small for all of them may have to wait for others; the rest is of use at once.
-            is_small = all(stage.need > worker.vram for stage in self._stages)
-            for stage in sorted(self._stages, key=lambda stage: self._preference(stage, worker)):
-                spot = stage.spot(worker, self._power[worker.peer_id])
-                if spot is not None and (spot[0] > 0 or is_small):
-                    self._give(worker, spot[1])
-                    break
-        found = [peer for peer in self._idle if peer in self._at]
-        for stage in self._stages:
-            for part in list(stage.useless()):
-                self._withdraw(part)
-                self._hopeless.add(stage)
-        self._idle = {peer: worker for peer, worker in self._idle.items() if peer not in self._at}
-        return sum(peer in self._at for peer in found)
-
-    def _withdraw(self, part: Stage) -> None:
-        """Leave those idle who were put where they help nobody."""
-        for worker in [worker for worker in part.workers.values() if worker.peer_id in self._idle]:
-            part.remove(worker)
-            del self._at[worker.peer_id], self._given[worker.peer_id]
-
-    def _even_out_all(self) -> None:
-        """Let who was idle change places until that gains nothing, first in the smallest stages."""
-        for stage in self._stages:
-            for part in list(stage.whole_tree())[::-1]:
-                while (halves := part.existing_halves()) and self._even_out(halves):
-                    pass
-        while self._even_out(self._stages):
-            pass
-
-    def _even_out(self, stages: Sequence[Stage]) -> bool:
-        """Make the slowest of these stages faster: one worker comes from another stage, or two change places."""
-        weak = min(stages, key=lambda stage: (stage.rate, stage.start))
-        if max(stage.rate for stage in stages) < weak.rate * _UNEVEN:
-            return False
-        new = [None, *self._new(weak)]
-        best: tuple[float, WorkerView, WorkerView | None, Stage] | None = None
-        for stage in stages:
-            comers = [worker for worker in self._new(stage) if stage is not weak and weak.need <= worker.vram]
-            goers = [worker for worker in new if worker is None or stage.need <= worker.vram]
-            if len(comers) * len(goers) > _MOST_PAIRS:
-                goers = [None]
-            for comer, goer in product(comers, goers):
-                weaker = weak.rate + self._share(comer, weak) - (self._share(goer, weak) if goer else 0.0)
-                other = stage.rate - self._share(comer, stage) + (self._share(goer, stage) if goer else 0.0)
-                if min(weaker, other) > (best[0] if best else weak.rate * _NOTICEABLY):
-                    best = min(weaker, other), comer, goer, stage
-        if best is None:
-            return False
-        _, comer, goer, stage = best
-        self._take(comer, stage, weak)
-        if goer is not None:
-            self._take(goer, weak, stage)
-        return True
-
-    def _new(self, stage: Stage) -> list[WorkerView]:
-        """Who was put beside the chain by this plan, had nothing, not even cached, and does not keep it safe."""
-        return [
-            worker
-            for peer, worker in stage.workers.items()
-            if peer in self._given and peer not in self._chained
-            if self._had[peer] is None and not worker.has_cached(stage.range)
-            if stage.can_spare(worker) or stage not in self._stages
-        ]
-
-    def _turn(self, worker: WorkerView) -> tuple[int, float, str]:
-        """Who chooses first: those who have the fewest places, then the fastest, as the last ones even out the rest."""
-        fitting = sum(stage.need <= worker.vram for stage in self._stages)
-        return fitting, -self._power[worker.peer_id].speed, worker.peer_id
-
-    def _preference(self, stage: Stage, worker: WorkerView) -> tuple[int, bool, float, int]:
-        """The lower, the better is it for the worker to be there."""
-        helps = stage not in self._hopeless and stage.would_be_safer(worker)
-        worth = CACHED_IS_WORTH if worker.has_cached(stage.range) else 1.0
-        is_neighbour = helps and not stage.is_new_network(worker)
-        return stage.safety if helps else SPREAD, is_neighbour, stage.rate * worth, stage.start
-
-    def _move(self) -> bool:
-        """Move one worker, if there is one whose move pays."""
-        weak = min(self._stages, key=lambda stage: (stage.rate, stage.start))
-        single = [stage for stage in self._stages if stage.is_single]
-        return any(self._relieve(stage) for stage in single) or self._balance(weak)
-
-    def _relieve(self, weak: Stage) -> bool:
-        """Move a worker to a stage that hangs on one alone, from the fastest stage that keeps two."""
-        for stage in sorted(self._stages, key=lambda stage: (-stage.rate, stage.start)):
-            able = [w for w in stage.workers.values() if stage.can_spare(w) and self._may_move(w, weak)]
-            if able:
-                self._take(
-                    max(able, key=lambda w: (w.has_cached(weak.range), -self._power[w.peer_id].speed)), stage, weak
-                )
-                return True
-        return False
-
-    def _balance(self, weak: Stage) -> bool:
-        """Move a worker to the slowest stage, if that is slower than another by more than the move costs."""
-        for worker in self._strays.values():
-            pays = self._gains(weak, weak.rate + self._share(worker, weak), worker)
-            if pays and self._may_move(worker, weak) and not self._slows(worker, weak):
-                self._take(worker, None, weak)
-                return True
-        for stage in sorted(self._stages, key=lambda stage: (-stage.rate, stage.start))[:2]:
-            moves = []
-            for worker in stage.workers.values():
-                left, gained = stage.rate - self._share(worker, stage), weak.rate + self._share(worker, weak)
-                # The other stage must not become the slower one: else they would change places for ever.
-                pays = left >= gained * _ALMOST and self._gains(weak, stage.rate, worker)
-                if pays and stage.can_spare(worker) and self._may_move(worker, weak):
-                    moves.append((gained, worker))
-            for _, worker in sorted(moves, key=lambda move: -move[0]):
-                if not self._slows(worker, weak):
-                    self._take(worker, stage, weak)
-                    return True
-        return False
-
-    def _slows(self, worker: WorkerView, stage: Stage) -> bool:
-        """Whether a move costs more than it brings, as strays may complete each other, which no stage counts."""
-        if not self._strays:
-            return False
-        now = {peer: at.range for peer, at in self._at.items()}
-        now |= {peer: stray.held for peer, stray in self._strays.items() if stray.held}
-        then = now | {worker.peer_id: stage.range}
-        return self._flow(then) < self._flow(now)
-
-    def _flow(self, held: Mapping[str, Range]) -> float:
-        end = self._stages[-1].end
-        return largest_flow(end, ((r, self._power[peer].rate(r[1] - r[0], end)) for peer, r in held.items()))
-
-    def _share(self, worker: WorkerView, stage: Stage) -> float:
-        return stage.share(self._power[worker.peer_id])
-
-    def _may_move(self, worker: WorkerView, stage: Stage) -> bool:
-        is_free = not worker.jobs and (worker.ready or worker.peer_id in self._given)
-        return is_free and worker.decode_s > 0 and stage.need <= worker.vram
-
-    def _gains(self, weak: Stage, rate: float, worker: WorkerView) -> bool:
-        seconds = weak.need / (_READ if worker.has_cached(weak.range) else _FETCH)
-        return rate > weak.rate * (_CLEARLY + seconds * _PER_SECOND)
-
-    def _take(self, worker: WorkerView, stage: Stage | None, weak: Stage) -> None:
-        if stage is None:
-            del self._strays[worker.peer_id]
-        else:
-            stage.remove(worker)
-        self._give(worker, weak)

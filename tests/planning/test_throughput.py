@@ -127,6 +127,16 @@ def test_any_plan_covers_the_model_fits_and_is_the_last(snapshot: tuple[ModelSha
         assert not (worker.held and worker.jobs and flow(shape.n_layers, workers) > 0), "it ran jobs, and had to move"
 
 
+@settings(max_examples=60)
+@given(snapshots())
+def test_after_a_restart_of_all_everybody_loads_what_it_had(snapshot: tuple[ModelShape, list[WorkerView]]) -> None:
+    shape, workers = snapshot
+    workers = [replace(worker, held=None, cached=()) for worker in workers]
+    plan = place(shape, workers)
+    had = {p.peer_id: ((p.start, p.end),) for p in plan}
+    assert set(place(shape, [replace(w, cached=had.get(w.peer_id, ())) for w in workers])) == set(plan)
+
+
 @given(snapshots())
 def test_no_plan_makes_a_covered_model_slower(snapshot: tuple[ModelShape, list[WorkerView]]) -> None:
     shape, workers = snapshot
