@@ -91,8 +91,8 @@ class Channel:
             return self._codec.decode(frame), frame.body
         return None
 
-    async def expect(self, kind: type[M]) -> tuple[M, bytearray]:
-        """The next message, which has to be a `kind`.
+    async def expect(self, *kinds: type[M]) -> tuple[M, bytearray]:
+        """The next message, which has to be of one of these kinds.
 
         Raises:
             RefusedError: the peer refused instead.
@@ -105,8 +105,9 @@ class Channel:
         message, body = received
         if isinstance(message, Refused):
             raise RefusedError(self.peer_id, message)
-        if not isinstance(message, kind):
-            raise ProtocolError(f"expected {kind.__name__}, got {type(message).__name__}", code="unexpected_message")
+        if not isinstance(message, kinds):
+            expected = " or ".join(kind.__name__ for kind in kinds)
+            raise ProtocolError(f"expected {expected}, got {type(message).__name__}", code="unexpected_message")
         return message, body
 
 

@@ -22,6 +22,7 @@ from azu.wire.messages import (
     SILENCE_S,
     Amend,
     End,
+    Forget,
     Leaving,
     Message,
     Open,
@@ -48,6 +49,7 @@ _MAX_ORDERS = 32
 # all: a stage may lie.
 _WAITING_S = 20.0
 _MAX_WAITS = 120
+_GOOD_BYE_S = 1.0
 
 
 class Audience(Protocol):
@@ -66,6 +68,8 @@ class Attendance:
     Args:
         envelope: the ticket, signed.
         prompt: where this stage has to know it.
+        keep_s: how long it is to keep the job while this coordinator is away.
+        is_kept: it keeps the job, whose coordinator has come back, and knows all but the amendment that comes next.
 
     Attributes:
         ticket: the last that it was sent.
@@ -78,7 +82,15 @@ class Attendance:
     """
 
     def __init__(
-        self, overlay: Overlay, ticket: JobTicket, index: int, envelope: bytes, prompt: Sequence[int] | None
+        self,
+        overlay: Overlay,
+        ticket: JobTicket,
+        index: int,
+        envelope: bytes,
+        prompt: Sequence[int] | None,
+        *,
+        keep_s: int = 0,
+        is_kept: bool = False,
     ) -> None:
         self.ticket = ticket
         self.index = index
@@ -92,11 +104,14 @@ class Attendance:
         self._overlay = overlay
         # Shielded: when a client hangs up, the stages shall hear the end and answer it with their receipts.
         self._scope = trio.CancelScope(shield=True)
-        self._orders: deque[tuple[Message, bytes]] = deque([(Open(), envelope)])
-        if prompt is not None:
-            self._orders.append((Prompt(), pack_tokens(prompt)))
+        self._orders: deque[tuple[Message, bytes]] = deque()
+        if not is_kept:
+            self._orders.append((Open(keep_s=keep_s), envelope))
+            if prompt is not None:
+                self._orders.append((Prompt(), pack_tokens(prompt)))
         self._ordered = trio.Event()
         self._is_ended = False
+        self._is_left = False
         self._waits = 0
         self._counted = 0
 
@@ -105,7 +120,12 @@ class Attendance:
         try:
             with self._scope:
                 async with await open_worker_stream(self._overlay, self.peer_id, JOB_PROTOCOL) as stream:
-                    await self._converse(Channel(stream, JOB), audience)
+                    channel = Channel(stream, JOB)
+                    try:
+                        await self._converse(channel, audience)
+                    finally:
+                        if self._is_left:
+                            await self._say_good_bye(channel)
         except AzuError as error:
             audience.lose(self, error)
 
@@ -126,7 +146,12 @@ class Attendance:
         self._ordered.set()
 
     def leave(self) -> None:
-        """Attend it no more."""
+        """Attend it no more: the job goes on without it."""
+        self._is_left = True
+        self._scope.cancel()
+
+    def let_go(self) -> None:
+        """Attend it no more, and leave it the job, which it keeps for a while."""
         self._scope.cancel()
 
     def _order(self, message: Message, body: bytes) -> None:
@@ -134,6 +159,13 @@ class Attendance:
             return  # it does not read: it will be missed
         self._orders.append((message, body))
         self._ordered.set()
+
+    async def _say_good_bye(self, channel: Channel) -> None:
+        with trio.move_on_after(_GOOD_BYE_S, shield=True):
+            try:
+                await channel.send(Forget())
+            except NetworkError as error:
+                log(logger, logging.DEBUG, "stage does not read", peer=self.peer_id, reason=error.message)
 
     async def _converse(self, channel: Channel, audience: Audience) -> None:
         async with trio.open_nursery() as nursery:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import trio
 
@@ -22,20 +22,31 @@ class Crew:
 
     Args:
         audience: what stages say, and that one is lost, is for.
+        keep_s: how long stages are to keep the job while this coordinator is away.
 
     Attributes:
         ticket: the one in force.
         stages: in their order; empty until they are attended.
         handovers: of stages that were left properly.
+        note: called with each ticket before a stage gets to see it, from the first amendment on.
     """
 
     def __init__(
-        self, identity: Identity, overlay: Overlay, ticket: JobTicket, prompt: Sequence[int], audience: Audience
+        self,
+        identity: Identity,
+        overlay: Overlay,
+        ticket: JobTicket,
+        prompt: Sequence[int],
+        audience: Audience,
+        *,
+        keep_s: int = 0,
     ) -> None:
         self.ticket = ticket
         self.stages: list[Attendance] = []
         self.handovers: list[Handover] = []
         self._left: list[tuple[Handover, Attendance]] = []
+        self.note: Callable[[JobTicket], None] = lambda ticket: None
+        self._keep_s = keep_s
         self._identity = identity
         self._overlay = overlay
         self._prompt = prompt
@@ -47,6 +58,11 @@ class Crew:
         """Give all stages the ticket."""
         envelope = sign_ticket(self._identity, self.ticket)
         self.stages = [self._attend(nursery, index, envelope) for index in range(len(self.ticket.stages))]
+
+    def come_back(self, nursery: trio.Nursery) -> None:
+        """Attend stages that have kept the job while this coordinator was away, and pause them."""
+        self.stages = [self._attend(nursery, index, b"", is_kept=True) for index in range(len(self.ticket.stages))]
+        self.amend(nursery, {}, 0)
 
     def amend(self, nursery: trio.Nursery, peers: Mapping[int, str], known: int, left: tuple[int, ...] = ()) -> None:
         """Give all stages the ticket of the next epoch, in which these peers have the stages of these indices.
@@ -62,6 +78,7 @@ class Crew:
                 self.stages[index].end(known)
         paid_from = dict.fromkeys(left, self.ticket.positions(known))
         self.ticket = self.ticket.amended(peers, int(time.time()), paid_from)
+        self.note(self.ticket)
         envelope = sign_ticket(self._identity, self.ticket)
         for index, stage in enumerate(self.stages):
             if index in peers:
@@ -99,6 +116,11 @@ class Crew:
         for stage in (*self.stages, *(left for _, left in self._left)):
             stage.leave()
 
+    def let_go(self) -> None:
+        """Attend no stage any more; they keep the job for a while."""
+        for stage in self.stages:
+            stage.let_go()
+
     def tell_news(self) -> None:
         """Wake whoever waits for news."""
         self._news.set()
@@ -108,10 +130,10 @@ class Crew:
         """Wait until something may have changed."""
         await self._news.wait()
 
-    def _attend(self, nursery: trio.Nursery, index: int, envelope: bytes) -> Attendance:
+    def _attend(self, nursery: trio.Nursery, index: int, envelope: bytes, *, is_kept: bool = False) -> Attendance:
         is_penalised_last = index == len(self.ticket.stages) - 1 and self.ticket.sampling.repetition_penalty != 1.0
         prompt = self._prompt if index == 0 or is_penalised_last else None
-        stage = Attendance(self._overlay, self.ticket, index, envelope, prompt)
+        stage = Attendance(self._overlay, self.ticket, index, envelope, prompt, keep_s=self._keep_s, is_kept=is_kept)
         self._attending += 1
         nursery.start_soon(self._attended, stage)
         return stage

@@ -7,14 +7,14 @@ hands back token ids and, at the end, who did what.
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
 from azu.models.manifest import Manifest
-from azu.tickets import Sampling
+from azu.tickets import JobTicket, Sampling
 
 __all__ = [
     "Generation",
@@ -73,6 +73,8 @@ class GenerationRequest:
         wallet: who pays; "" where use is free.
         key_id: the API key that it was asked with.
         job_id: under which the ledger knows it, see `new_job_id`.
+        note: told the ticket by which the job can be taken up, after its first token and before each amendment. Where
+            there is one, stages keep the job for a while when this coordinator goes away.
     """
 
     model: ServedModel
@@ -84,6 +86,7 @@ class GenerationRequest:
     wallet: str = ""
     key_id: str | None = None
     job_id: bytes = field(default_factory=new_job_id)
+    note: Callable[[JobTicket], None] | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +155,9 @@ class Generation(Protocol):
     async def finish(self) -> JobReport:
         """End the job in every stage (early if tokens are still coming), and return who did what."""
 
+    def let_go(self) -> None:
+        """Leave the job to its stages, which keep it for a while: leaving its context then ends nothing."""
+
 
 class GenerationService(Protocol):
     """The swarm, as the HTTP side sees it."""
@@ -166,4 +172,10 @@ class GenerationService(Protocol):
         Raises:
             CapacityError: code "model_not_covered" (message names the missing layers) or "no_capacity".
             NetworkError: a stage could not be reached or refused.
+        """
+
+    def take_up(self, request: GenerationRequest, ticket: JobTicket) -> AbstractAsyncContextManager[Generation]:
+        """Go on with a job that was let go, by the last ticket that was noted.
+
+        Its tokens come from the first one on. Where no stage knows them any more, the loss comes instead.
         """

@@ -5,7 +5,7 @@ A stage that is lost is replaced, and the client sees a pause: `coordinator/mend
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import trio
@@ -15,7 +15,7 @@ from azu.errors import AzuError, ProtocolError
 from azu.identity import Identity
 from azu.overlay import Overlay
 from azu.tickets import JobTicket
-from azu.wire.messages import LEAVING, Failed, Leaving, Message, Paused, Ping, Ready, Token, Waiting
+from azu.wire.messages import KEEP_S, LEAVING, Failed, Leaving, Message, Paused, Ping, Ready, Token, Waiting
 from coordinator.answer import Answer
 from coordinator.attendance import Attendance
 from coordinator.crew import Crew
@@ -35,6 +35,8 @@ class RunningJob:
     Args:
         vocab_size: token ids are below this.
         pace: seconds that a position takes through all stages, as their workers measured.
+        note: see `GenerationRequest.note`.
+        is_back: its stages have kept it while this coordinator was away.
     """
 
     def __init__(
@@ -50,14 +52,21 @@ class RunningJob:
         on_lost: OnLost,
         on_leaving: OnLeaving,
         substitutes: Substitutes,
+        note: Callable[[JobTicket], None] | None = None,
+        is_back: bool = False,
     ) -> None:
         self.is_abandoned = False  # before its first token, to another chain, which settles it
         self.report: JobReport | None = None  # once it has ended
+        self._note = note
+        self._is_back = is_back
+        self._is_let_go = False
         self._prompt = prompt
         self._meter = meter
         self._vocab_size = vocab_size
         self._answer = Answer(ticket)
-        self._crew = Crew(identity, overlay, ticket, prompt, self)
+        self._crew = Crew(identity, overlay, ticket, prompt, self, keep_s=KEEP_S if note else 0)
+        if is_back and note is not None:
+            self._crew.note = note
         self._mender = Mender(
             self._crew,
             self._answer,
@@ -66,6 +75,7 @@ class RunningJob:
             on_lost=on_lost,
             on_leaving=on_leaving,
             substitutes=substitutes,
+            is_back=is_back,
         )
 
     @property
@@ -93,18 +103,35 @@ class RunningJob:
     async def running(self) -> AsyncIterator[None]:
         """Have the job run in all stages for as long as the context lasts."""
         async with trio.open_nursery() as nursery:
-            self._crew.attend(nursery)
+            if self._is_back:
+                self._crew.come_back(nursery)
+            else:
+                self._crew.attend(nursery)
             nursery.start_soon(self._mender.watch)
             nursery.start_soon(self._mender.mend, nursery)
             try:
                 yield
             finally:
                 try:
-                    with trio.CancelScope(shield=True):
-                        await self.finish()
+                    if not self._is_let_go:
+                        with trio.CancelScope(shield=True):
+                            await self.finish()
+                        self._crew.leave()
                 finally:
+                    self._crew.let_go()
                     nursery.cancel_scope.cancel()
-                    self._crew.leave()
+
+    def note_tickets(self) -> None:
+        """Have the ticket in force noted, and each that follows before a stage gets to see it."""
+        if self._note is not None:
+            self._crew.note = self._note
+            self._note(self.ticket)
+
+    def let_go(self) -> None:
+        """Leave the job to its stages; see `Generation.let_go`."""
+        self._is_let_go = True
+        self._answer.is_ended = True
+        self._crew.let_go()
 
     async def begins(self) -> bool:
         """Wait for the first token; False where a stage is lost before it comes."""

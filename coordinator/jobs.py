@@ -41,6 +41,9 @@ _WAIT_S = 30.0
 _TRIES = 3
 # Clients seldom use all the tokens that they may: no more are expected.
 _EXPECTED_TOKENS = 256
+# After a restart, workers of jobs that are taken up have this long to be found.
+_FIND_S = 20.0
+_LOOK_S = 0.1
 # A ticket lives this long, and for this much longer per token: a bound on what an orphaned job can hold on to.
 _TICKET_LIFE_S = 600
 _TICKET_LIFE_PER_TOKEN_S = 2
@@ -73,35 +76,65 @@ class JobRunner:
                 begun = await job.begins()
                 tries -= not job.is_turned_away
                 if begun or not tries:
+                    if begun:
+                        job.note_tickets()
                     yield job
                     return
                 job.is_abandoned = True
+
+    @asynccontextmanager
+    async def take_up(self, request: GenerationRequest, ticket: JobTicket) -> AsyncIterator[RunningJob]:
+        """Go on with a job; see `coordinator.generation.GenerationService.take_up`."""
+        await self._until_known(frozenset(stage.peer_id for stage in ticket.stages))
+        chain = tuple(Placement(stage.peer_id, stage.start, stage.end) for stage in ticket.stages)
+        grant = Grant(chain, ticket.dtype, len(request.prompt) + 1)
+        self._count(grant, 1)
+        try:
+            async with self._run(request, ticket, grant, is_back=True) as job:
+                await job.begins()
+                yield job
+        finally:
+            self._admission.release(grant)
+
+    async def _until_known(self, peer_ids: frozenset[str]) -> None:
+        """Wait for workers' records, for as long as those that live may take to be found."""
+        with trio.move_on_after(_FIND_S):
+            while not peer_ids <= {worker.peer_id for worker in self._swarm.workers()}:  # noqa: ASYNC110
+                await trio.sleep(_LOOK_S)
 
     @asynccontextmanager
     async def _started(self, request: GenerationRequest, number: int, deadline: float) -> AsyncIterator[RunningJob]:
         """The job in a chain of workers that has room for it; the `number`-th that is tried, from 0."""
         grant = await self._admission.admit(request, deadline)
         try:
-            ticket = self._ticket(request, number, grant)
-            job = RunningJob(
-                self._identity,
-                self._overlay,
-                ticket,
-                request.prompt,
-                self._meter.asked_by(request.wallet, request.key_id),
-                vocab_size=request.model.manifest.vocab_size,
-                pace=self._pace(grant.chain),
-                on_lost=self._swarm.blame,
-                on_leaving=self._swarm.note_leaving,
-                substitutes=partial(self._substitutes, request.model.manifest, grant),
-            )
-            try:
-                async with job.running():
-                    yield job
-            finally:
-                self._judge(job.report)
+            async with self._run(request, self._ticket(request, number, grant), grant) as job:
+                yield job
         finally:
             self._admission.release(grant)
+
+    @asynccontextmanager
+    async def _run(
+        self, request: GenerationRequest, ticket: JobTicket, grant: Grant, *, is_back: bool = False
+    ) -> AsyncIterator[RunningJob]:
+        job = RunningJob(
+            self._identity,
+            self._overlay,
+            ticket,
+            request.prompt,
+            self._meter.asked_by(request.wallet, request.key_id),
+            vocab_size=request.model.manifest.vocab_size,
+            pace=self._pace(grant.chain),
+            on_lost=self._swarm.blame,
+            on_leaving=self._swarm.note_leaving,
+            substitutes=partial(self._substitutes, request.model.manifest, grant),
+            note=request.note,
+            is_back=is_back,
+        )
+        try:
+            async with job.running():
+                yield job
+        finally:
+            self._judge(job.report)
 
     def _judge(self, report: JobReport | None) -> None:
         """Count disagreements of an ended job against its workers."""

@@ -69,6 +69,7 @@ class Mender:
 
     Args:
         pace: seconds that a position takes through all stages, as their workers measured.
+        is_back: its stages have kept the job while this coordinator was away, and are being paused.
 
     Attributes:
         amendments: of the job, in all.
@@ -85,9 +86,11 @@ class Mender:
         on_lost: OnLost,
         on_leaving: OnLeaving,
         substitutes: Substitutes,
+        is_back: bool = False,
     ) -> None:
         self.amendments = 0
-        self.is_mending = False
+        self.is_mending = is_back
+        self._is_back = is_back
         self._crew = crew
         self._answer = answer
         self._overlay = overlay
@@ -151,7 +154,7 @@ class Mender:
         log(logger, logging.WARNING, "stage lost", job=self._job, peer=stage.peer_id, reason=error.message)
         if not stage.is_leaving or isinstance(error, ProtocolError | TrustError):
             self._on_lost(stage.peer_id, _AT_FAULT, error)
-        if not self._answer.tokens and not (stage.is_up or self.amendments):
+        if not self._answer.tokens and not (stage.is_up or self.amendments or self._is_back):
             self._answer.give_up(self._loss_of(stage, error))
             return
         self._lost[stage.index] = error
@@ -215,7 +218,7 @@ class Mender:
 
     async def _amend(self, nursery: trio.Nursery) -> None:
         """Bring the job to a ring that runs; it is over afterwards where there is none to be had."""
-        deadline = trio.current_time() + (_REPLACE_S if self._answer.tokens else 0.0)
+        deadline = trio.current_time() + (_REPLACE_S if self._answer.tokens or self._is_back else 0.0)
         while not self._answer.is_over:
             peers = self._find_substitutes()
             is_hopeless = self._in_vain >= _MAX_AMENDMENTS or (peers is None and trio.current_time() >= deadline)
@@ -288,6 +291,13 @@ class Mender:
         held = [stage.held for stage in self._crew.stages if stage.held is not None]
         came = self._answer.tokens[self._known :]
         tokens, starts = settle(self._crew.ticket.prompt_tokens, self._known, came, held)
+        if self._is_back and not (tokens or self._answer.tokens):
+            self._answer.give_up(
+                NetworkError(
+                    "the workers that knew its tokens are lost", code="tokens_lost", remedy="Send the request again"
+                )
+            )
+            return
         for token in tokens[len(came) :]:
             self.note_token()
             self._answer.add(token)

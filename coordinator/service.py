@@ -35,6 +35,7 @@ from azu.records import (
     sign_coordinator_record,
 )
 from azu.swarm_key import read_swarm_key
+from azu.tickets import JobTicket
 from azu.wire.messages import ACCOUNT_PROTOCOL, LAYERS_PROTOCOL
 from azu.wire.tensors import WEIGHT_FORMATS, WeightFormat
 from coordinator.admin import admin_token
@@ -42,6 +43,7 @@ from coordinator.api import ApiSettings, AuthMode, Money, ShardRoutes, auth_mode
 from coordinator.catalogue import MAX_MODELS, Catalogue, Listed
 from coordinator.generation import Generation, GenerationRequest, ModelHealth, ServedModel
 from coordinator.jobs import JobRunner
+from coordinator.journal import Journal, Unfinished
 from coordinator.ledger_settings import ledger_place
 from coordinator.meter import Meter
 from coordinator.old_meter import take_over_meter
@@ -83,6 +85,10 @@ class Service:
         """Start a job; see `GenerationService.generate`."""
         return self._runner.generate(request)
 
+    def take_up(self, request: GenerationRequest, ticket: JobTicket) -> AbstractAsyncContextManager[Generation]:
+        """Go on with a job; see `GenerationService.take_up`."""
+        return self._runner.take_up(request, ticket)
+
 
 async def serve(settings: CoordinatorSettings) -> None:
     """Publish the models, plan for them and answer HTTP until cancelled.
@@ -114,10 +120,11 @@ async def _publish_and_serve(
         nursery.start_soon(_set_when_cancelled, stop)
         # From here on a cancel means: let the running answers end first.
         with trio.CancelScope(shield=True):
-            async with _opened_ledger(settings, identity, provider) as ledger:
+            unfinished = _unfinished(Journal(settings.data_dir), serving)
+            async with _opened_ledger(settings, identity, provider, unfinished) as ledger:
                 price = settings.price_per_token_layer or PRICES[settings.payment_provider]
                 money = Money(ledger, provider, mode, price, settings.public_url)
-                await _serve(settings, identity, library, sharder, serving, money, token, stop)
+                await _serve(settings, identity, library, sharder, serving, money, unfinished, token, stop)
         nursery.cancel_scope.cancel()
 
 
@@ -128,16 +135,27 @@ async def _set_when_cancelled(stop: trio.Event) -> None:
         stop.set()
 
 
+def _unfinished(journal: Journal, serving: Serving) -> Sequence[Unfinished]:
+    """The streams of before the restart whose models are still served; the others are forgotten."""
+    served = {manifest.digest for manifest in serving.manifests()}
+    found = journal.read()
+    for each in found:
+        if each.manifest not in served:
+            log(logger, logging.WARNING, "stream of a model that is not served any more", job=each.job_id)
+            journal.forget(each.stream)
+    return [each for each in found if each.manifest in served]
+
+
 @asynccontextmanager
 async def _opened_ledger(
-    settings: CoordinatorSettings, identity: Identity, provider: PaymentProvider
+    settings: CoordinatorSettings, identity: Identity, provider: PaymentProvider, unfinished: Sequence[Unfinished]
 ) -> AsyncIterator[Ledger]:
-    """The ledger, with nothing left in it of this coordinator's earlier life."""
+    """The ledger, with nothing left in it of this coordinator's earlier life but what it goes on with."""
     currency = provider.coin.unit if provider.address else _FREE_CURRENCY
     place = ledger_place(settings)
     async with Ledger.open(place, currency=currency, owner=identity.peer_id, key_limits=key_limits) as ledger:
         await take_over_meter(settings.data_dir / "meter.sqlite", ledger)
-        if released := await ledger.release_abandoned():
+        if released := await ledger.release_abandoned([each.job_id for each in unfinished]):
             log(logger, logging.WARNING, "reservations of jobs that never ended released", jobs=len(released))
         yield ledger
 
@@ -149,6 +167,7 @@ async def _serve(
     sharder: Sharder,
     serving: Serving,
     money: Money,
+    unfinished: Sequence[Unfinished],
     token: str,
     stop: trio.Event,
 ) -> None:
@@ -185,6 +204,8 @@ async def _serve(
             ApiSettings(default_max_tokens=settings.default_max_tokens),
             ShardRoutes(shards, serving.models, token),
             money,
+            Journal(settings.data_dir),
+            unfinished,
         )
         async with trio.open_nursery() as serving_http:
             url = await serving_http.start(partial(serve_http, app, settings.host, settings.port, stop=stop))

@@ -5,7 +5,9 @@
 
 The coordinator decides when a job ends. What breaks first in a leg is reported to it as `Failed`, naming the peer whose
 fault it seems, and the stage then waits for its verdict: the end, or an amendment, after which another leg begins with
-other neighbours. What the stage holds of the job is kept from leg to leg. Leaving `run()` frees it.
+other neighbours. What the stage holds of the job is kept from leg to leg. It is kept for a while, too, where the
+coordinator goes away: the leg is paused, and the coordinator may come back on another stream, with an amendment.
+Leaving `run()` frees it.
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from contextlib import suppress
 
 import trio
 
@@ -21,12 +22,13 @@ from azu.channel import Channel
 from azu.crossings import NOTHING, Crossing, token_crossing
 from azu.errors import AzuError, NetworkError, ProtocolError
 from azu.logs import log
-from azu.tickets import JobTicket, Receipt, check_amendment, open_ticket
-from azu.wire.messages import PING_S, SILENCE_S, Amend, End, Hello, Leaving, Message, Paused, Ping, Prompt, Resume
+from azu.tickets import JobTicket, Receipt, Refusal, check_amendment, open_ticket
+from azu.wire.messages import PING_S, Amend, End, Forget, Hello, Leaving, Message, Paused, Ping, Prompt, Resume
 from azu.wire.tensors import ITEMSIZE
 from azu.wire.tokens import pack_tokens
 from node.history import History, HistoryBudget
 from node.leg import Leg, Surroundings
+from node.line import Line
 from node.progress import Progress
 from node.session import StageSession
 
@@ -61,7 +63,7 @@ class StageJob:
         self.index = index
         self._around = around
         self._on_leg = on_leg
-        self._coordinator = around.coordinator
+        self._amended = trio.Event()  # set with an amendment, and then replaced
         stage = around.stage
         self._session = StageSession(ticket, index, hidden_size=stage.hidden_size, vocab_size=stage.vocab_size)
         self._progress = Progress(History(history, stage.hidden_size * ITEMSIZE[self._session.dtype]))
@@ -78,6 +80,11 @@ class StageJob:
         return self._progress.positions
 
     @property
+    def line(self) -> Line:
+        """To the coordinator."""
+        return self._around.coordinator
+
+    @property
     def epoch(self) -> int:
         """That of the leg which runs."""
         return self._leg.ticket.epoch
@@ -86,7 +93,8 @@ class StageJob:
         """Serve the job until the coordinator ends it, or until `expiry`.
 
         Raises:
-            NetworkError: the coordinator went away. ProtocolError: it broke the protocol.
+            NetworkError: the coordinator went away, or goes on without this stage.
+            ProtocolError: it broke the protocol.
         """
         lost: AzuError | None = None
         try:
@@ -115,17 +123,16 @@ class StageJob:
         await self._leg.receive_from(channel, hello)
 
     async def _run_legs(self) -> None:
-        try:
-            if self.ticket.epoch:
-                await self._tell_paused(NOTHING, NOTHING)
-            while True:
-                await self._leg.run()
-                seams = self._crossings(self._leg, self._known)
-                self._leg = Leg(self.ticket, self.index, self._around, self._progress)
-                self._on_leg()
-                await self._tell_paused(*seams)
-        except NetworkError as error:  # _listen() sees the same end and tells why
-            log(logger, logging.DEBUG, "coordinator not told", job=self.ticket.job_id.hex(), reason=error.message)
+        if self.ticket.epoch:
+            await self._tell_paused(NOTHING, NOTHING)
+        while True:
+            await self._leg.run()
+            while self.epoch == self.ticket.epoch:  # it was paused since the coordinator is away
+                await self._amended.wait()
+            seams = self._crossings(self._leg, self._known)
+            self._leg = Leg(self.ticket, self.index, self._around, self._progress)
+            self._on_leg()
+            await self._tell_paused(*seams)
 
     async def _tell_paused(self, received: Crossing, sent: Crossing) -> None:
         progress = self._progress
@@ -136,26 +143,31 @@ class StageJob:
             received=received,
             sent=sent,
         )
-        await self._coordinator.send(paused, pack_tokens(progress.tokens[self._known :]))
+        await self.line.send(paused, pack_tokens(progress.tokens[self._known :]))
 
     async def _tell_leaving(self) -> None:
         await self._left.wait()
-        with suppress(NetworkError):  # _listen() sees the same end and tells why
-            await self._coordinator.send(Leaving())
+        while True:  # one that comes back has forgotten it
+            await self.line.send(Leaving())
+            await self.line.changed()
 
     async def _listen(self) -> None:
         """Take the coordinator's messages until it ends the job."""
+        job = self.ticket.job_id.hex()
         while True:
-            with trio.move_on_after(SILENCE_S) as silence:
-                received = await self._coordinator.receive()
-            if silence.cancelled_caught:
-                raise NetworkError(f"coordinator silent for {SILENCE_S:g} s", code="coordinator_lost")
+            received = await self.line.receive()
             if received is None:
-                raise NetworkError("the coordinator closed the job stream", code="coordinator_lost")
+                log(logger, logging.INFO, "coordinator is away", job=job)
+                self._leg.pause()
+                await self.line.until_back()
+                log(logger, logging.INFO, "coordinator is back", job=job)
+                continue
             message, body = received
             if isinstance(message, End):
                 self.counted = message.tokens
                 return
+            if isinstance(message, Forget):
+                raise NetworkError("the job goes on without this stage", code="stage_left")
             self._take(message, body)
 
     def _take(self, message: Message, body: bytearray) -> None:
@@ -177,16 +189,36 @@ class StageJob:
         self._progress.prompt = self._session.accept_prompt(body)
         self._progress.prompt_came.set()
 
+    def take_up(self, channel: Channel, message: Amend, envelope: bytes) -> Refusal | None:
+        """Go on with a coordinator that has come back on another stream, if the amendment that it begins with holds.
+
+        Raises:
+            TrustError, ProtocolError: it is no signed ticket.
+        """
+        refusal = self._check(envelope, sender=channel.peer_id)
+        if refusal is None:
+            self.line.move(channel)
+            self._amend(message, envelope)
+        return refusal
+
     def _amend(self, message: Amend, envelope: bytes) -> None:
-        signer, ticket = open_ticket(envelope)
-        me = self._around.identity.peer_id
-        refusal = check_amendment(ticket, self.ticket, signer=signer, me=me, now=time.time())
+        refusal = self._check(envelope, sender=self.ticket.coordinator)
         if refusal is not None:
             raise ProtocolError(refusal.message, code=refusal.code)
+        _, ticket = open_ticket(envelope)
         log(logger, logging.INFO, "job amended", job=ticket.job_id.hex(), epoch=ticket.epoch)
         self.ticket, self.envelope, self._known = ticket, envelope, message.known
         self._set_expiry()
         self._leg.pause()
+        self._amended.set()
+        self._amended = trio.Event()
+
+    def _check(self, envelope: bytes, *, sender: str) -> Refusal | None:
+        signer, ticket = open_ticket(envelope)
+        if sender != signer:
+            return Refusal("wrong_signer", "the amendment was not sent by the job's coordinator")
+        me = self._around.identity.peer_id
+        return check_amendment(ticket, self.ticket, signer=signer, me=me, now=time.time())
 
     def _set_expiry(self) -> None:
         self.expiry.deadline = trio.current_time() + max(0.0, self.ticket.expires_at - time.time())
@@ -194,10 +226,7 @@ class StageJob:
     async def _beat(self) -> None:
         while True:
             await trio.sleep(PING_S)
-            try:
-                await self._coordinator.send(Ping())
-            except NetworkError:
-                return  # listen() sees the same end and tells why
+            await self.line.send(Ping())
 
     def receipt(self) -> Receipt:
         """What this stage did, by itself and with its neighbours."""

@@ -18,7 +18,7 @@ from azu.logs import log
 from azu.models.memory import MAX_JOBS
 from azu.overlay import Overlay, OverlayStream
 from azu.tickets import JobTicket, LoadedLayers, Refusal, check_ticket, open_ticket, sign_receipt
-from azu.wire.messages import JOB, LEAVING, RING, Failed, Hello, Open, ReceiptReply, Refused
+from azu.wire.messages import JOB, LEAVING, RING, Amend, Failed, Hello, Open, ReceiptReply, Refused
 from node.book import Book, entry_of
 from node.engine.device import DeviceThread
 from node.engine.pace import Pace
@@ -28,6 +28,7 @@ from node.instruments import RingMeter
 from node.job import StageJob
 from node.kv_room import KvRoom
 from node.leg import Surroundings
+from node.line import Line
 
 __all__ = ["HISTORY_BYTES", "Jobs", "Loaded"]
 
@@ -95,7 +96,7 @@ class Jobs:
         self._jobs: dict[bytes, StageJob] = {}
         self._ended: OrderedDict[bytes, int] = OrderedDict()  # the last epoch by job id, the oldest first
         self._serving = 0  # jobs that run, or have ended and whose coordinator has not got the receipt yet
-        self._changed = trio.Event()  # set when a job or a leg begins, or a job is served, and then replaced
+        self._changed = trio.Event()  # set when a job or a leg begins, or a job ends or is served, and then replaced
 
     @property
     def loaded(self) -> Loaded | None:
@@ -132,31 +133,60 @@ class Jobs:
         """Serve a /azu/job/1 stream: one job, until the coordinator ends it."""
         channel = Channel(stream, JOB, max_body=_MAX_TICKET_BYTES)
         with _deadline(_FIRST_MESSAGE_S, stream.peer_id):
-            _, body = await channel.expect(Open)
+            message, body = await channel.expect(Open, Amend)
+        envelope = bytes(body)
         try:
-            signer, ticket = open_ticket(bytes(body))
+            signer, ticket = open_ticket(envelope)
         except AzuError as error:
             await channel.send(refusal_of(error))
             raise
+        if isinstance(message, Amend):
+            await self._take_up(channel, message, envelope, ticket)
+        elif isinstance(message, Open):
+            await self._run(channel, message, envelope, signer, ticket)
+
+    async def _take_up(self, channel: Channel, message: Amend, envelope: bytes, ticket: JobTicket) -> None:
+        """Go on with a job that is kept for a coordinator which has come back."""
+        job = self._jobs.get(ticket.job_id)
+        if job is None:
+            await _refuse(channel, ticket, Refusal("unknown_job", "this job is not kept here, or not any more"))
+        elif (refusal := job.take_up(channel, message, envelope)) is not None:
+            await _refuse(channel, ticket, refusal)
+        else:
+            _limit(channel, ticket)
+            await job.line.until_left(channel)
+
+    async def _end_kept(self, ticket: JobTicket, signer: str, sender: str) -> None:
+        """End a job that is kept for a coordinator which gives its stage out anew."""
+        job = self._jobs.get(ticket.job_id)
+        if job is None or job.line.is_up or ticket.epoch <= job.ticket.epoch:
+            return
+        if signer == sender == job.ticket.coordinator:
+            job.line.give_up()
+            while self._jobs.get(ticket.job_id) is job:
+                await self._changed.wait()
+
+    async def _run(self, channel: Channel, message: Open, envelope: bytes, signer: str, ticket: JobTicket) -> None:
+        await self._end_kept(ticket, signer, channel.peer_id)
         loaded = self.loaded
-        refusal = self._check(ticket, signer, stream.peer_id)
+        refusal = self._check(ticket, signer, channel.peer_id)
         index = ticket.stage_of(self._identity.peer_id)
         if refusal is not None or loaded is None or index is None:
-            refusal = refusal or Refusal("not_loaded", "nothing is loaded here")
-            log(logger, logging.INFO, "job refused", job=ticket.job_id.hex(), code=refusal.code)
-            await channel.send(Refused(code=refusal.code, message=refusal.message, remedy=refusal.remedy))
+            await _refuse(channel, ticket, refusal or Refusal("not_loaded", "nothing is loaded here"))
             return
-        channel.limit_body(max(4 * ticket.prompt_tokens, 4 * ticket.max_tokens, _MAX_TICKET_BYTES))
-        around = Surroundings(self._identity, self._overlay, self._device, loaded.stage, channel, self.meter, self.kv)
-        job = StageJob(ticket, index, around, envelope=bytes(body), history=self.history, on_leg=self._wake)
+        _limit(channel, ticket)
+        line = Line(channel, message.keep_s)
+        around = Surroundings(self._identity, self._overlay, self._device, loaded.stage, line, self.meter, self.kv)
+        job = StageJob(ticket, index, around, envelope=envelope, history=self.history, on_leg=self._wake)
         self._serving += 1
         try:
-            await self._serve(job, channel)
+            await self._serve(job)
         finally:
             self._serving -= 1
+            line.close()
             self._wake()
 
-    async def _serve(self, job: StageJob, channel: Channel) -> None:
+    async def _serve(self, job: StageJob) -> None:
         try:
             with self._admitted(job):
                 self._wake()
@@ -168,9 +198,10 @@ class Jobs:
         # Only now, with its room free again: the coordinator may send the next job as soon as it reads this.
         if job.expiry.cancelled_caught:
             log(logger, logging.WARNING, "job expired", job=job.ticket.job_id.hex())
-            await channel.send(Failed(code="job_expired", message="its ticket expired", peer_id=self._identity.peer_id))
+            me = self._identity.peer_id
+            await job.line.send(Failed(code="job_expired", message="its ticket expired", peer_id=me))
         else:
-            await channel.send(ReceiptReply(), receipt)
+            await job.line.send(ReceiptReply(), receipt)
 
     async def _account(self, job: StageJob) -> bytes:
         """The receipt of an ended job, signed, and written down."""
@@ -256,8 +287,18 @@ class Jobs:
             del self._jobs[job.ticket.job_id]
             kv.leave(job.ticket)
             self._ended[job.ticket.job_id] = job.ticket.epoch
+            self._wake()
             if len(self._ended) > _MAX_ENDED:
                 self._ended.popitem(last=False)
+
+
+async def _refuse(channel: Channel, ticket: JobTicket, refusal: Refusal) -> None:
+    log(logger, logging.INFO, "job refused", job=ticket.job_id.hex(), code=refusal.code)
+    await channel.send(Refused(code=refusal.code, message=refusal.message, remedy=refusal.remedy))
+
+
+def _limit(channel: Channel, ticket: JobTicket) -> None:
+    channel.limit_body(max(4 * ticket.prompt_tokens, 4 * ticket.max_tokens, _MAX_TICKET_BYTES))
 
 
 @contextmanager

@@ -46,6 +46,7 @@ from node.engine.stage import JobState, LoadedStage, Output, Step
 from node.instruments import RingMeter
 from node.intake import Intake, Part
 from node.kv_room import KvRoom
+from node.line import Line
 from node.progress import Progress
 from node.ring import GRANT, WINDOW, RingLink
 from node.session import StageSession
@@ -60,13 +61,13 @@ Work = tuple[Chunk | Next, bytearray, int]
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """What a job runs with. coordinator: the job stream."""
+    """What a job runs with."""
 
     identity: Identity
     overlay: Overlay
     device: DeviceThread
     stage: LoadedStage
-    coordinator: Channel
+    coordinator: Line
     meter: RingMeter
     kv: KvRoom
 
@@ -226,10 +227,7 @@ class Leg:
             return
         self._has_failed = True
         message = "internal error" if isinstance(error, InternalError) else error.message[:2_000]
-        try:
-            await self._around.coordinator.send(Failed(code=error.code, message=message, peer_id=peer_id))
-        except NetworkError:
-            log(logger, logging.DEBUG, "coordinator not told", job=job)
+        await self._around.coordinator.send(Failed(code=error.code, message=message, peer_id=peer_id))
 
     @contextmanager
     def _pausable(self) -> Iterator[None]:

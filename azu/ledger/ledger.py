@@ -122,15 +122,18 @@ class Ledger:
         """Give a job's whole reservation back, unless it was settled."""
         return await self._writer.do(Release(job_id))
 
-    async def release_abandoned(self) -> list[Closed | Refusal]:
+    async def release_abandoned(self, kept: Collection[str] = ()) -> list[Closed | Refusal]:
         """Release what this coordinator's jobs of an earlier life hold, and what others gave up a day ago.
 
         For use before the first job is reserved.
+
+        Args:
+            kept: ids of jobs that it goes on with.
         """
         before = int(time.time()) - _ABANDONED_S
         mine = await self.read(partial(reading.open_reservations, owner=self._owner))
         lost = await self.read(partial(reading.open_reservations, expired_before=before))
-        return [await self.release(job_id) for job_id in {each.job_id for each in (*mine, *lost)}]
+        return [await self.release(job_id) for job_id in {each.job_id for each in (*mine, *lost)}.difference(kept)]
 
     async def balance(self, account: str) -> int:
         """What an account has, by its name (see `azu.ledger.accounts`)."""

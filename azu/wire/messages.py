@@ -25,6 +25,7 @@ __all__ = [
     "CONTROL_PROTOCOL",
     "JOB",
     "JOB_PROTOCOL",
+    "KEEP_S",
     "LAYERS",
     "LAYERS_PROTOCOL",
     "LEAVING",
@@ -45,6 +46,7 @@ __all__ = [
     "Credit",
     "End",
     "Failed",
+    "Forget",
     "GetBlob",
     "GetManifest",
     "GetStatus",
@@ -92,6 +94,8 @@ PING_S = 2.0
 SILENCE_S = 15.0
 # The code with which a worker that is about to leave refuses jobs and layers: it is no fault.
 LEAVING = "leaving"
+# A stage keeps a job whose coordinator is away for so long at most: it restarts, and comes back to it.
+KEEP_S = 120
 _MAX_SIGNED_BYTES = 65_536
 _MAX_FILE_BYTES = 2**44
 
@@ -185,10 +189,11 @@ class BlobRange(Message):
 
 
 class Open(Message):
-    """Body: the signed job ticket."""
+    """Body: the signed job ticket. `keep_s`: how long the job is to be kept while its coordinator is away."""
 
     max_body: ClassVar[int] = _MAX_SIGNED_BYTES
     t: Literal["open"] = "open"
+    keep_s: Annotated[int, Field(ge=0, le=KEEP_S)] = 0
 
 
 class Ready(Message):
@@ -222,7 +227,7 @@ class Token(Message):
 class Amend(Message):
     """Other peers run some of the job's stages. Body: the ticket with a higher epoch, signed anew.
 
-    `known` is how many sampled tokens the coordinator has.
+    `known` is how many sampled tokens the coordinator has. First on a job stream: it comes back to a job that is kept.
     """
 
     max_body: ClassVar[int] = _MAX_SIGNED_BYTES
@@ -281,6 +286,12 @@ class End(Message):
 
     t: Literal["end"] = "end"
     tokens: Count = 0
+
+
+class Forget(Message):
+    """The job goes on without this stage: free it."""
+
+    t: Literal["forget"] = "forget"
 
 
 class Failed(Message):
@@ -358,6 +369,8 @@ ACCOUNT = Codec("account", GetStatus, Status, Refused)
 CONTROL = Codec("control", GetStatus, Status, Assign, Accepted, Refused)
 LAYERS = Codec("layers", GetManifest, ManifestReply, WhichBlobs, HaveBlobs, GetBlob, BlobRange, Refused)
 JOB = Codec(
-    "job", Open, Prompt, Ping, Amend, Resume, End, Ready, Paused, Waiting, Leaving, Token, Failed, ReceiptReply, Refused
+    "job",
+    *(Open, Prompt, Ping, Amend, Resume, End, Forget),
+    *(Ready, Paused, Waiting, Leaving, Token, Failed, ReceiptReply, Refused),
 )
 RING = Codec("ring", Hello, Welcome, Chunk, Next, Credit, Moved, Refused)

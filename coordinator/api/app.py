@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 from contextvars import ContextVar
 from http import HTTPStatus
 from typing import Any
@@ -19,12 +20,14 @@ from coordinator.api.auth import Gate
 from coordinator.api.completions import Completions, find_model
 from coordinator.api.errors import ApiError, from_exception, from_http_exception
 from coordinator.api.jobs import InFlight
+from coordinator.api.kept import Unclaimed
 from coordinator.api.money import Money, add_money_routes
 from coordinator.api.responses import health_object, model_object
 from coordinator.api.settings import ApiSettings
 from coordinator.api.shards import ShardRoutes
 from coordinator.api.submit import Submissions
 from coordinator.generation import GenerationService
+from coordinator.journal import Journal, Unfinished
 
 __all__ = ["ApiApp", "create_app"]
 
@@ -69,6 +72,7 @@ class ApiApp(QuartTrio):
         super().__init__(import_name, static_folder=None)
         self.in_flight = InFlight()
         self.submissions: Submissions | None = None
+        self.unclaimed: Unclaimed | None = None
         self.url = ""  # where it listens, once it does
         self.url_map.strict_slashes = False
         self.json.sort_keys = False  # type: ignore[attr-defined]  # the default provider's
@@ -77,15 +81,23 @@ class ApiApp(QuartTrio):
 
 
 def create_app(
-    service: GenerationService, settings: ApiSettings, shards: ShardRoutes | None = None, money: Money | None = None
+    service: GenerationService,
+    settings: ApiSettings,
+    shards: ShardRoutes | None = None,
+    money: Money | None = None,
+    journal: Journal | None = None,
+    unfinished: Sequence[Unfinished] = (),
 ) -> ApiApp:
     """The application over a generation service; serve it with `serve_http`.
 
-    Without `shards` it cuts no models. Without `money` there are no accounts, and use is free and not counted.
+    Without `shards` it cuts no models. Without `money` there are no accounts, and use is free and not counted. Without
+    `journal` no stream outlives a restart; `unfinished` are those that it had noted before.
     """
     app = ApiApp(__name__)
     gate = Gate() if money is None else money.gate()
-    completions = Completions(service, settings, app.in_flight, gate, None if money is None else money.till())
+    till = None if money is None else money.till()
+    completions = Completions(service, settings, app.in_flight, gate, till, journal, unfinished)
+    app.unclaimed = completions.unclaimed
     _add_error_handlers(app, settings)
     _add_routes(app, service, completions, gate)
     if shards is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -12,11 +12,15 @@ from typing import TypeVar
 import trio
 from quart import Request, Response
 
+from azu.tickets import JobTicket
 from azu.wire.messages import MAX_TOKENS
+from azu.wire.tokens import pack_tokens, unpack_tokens
 from coordinator.api.auth import Caller, Gate
 from coordinator.api.bodies import Bodies
 from coordinator.api.errors import ApiError, from_exception
-from coordinator.api.jobs import ChatJob, Delta, Emit, Event, Finished, InFlight, run_job
+from coordinator.api.jobs import ChatJob, Delta, Emit, Event, Finished, InFlight, generation_of, run_job
+from coordinator.api.kept import Kept, Unclaimed, no_such_stream
+from coordinator.api.place import Place, parse_place
 from coordinator.api.requests import ChatRequest, parse_chat_request
 from coordinator.api.responses import Answer
 from coordinator.api.settings import ApiSettings
@@ -24,6 +28,7 @@ from coordinator.api.stream import BUFFERED_EVENTS, EventBody, EventEncoder, pro
 from coordinator.api.till import Till
 from coordinator.chat import ChatFormat
 from coordinator.generation import GenerationRequest, GenerationService, ServedModel, new_job_id
+from coordinator.journal import Journal, Unfinished
 
 __all__ = ["Completions", "find_model"]
 
@@ -42,6 +47,8 @@ class Completions:
     Args:
         gate: who may ask.
         till: takes what answers cost; None where nobody keeps count.
+        journal: where streams are noted that outlive a restart.
+        unfinished: those of before the last one.
     """
 
     def __init__(
@@ -51,12 +58,16 @@ class Completions:
         in_flight: InFlight,
         gate: Gate,
         till: Till | None = None,
+        journal: Journal | None = None,
+        unfinished: Sequence[Unfinished] = (),
     ) -> None:
         self._service = service
         self._settings = settings
         self._in_flight = in_flight
         self._gate = gate
         self._till = till
+        self._journal = journal
+        self.unclaimed = None if journal is None else Unclaimed(unfinished, partial(self._end, journal))
         self._bodies = Bodies(settings)
         # Big prompts take seconds to parse and tokenise: not on the event loop, and not on every core either.
         self._limiter = trio.CapacityLimiter(settings.cpu_threads)
@@ -68,11 +79,86 @@ class Completions:
         Raises:
             ApiError: there is no answer.
         """
+        if last_event_id := request.headers.get("Last-Event-ID"):
+            return await self._go_on(request, parse_place(last_event_id), nursery)
         job, asked = await self.asked_for(request)
         if asked.stream:
             include_usage = asked.stream_options is not None and asked.stream_options.include_usage
-            return await self._stream(job, nursery, include_usage=include_usage)
+            answer = Answer(job.model)
+            job = self._kept(job, answer, include_usage=include_usage)
+            encoder = EventEncoder(
+                answer, len(job.requests), include_usage=include_usage, stream=job.kept.stream if job.kept else ""
+            )
+            return await self._stream(job, nursery, encoder)
         return await self._whole(job)
+
+    async def _go_on(self, request: Request, place: Place, nursery: trio.Nursery) -> Response:
+        """A stream of before a restart from there on. The request's body, if any, is not looked at.
+
+        Raises:
+            ApiError: there is no such stream, or not any more.
+        """
+        caller = self._gate.claim(await self.identify(request), None)
+        await self.read(request)
+        if self._journal is None or self.unclaimed is None:
+            raise no_such_stream()
+        unfinished = self.unclaimed.claim(place.stream, caller.wallet)
+        job = await self._taken_up(self._journal, unfinished)
+        encoder = EventEncoder(
+            Answer(job.model, unfinished.created),
+            1,
+            include_usage=unfinished.include_usage,
+            stream=place.stream,
+            read=place,
+        )
+        return await self._stream(job, nursery, encoder)
+
+    def _kept(self, job: ChatJob, answer: Answer, *, include_usage: bool) -> ChatJob:
+        """The job, noted while it runs; one of several choices is not."""
+        if self._journal is None or len(job.requests) > 1:
+            return job
+        request = job.requests[0]
+        unfinished = Unfinished(
+            stream=secrets.token_hex(16),
+            created=answer.created,
+            model_id=job.model.model_id,
+            manifest=job.model.manifest.digest,
+            prompt=pack_tokens(request.prompt),
+            ticket=b"",
+            stops=job.stops,
+            include_usage=include_usage,
+            account=request.account,
+            wallet=request.wallet,
+            key_id=request.key_id,
+        )
+        kept = Kept(self._journal, unfinished)
+        return replace(job, requests=(replace(request, note=kept.note),), kept=kept)
+
+    async def _taken_up(self, journal: Journal, unfinished: Unfinished) -> ChatJob:
+        """The job of a stream of before the restart."""
+        model = find_model(self._service, unfinished.model_id)
+        ticket = JobTicket.from_cbor(unfinished.ticket)
+        kept = Kept(journal, unfinished, ticket)
+        request = GenerationRequest(
+            model=model,
+            prompt=unpack_tokens(unfinished.prompt),
+            max_tokens=ticket.max_tokens,
+            sampling=ticket.sampling,
+            stop_tokens=ticket.stop_tokens,
+            account=unfinished.account,
+            wallet=unfinished.wallet,
+            key_id=unfinished.key_id,
+            job_id=bytes.fromhex(unfinished.job_id),
+            note=kept.note,
+        )
+        return ChatJob(model, await self._format(model), (request,), unfinished.stops, kept)
+
+    async def _end(self, journal: Journal, unfinished: Unfinished) -> None:
+        """End a job whose stream nobody claimed, and settle it for the tokens that its stages know."""
+        job = await self._taken_up(journal, unfinished)
+        async with self.reserved(job), generation_of(self._service, job, 0) as generation:
+            await generation.finish()
+        journal.forget(unfinished.stream)
 
     async def asked_for(self, request: Request) -> tuple[ChatJob, ChatRequest]:
         """What a chat completion request asks of the swarm.
@@ -113,7 +199,7 @@ class Completions:
 
     def reserved(self, job: ChatJob) -> AbstractAsyncContextManager[None]:
         """Have the jobs' highest cost put aside; see `Till.reserved`."""
-        return nullcontext() if self._till is None else self._till.reserved(job.requests)
+        return nullcontext() if self._till is None else self._till.reserved(job.requests, job.kept)
 
     async def run(self, job: ChatJob, emit: Emit) -> None:
         """Run jobs whose cost is put aside; see `run_job`."""
@@ -141,11 +227,10 @@ class Completions:
         choices = [(text, end.reason) for text, end in zip(texts, ends, strict=True)]
         return Answer(job.model).completion(choices, [end.report for end in ends])
 
-    async def _stream(self, job: ChatJob, nursery: trio.Nursery, *, include_usage: bool) -> Response:
+    async def _stream(self, job: ChatJob, nursery: trio.Nursery, encoder: EventEncoder) -> Response:
         send, receive = trio.open_memory_channel[Event](BUFFERED_EVENTS)
         nursery.start_soon(produce, partial(self._run_paid, job), send)
         head = await wait_for_first(receive, self._settings.keep_alive_s)
-        encoder = EventEncoder(Answer(job.model), len(job.requests), include_usage=include_usage)
         return Response(EventBody(encoder, head, receive, self._settings.keep_alive_s), headers=_STREAM_HEADERS)
 
     async def _format(self, model: ServedModel) -> ChatFormat:

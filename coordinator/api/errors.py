@@ -17,7 +17,7 @@ from werkzeug.exceptions import HTTPException, MethodNotAllowed
 from azu.errors import AzuError, CapacityError, InputError, InternalError, ModelError
 from coordinator.api.settings import ApiSettings
 
-__all__ = ["ApiError", "from_exception", "from_http_exception", "shutting_down", "too_often"]
+__all__ = ["ApiError", "from_exception", "from_http_exception", "restarting", "shutting_down", "too_often"]
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +108,16 @@ def shutting_down() -> ApiError:
         status=503,
         code="shutting_down",
         remedy="Send the request again when it is back.",
+    )
+
+
+def restarting() -> ApiError:
+    """What a stream ends with that can be gone on with."""
+    return ApiError(
+        "The coordinator is shutting down, and the stream can be gone on with when it is back",
+        status=503,
+        code="restarting",
+        remedy="Send the request again with the id of the last event as Last-Event-ID.",
     )
 
 

@@ -7,14 +7,15 @@ leaves every job's context at once, which ends it in all stages.
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
 import trio
 
 from azu.errors import NetworkError
-from coordinator.api.errors import ApiError, from_exception, shutting_down
+from coordinator.api.errors import ApiError, from_exception, restarting, shutting_down
+from coordinator.api.kept import Kept
 from coordinator.api.settings import ApiSettings
 from coordinator.chat import ChatFormat, StopStrings
 from coordinator.generation import (
@@ -26,19 +27,32 @@ from coordinator.generation import (
     ServedModel,
 )
 
-__all__ = ["ChatJob", "Delta", "Emit", "Event", "Failed", "FinishReason", "Finished", "InFlight", "Started", "run_job"]
+__all__ = [
+    "ChatJob",
+    "Delta",
+    "Emit",
+    "Event",
+    "Failed",
+    "FinishReason",
+    "Finished",
+    "InFlight",
+    "Started",
+    "generation_of",
+    "run_job",
+]
 
 FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True, slots=True)
 class ChatJob:
-    """What a request asks of the swarm: one generation per choice."""
+    """What a request asks of the swarm: one generation per choice. A single one may outlive a restart: `kept`."""
 
     model: ServedModel
     chat: ChatFormat
     requests: tuple[GenerationRequest, ...]
     stops: tuple[str, ...]
+    kept: Kept | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +92,13 @@ Emit = Callable[[Event], Awaitable[None]]
 
 
 class InFlight:
-    """The jobs that run right now, so that a coordinator which stops can end them with a word."""
+    """The jobs that run right now, so that a coordinator which stops can end them with a word, or let them go.
+
+    is_cut: whether it stops.
+    """
 
     def __init__(self) -> None:
+        self.is_cut = False
         self._scopes: set[trio.CancelScope] = set()
 
     @contextmanager
@@ -95,6 +113,7 @@ class InFlight:
 
     def cut(self) -> None:
         """End every job now."""
+        self.is_cut = True
         for scope in tuple(self._scopes):
             scope.cancel()
 
@@ -111,27 +130,43 @@ async def run_job(
 
     async def run_one(index: int) -> None:
         try:
-            await _run_choice(service, job, index, emit)
+            await _run_choice(service, job, index, in_flight, emit)
         except Exception as error:  # the border: whatever it is becomes an answer
             failures.append(from_exception(error, settings))
             nursery.cancel_scope.cancel()
 
-    with in_flight.scope() as scope:
-        async with trio.open_nursery() as nursery:
-            for index in range(len(job.requests)):
-                nursery.start_soon(run_one, index)
+    try:
+        with in_flight.scope() as scope:
+            async with trio.open_nursery() as nursery:
+                for index in range(len(job.requests)):
+                    nursery.start_soon(run_one, index)
+    finally:
+        if job.kept is not None:
+            job.kept.close()
     if failures:
         raise failures[0]
     if scope.cancelled_caught:
-        raise shutting_down()
+        raise restarting() if job.kept is not None and job.kept.is_let_go else shutting_down()
 
 
-async def _run_choice(service: GenerationService, job: ChatJob, index: int, emit: Emit) -> None:
-    async with service.generate(job.requests[index]) as generation:
-        await emit(Started(index, generation.job_id))
-        reason = await _emit_text(generation, job, index, emit)
-        report = await generation.finish()
+async def _run_choice(service: GenerationService, job: ChatJob, index: int, in_flight: InFlight, emit: Emit) -> None:
+    async with generation_of(service, job, index) as generation:
+        try:
+            await emit(Started(index, generation.job_id))
+            reason = await _emit_text(generation, job, index, emit)
+            report = await generation.finish()
+        except trio.Cancelled:
+            if in_flight.is_cut and job.kept is not None:
+                job.kept.let_go(generation)
+            raise
     await emit(Finished(index, reason, report))
+
+
+def generation_of(service: GenerationService, job: ChatJob, index: int) -> AbstractAsyncContextManager[Generation]:
+    """A new job for a choice, or that of before the restart."""
+    if job.kept is not None and job.kept.ticket is not None:
+        return service.take_up(job.requests[index], job.kept.ticket)
+    return service.generate(job.requests[index])
 
 
 async def _emit_text(generation: Generation, job: ChatJob, index: int, emit: Emit) -> FinishReason:

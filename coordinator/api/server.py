@@ -51,6 +51,8 @@ async def serve_http(
     async with trio.open_nursery() as nursery:
         if app.submissions is not None:
             await nursery.start(app.submissions.run)
+        if app.unclaimed is not None:
+            nursery.start_soon(app.unclaimed.run)
         nursery.start_soon(_cut_after_grace, app, stop, grace_s)
 
         async def serve(*, task_status: trio.TaskStatus[list[str]]) -> None:

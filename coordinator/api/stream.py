@@ -17,6 +17,7 @@ from quart.wrappers.response import ResponseBody
 
 from coordinator.api.errors import ApiError
 from coordinator.api.jobs import Delta, Emit, Event, Failed, Finished, Started
+from coordinator.api.place import Place
 from coordinator.api.responses import Answer
 from coordinator.generation import JobReport
 
@@ -54,30 +55,53 @@ async def wait_for_first(events: trio.MemoryReceiveChannel[Event], timeout_s: fl
 
 
 class EventEncoder:
-    """Events to the bytes of OpenAI's stream; knows no time and does no IO."""
+    """Events to the bytes of OpenAI's stream; knows no time and does no IO.
 
-    def __init__(self, answer: Answer, choices: int, *, include_usage: bool) -> None:
+    Args:
+        stream: what the ids of its events begin with, where it can be gone on with.
+        read: what the client has of it already.
+    """
+
+    def __init__(
+        self, answer: Answer, choices: int, *, include_usage: bool, stream: str = "", read: Place | None = None
+    ) -> None:
         self._answer = answer
         self._include_usage = include_usage
         self._reports: list[JobReport | None] = [None] * choices
         self._job_id = ""  # one id for all chunks: that of the job which started first
+        self._place = Place(stream) if stream else None
+        self._read = read
         self.ended = False
 
     def encode(self, event: Event) -> bytes:
-        """The chunks of one event; sets `ended` with the last."""
+        """The chunks of one event, none where the client has them; sets `ended` with the last."""
         match event:
             case Started():
                 self._job_id = self._job_id or event.job_id
-                return self._chunk(event.index, {"role": "assistant", "content": "", "refusal": None})
+                return self._placed("", self._chunk(event.index, {"role": "assistant", "content": "", "refusal": None}))
             case Delta():
-                return self._chunk(event.index, {"content": event.text})
+                return self._placed(event.text, self._chunk(event.index, {"content": event.text}))
             case Finished():
+                if self._read is not None and self._place is not None and self._place.events < self._read.events:
+                    return self._fail(_changed())
                 self._reports[event.index] = event.report
                 return self._chunk(event.index, {}, event.reason) + self._end()
             case Failed():
-                # No [DONE]: nobody shall take this for a complete answer.
-                self.ended = True
-                return _frame(event.error.body())
+                return self._fail(event.error)
+
+    def _placed(self, text: str, chunk: bytes) -> bytes:
+        """A chunk with its event's id. The last events have none: who does not get all of them gets them again."""
+        if self._place is None:
+            return chunk
+        self._place = place = self._place.after(text)
+        if self._read is not None and place.events <= self._read.events:
+            return self._fail(_changed()) if place.events == self._read.events and place != self._read else b""
+        return f"id: {place}\n".encode() + chunk
+
+    def _fail(self, error: ApiError) -> bytes:
+        # No [DONE]: nobody shall take this for a complete answer.
+        self.ended = True
+        return _frame(error.body())
 
     def _chunk(self, index: int, delta: dict[str, Any], reason: str | None = None) -> bytes:
         chunk = self._answer.chunk(self._job_id, index, delta, reason)
@@ -123,16 +147,25 @@ class EventBody(ResponseBody):
         return self
 
     async def __anext__(self) -> bytes:
-        if self._head:
-            return self._encoder.encode(self._head.popleft())
-        if self._encoder.ended:
+        with trio.move_on_after(self._keep_alive_s):
+            while not self._encoder.ended:
+                try:
+                    event = self._head.popleft() if self._head else await self._events.receive()
+                except trio.EndOfChannel:
+                    break
+                if encoded := self._encoder.encode(event):
+                    return encoded
             raise StopAsyncIteration
-        try:
-            with trio.move_on_after(self._keep_alive_s):
-                return self._encoder.encode(await self._events.receive())
-        except trio.EndOfChannel:
-            raise StopAsyncIteration from None
         return KEEP_ALIVE
+
+
+def _changed() -> ApiError:
+    return ApiError(
+        "The stream cannot be gone on with: workers were lost, and its text came out differently",
+        status=502,
+        code="stream_changed",
+        remedy="Send the request again.",
+    )
 
 
 def _frame(value: dict[str, Any]) -> bytes:

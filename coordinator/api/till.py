@@ -21,6 +21,7 @@ from azu.payments.base import PaymentProvider
 from coordinator.api.amounts import amount_out
 from coordinator.api.auth import unauthorized
 from coordinator.api.errors import ApiError
+from coordinator.api.kept import Kept
 from coordinator.generation import GenerationRequest
 
 __all__ = ["Quote", "Till", "deposit_object"]
@@ -57,24 +58,25 @@ class Till:
         return Quote(most, most * self.price)
 
     @asynccontextmanager
-    async def reserved(self, requests: Sequence[GenerationRequest]) -> AsyncIterator[None]:
+    async def reserved(self, requests: Sequence[GenerationRequest], kept: Kept | None = None) -> AsyncIterator[None]:
         """Have the highest cost of all these jobs put aside, or that of none. The block settles them, or fails.
 
-        Where no money can be paid in, nothing is.
+        Where no money can be paid in, nothing is. A job that is taken up has its cost put aside since before the
+        restart, and one that is let go keeps it.
 
         Raises:
             ApiError: status 402 where the balance or the key's limit does not reach, 401 where the key is gone.
         """
         jobs = [each for each in requests if each.wallet and self._provider.address]
         try:
-            for number, each in enumerate(jobs):
+            for number, each in enumerate(jobs if kept is None or kept.ticket is None else ()):
                 answer = await self._reserve(each)
                 if isinstance(answer, Refusal):
                     raise self._refused(answer, jobs[:number], requests)
             yield
         except BaseException:  # also where the client left: what was delivered is settled by now, the rest goes back
             with trio.CancelScope(shield=True):
-                for each in jobs:
+                for each in jobs if kept is None or not kept.is_let_go else ():
                     await self._ledger.release(each.job_id.hex())
             raise
 

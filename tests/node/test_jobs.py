@@ -36,7 +36,6 @@ from azu.wire.messages import (
 )
 from azu.wire.tensors import WeightFormat
 from azu.wire.tokens import pack_tokens
-from node import job as job_module
 from node.engine.stage import Step
 from node.jobs import Jobs
 from tests.node.real_stages import (
@@ -276,7 +275,7 @@ async def test_an_expired_job_says_so(model: TinyModel) -> None:
 
 
 async def test_a_silent_coordinator_loses_its_job(model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(job_module, "SILENCE_S", 0.2)
+    monkeypatch.setattr("node.line.SILENCE_S", 0.2)
     async with real_ring(model, 2) as coordinator, coordinator.opened(coordinator.ticket(4)) as channel:
         while await channel.receive() is not None:
             pass

@@ -19,6 +19,7 @@ from azu.payments import PaymentProvider, open_provider
 from azu.payments.settings import PaymentSettings
 from coordinator.api import ApiSettings, Money, create_app, serve_http
 from coordinator.api.auth import AuthMode
+from coordinator.journal import Journal
 from tests.coordinator.api.conftest import in_thread
 from tests.coordinator.api.twin import LAYERS, Twin
 from tests.payments.anvil import account
@@ -116,21 +117,29 @@ async def open_bank(
     name: str = "hyperliquid",
     is_new: bool = True,
     settings: dict[str, Any] | None = None,
+    stop: trio.Event | None = None,
+    owner: str = "test",
     **options: Any,
 ) -> AsyncIterator[Bank]:
-    """A coordinator that listens on loopback; `template` is an empty ledger's file, which is kept in wei."""
+    """A coordinator that listens on loopback; `template` is an empty ledger's file, which is kept in wei.
+
+    Where it may be stopped, it notes streams.
+    """
     if name == "hyperliquid" and is_new:
         shutil.copyfile(template, folder / "ledger.sqlite3")
     url = f"sqlite:///{folder / 'ledger.sqlite3'}"
     async with (
         provider(name, settings) as chain,
-        Ledger.open(url, currency=chain.coin.unit, owner="test", key_limits=key_limits) as ledger,
+        Ledger.open(url, currency=chain.coin.unit, owner=owner, key_limits=key_limits) as ledger,
         trio.open_nursery() as nursery,
     ):
         twin.ledger = ledger
         money = Money(ledger, chain, mode, PRICE, **options)
-        app = create_app(twin, ApiSettings(max_body_bytes=100_000), money=money)
-        listening: str = await nursery.start(partial(serve_http, app, "127.0.0.1", 0))
+        journal = None if stop is None else Journal(folder)
+        unfinished = journal.read() if journal else ()
+        await ledger.release_abandoned([each.job_id for each in unfinished])
+        app = create_app(twin, ApiSettings(max_body_bytes=100_000), money=money, journal=journal, unfinished=unfinished)
+        listening: str = await nursery.start(partial(serve_http, app, "127.0.0.1", 0, stop=stop, grace_s=0.1))
         # One client, without TLS: to make one takes longer than most requests.
         with httpx.Client(base_url=listening, timeout=30, verify=False, trust_env=False) as web:  # noqa: S501
             yield Bank(web, ledger, twin, money)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,10 @@ from typing import Any
 import trio
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from azu.identity import Identity
 from azu.ledger import Earning, EndedJob, Ledger
 from azu.models.manifest import Blob, LayerCache, Manifest
+from azu.tickets import JobTicket
 from coordinator.generation import (
     GenerationRequest,
     JobReport,
@@ -116,6 +118,8 @@ class Twin:
     pause_s: float = 0.0  # before each token
     stall_after: int | None = None  # tokens before it sleeps for ever
     requests: list[GenerationRequest] = field(default_factory=list)
+    taken_up: list[JobTicket] = field(default_factory=list)
+    known: dict[bytes, int] = field(default_factory=dict)  # tokens of jobs that were let go
     entered: int = 0
     left: int = 0
     finished: int = 0
@@ -133,6 +137,10 @@ class Twin:
         missing = () if self.covered else ((10, 20), (29, 30))
         return [ModelHealth(model.model_id, self.covered, missing, 2) for model in self.served]
 
+    def take_up(self, request: GenerationRequest, ticket: JobTicket) -> AbstractAsyncContextManager[TwinGeneration]:
+        self.taken_up.append(ticket)
+        return self.generate(request)
+
     @asynccontextmanager
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TwinGeneration]:
         self.requests.append(request)
@@ -144,10 +152,12 @@ class Twin:
             # As a real one has: failures of background tasks come out in groups.
             async with trio.open_nursery() as nursery:
                 generation = TwinGeneration(self, request, f"job{self.entered}")
+                if request.note is not None:
+                    request.note(ticket_of(request, self.price))
                 try:
                     yield generation
                 finally:
-                    if self.ledger is not None:  # as a real one, which settles whatever becomes of it
+                    if self.ledger is not None and not generation.is_let_go:  # as a real one, whatever becomes of it
                         with trio.CancelScope(shield=True):
                             await generation.finish()
                 nursery.cancel_scope.cancel()
@@ -161,7 +171,8 @@ class TwinGeneration:
         self._twin = twin
         self._request = request
         self._job_id = job_id
-        self._sampled = 0
+        self._sampled = twin.known.get(request.job_id, 0)
+        self.is_let_go = False
         self._report: JobReport | None = None
         self._tokenizer = Tokenizer.from_file(str(request.model.tokenizer_files["tokenizer.json"]))
 
@@ -180,7 +191,7 @@ class TwinGeneration:
             if twin.stall_after == place:
                 twin.stalled.set()
                 await trio.sleep_forever()
-            self._sampled += 1
+            self._sampled = place + 1
             if token == script[-1] and place == len(ids):
                 yield SampledToken(token, "stop")
             elif self._sampled == self._request.max_tokens:
@@ -188,6 +199,10 @@ class TwinGeneration:
                 return
             else:
                 yield SampledToken(token, "")
+
+    def let_go(self) -> None:
+        self.is_let_go = True
+        self._twin.known[self._request.job_id] = self._sampled
 
     async def finish(self) -> JobReport:
         await trio.lowlevel.checkpoint()
@@ -208,6 +223,31 @@ class TwinGeneration:
         prompt = len(self._request.prompt)
         cost = self._twin.price * positions * LAYERS
         return JobReport(self._job_id, prompt, self._sampled, positions * LAYERS, cost, stages)
+
+
+def ticket_of(request: GenerationRequest, price: int) -> JobTicket:
+    """One with a single stage."""
+    peer_id = Identity(bytes(32)).peer_id
+    manifest = request.model.manifest
+    return JobTicket.model_validate(
+        {
+            "job_id": request.job_id,
+            "epoch": 0,
+            "manifest": manifest.digest,
+            "n_layers": manifest.n_layers,
+            "stages": [{"peer_id": peer_id, "start": 0, "end": manifest.n_layers}],
+            "dtype": "float32",
+            "prompt_tokens": len(request.prompt),
+            "max_tokens": request.max_tokens,
+            "stop_tokens": request.stop_tokens,
+            "sampling": request.sampling,
+            "price": price,
+            "begun_at": 1,
+            "issued_at": 1,
+            "expires_at": 2,
+            "coordinator": peer_id,
+        }
+    )
 
 
 def _ended(report: JobReport, request: GenerationRequest) -> EndedJob:

@@ -1,0 +1,192 @@
+"""Streams that outlive their coordinator: nothing comes twice, nothing is missing, and it is paid for once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import trio
+
+from coordinator.api.place import parse_place
+from tests.coordinator.api.conftest import in_thread
+from tests.coordinator.api.paying import ALICE, BOB, PRICE, Bank, EvmWallet, cost, open_bank
+from tests.coordinator.api.twin import MODEL_ID, Twin
+
+MONEY = 10**18
+BODY = {
+    "model": MODEL_ID,
+    "messages": [{"role": "user", "content": "What is the capital of France?"}],
+    "max_tokens": 40,
+    "stream": True,
+    "stream_options": {"include_usage": True},
+}
+
+
+def events_of(text: str) -> list[tuple[str, Any]]:
+    """The id and the data of each event."""
+    found = []
+    for block in text.split("\n\n"):
+        fields = dict(line.split(": ", 1) for line in block.splitlines() if not line.startswith(":"))
+        if fields:
+            found.append(
+                (fields.get("id", ""), fields["data"] if fields["data"] == "[DONE]" else json.loads(fields["data"]))
+            )
+    return found
+
+
+def text_of(events: list[tuple[str, Any]]) -> str:
+    choices = [choice for _, data in events if isinstance(data, dict) for choice in data.get("choices", ())]
+    return "".join(choice["delta"].get("content") or "" for choice in choices)
+
+
+class House:
+    """A coordinator that can be started again on what it has on disk."""
+
+    def __init__(self, twin: Twin, folder: Path, template: Path) -> None:
+        self.twin, self.folder, self.template = twin, folder, template
+        self.lives = 0
+
+    @asynccontextmanager
+    async def life(self, stop: trio.Event | None = None) -> AsyncIterator[Bank]:
+        self.lives += 1
+        is_new = self.lives == 1
+        opened = open_bank(
+            self.twin,
+            self.folder,
+            self.template,
+            mode="open",
+            is_new=is_new,
+            stop=trio.Event() if stop is None else stop,
+        )
+        async with opened as bank:
+            if is_new:
+                await bank.pay_in(MONEY)
+            yield bank
+
+    async def interrupted(self, **changes: Any) -> list[tuple[str, Any]]:
+        """The events of a stream whose coordinator is stopped after five tokens."""
+        self.twin.stall_after, self.twin.stalled = 5, trio.Event()
+        stop, answers = trio.Event(), list[str]()
+        async with self.life(stop) as bank, trio.open_nursery() as nursery:
+
+            async def read() -> None:
+                answers.append((await self.ask(bank, **changes)).text)
+
+            nursery.start_soon(read)
+            await self.twin.stalled.wait()
+            await trio.sleep(0.1)  # what was sampled leaves
+            stop.set()
+        self.twin.stall_after = None
+        return events_of(answers[0])
+
+    async def ask(self, bank: Bank, last: str = "", wallet: EvmWallet = ALICE, **changes: Any) -> httpx.Response:
+        headers = {"Authorization": f"Bearer {wallet.address}"} | ({"Last-Event-ID": last} if last else {})
+        post = partial(httpx.post, f"{bank.url}/v1/chat/completions", json=BODY | changes, headers=headers, timeout=30)
+        return await in_thread(post)
+
+
+@pytest.fixture
+async def house(twin: Twin, tmp_path: Path, empty_ledger: Path) -> House:
+    twin.price = PRICE
+    return House(twin, tmp_path, empty_ledger)
+
+
+def last_of(events: list[tuple[str, Any]]) -> str:
+    return [each for each, _ in events if each][-1]
+
+
+async def test_a_stream_goes_on_after_a_restart(house: House) -> None:
+    before = await house.interrupted()
+    assert before[-1][1]["error"]["code"] == "restarting"
+    async with house.life() as bank:
+        aside = (await bank.has())[1]
+        assert aside > 0
+        after = events_of((await house.ask(bank, last_of(before))).text)
+        assert text_of(before)
+        assert text_of(before) + text_of(after) == house.twin.answer
+        assert [data for _, data in after if isinstance(data, dict) and data.get("error")] == []
+        assert after[-1][1] == "[DONE]"
+        usage = after[-2][1]["usage"]
+        assert {(data["id"], data["created"]) for _, data in before[:-1]} == {
+            (data["id"].replace("job2", "job1"), data["created"]) for _, data in after[:-1]
+        }
+        spent = cost(usage["prompt_tokens"] + usage["completion_tokens"] - 1)
+        assert await bank.has() == (MONEY - spent, 0)
+        assert await bank.ledger.verify() == []
+        gone = await house.ask(bank, last_of(before))
+        assert (gone.status_code, gone.json()["error"]["code"]) == (404, "stream_not_found")
+        assert list((house.folder / "streams").iterdir()) == []
+
+
+async def test_it_goes_on_from_any_of_its_events_and_after_a_second_restart(house: House) -> None:
+    before = await house.interrupted()
+    house.twin.stall_after, house.twin.stalled = 6, trio.Event()
+    stop, texts = trio.Event(), list[str]()
+    async with house.life(stop) as bank, trio.open_nursery() as nursery:
+
+        async def read() -> None:
+            texts.append((await house.ask(bank, before[1][0])).text)
+
+        nursery.start_soon(read)
+        await house.twin.stalled.wait()
+        await trio.sleep(0.1)
+        stop.set()
+    house.twin.stall_after = None
+    between = events_of(texts[0])
+    async with house.life() as bank:
+        after = events_of((await house.ask(bank, last_of(between))).text)
+    assert text_of(before[:2]) + text_of(between) + text_of(after) == house.twin.answer
+
+
+async def test_what_nobody_claims_is_ended_and_paid_as_far_as_it_came(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await house.interrupted()
+    monkeypatch.setattr("coordinator.api.kept.CLAIM_S", 0.05)
+    async with house.life() as bank:
+        with trio.fail_after(20):
+            while (await bank.has())[1]:
+                await trio.sleep(0.02)
+        prompt = len(house.twin.requests[0].prompt)
+        assert await bank.has() == (MONEY - cost(prompt + 5 - 1), 0)
+        assert await bank.ledger.verify() == []
+        while list((house.folder / "streams").iterdir()):
+            await trio.sleep(0.02)
+
+
+async def test_a_stream_is_its_own_wallets(house: House) -> None:
+    before = await house.interrupted()
+    place = parse_place(last_of(before))
+    async with house.life() as bank:
+        for last, wallet, status, code in (
+            (str(place), BOB, 404, "stream_not_found"),
+            (f"{'0' * 32}-1-00000000", ALICE, 404, "stream_not_found"),
+            ("nonsense", ALICE, 400, "invalid_last_event_id"),
+            (f"{place}0", ALICE, 400, "invalid_last_event_id"),
+        ):
+            refused = await house.ask(bank, last, wallet)
+            assert (refused.status_code, refused.json()["error"]["code"]) == (status, code)
+        assert text_of(before) + text_of(events_of((await house.ask(bank, str(place))).text)) == house.twin.answer
+
+
+@pytest.mark.parametrize("changed", ["Another capital of France is Lyon.", "T"])
+async def test_a_text_that_comes_out_differently_does_not_go_on(house: House, changed: str) -> None:
+    before = await house.interrupted()
+    house.twin.answer = changed
+    async with house.life() as bank:
+        after = events_of((await house.ask(bank, last_of(before))).text)
+        assert [data["error"]["code"] for _, data in after] == ["stream_changed"]
+
+
+async def test_several_choices_do_not_outlive_a_restart(house: House) -> None:
+    events = await house.interrupted(n=2)
+    assert not any(each for each, _ in events)
+    assert events[-1][1]["error"]["code"] == "shutting_down"
+    async with house.life() as bank:
+        assert (await bank.has())[1] == 0

@@ -1,0 +1,91 @@
+"""Jobs that their coordinator left to their stages, and takes up again; real stages, on loopback."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from azu.errors import NetworkError
+from azu.tickets import JobTicket
+from coordinator.generation import GenerationRequest
+from coordinator.job import RunningJob
+from tests.coordinator.test_failover import COUNT, POSITIONS, PROMPT, THREE, pair
+from tests.node.real_stages import TinyModel, tiny_model
+from tests.real_swarm import RealSwarm, real_swarm
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
+    return tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@asynccontextmanager
+async def let_go(swarm: RealSwarm) -> AsyncIterator[tuple[GenerationRequest, list[JobTicket], list[int]]]:
+    """A job that was let go after some tokens, the tickets that were noted, and these tokens."""
+    tickets: list[JobTicket] = []
+    request = replace(swarm.request(PROMPT, COUNT), note=tickets.append)
+    tokens: list[int] = []
+    async with swarm.runner.generate(request) as job, aclosing(job.tokens()) as answer:  # type: ignore[type-var]
+        async for sampled in answer:
+            tokens.append(sampled.token)
+            if len(tokens) == 5:
+                job.let_go()
+                break
+    assert [ticket.epoch for ticket in tickets] == [0]
+    yield request, tickets, tokens
+
+
+async def rest_of(swarm: RealSwarm, request: GenerationRequest, ticket: JobTicket) -> tuple[list[int], RunningJob]:
+    async with swarm.runner.take_up(request, ticket) as job:
+        tokens = [sampled.token async for sampled in job.tokens()]
+        await job.finish()
+    return tokens, job
+
+
+async def test_a_job_goes_on_where_it_was_and_is_paid_once(model: TinyModel, tmp_path: Path) -> None:
+    async with real_swarm(model, tmp_path, *THREE) as swarm, let_go(swarm) as (request, tickets, before):
+        assert await swarm.meter.earnings() == {}
+        tokens, job = await rest_of(swarm, request, tickets[-1])
+        assert tokens == model.greedy(PROMPT, COUNT)
+        assert tokens[: len(before)] == before
+        assert all(sum(worker.rows) == POSITIONS for worker in swarm.workers)  # nobody ran anything twice
+        report = await job.finish()
+        assert (report.completion_tokens, [stage.state for stage in report.stages]) == (COUNT, ["credited"] * 3)
+        assert sum((await swarm.meter.earnings()).values()) == report.credited
+        assert [ticket.epoch for ticket in tickets] == list(range(job.ticket.epoch + 1))
+        await swarm.until_idle()
+
+
+async def test_it_may_be_let_go_again(model: TinyModel, tmp_path: Path) -> None:
+    async with real_swarm(model, tmp_path, *THREE) as swarm, let_go(swarm) as (request, tickets, _):
+        async with swarm.runner.take_up(request, tickets[-1]) as job:
+            job.let_go()
+        tokens, _ = await rest_of(swarm, request, tickets[-1])
+        assert tokens == model.greedy(PROMPT, COUNT)
+
+
+@pytest.mark.parametrize("lost", [0, 1, 3])
+async def test_a_worker_that_died_meanwhile_is_replaced(model: TinyModel, tmp_path: Path, lost: int) -> None:
+    async with real_swarm(model, tmp_path, *THREE, *THREE) as swarm, let_go(swarm) as (request, tickets, _):
+        pair(swarm, lost)[0].kill()
+        tokens, _ = await rest_of(swarm, request, tickets[-1])
+        assert tokens == model.greedy(PROMPT, COUNT)
+
+
+async def test_it_ends_where_nobody_knows_its_tokens(
+    model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("coordinator.jobs._FIND_S", 2.0)
+    async with real_swarm(model, tmp_path, *THREE, *THREE) as swarm, let_go(swarm) as (request, tickets, _):
+        for start in (0, 3):
+            pair(swarm, start)[0].kill()
+        with pytest.RaisesGroup(NetworkError, flatten_subgroups=True) as lost:
+            await rest_of(swarm, request, tickets[-1])
+        (error,) = lost.value.exceptions
+        assert getattr(error, "code", "") == "tokens_lost"
+        assert await swarm.meter.earnings() == {}
+        await swarm.until_idle()
