@@ -37,6 +37,11 @@ _AFTER_ASSIGNMENT_S = 2 * _TICK_S
 _AFTER_REFUSAL_S = 15.0
 
 
+def _is_anothers(worker: WorkerRecord, me: str) -> bool:
+    """Whether another coordinator has given the worker its layers, which are left as they are then."""
+    return worker.assigned_by not in ("", me)
+
+
 def _active(worker: WorkerRecord) -> list[HeldRange]:
     """What a worker has in memory or is loading."""
     return [held for held in worker.ranges if held.state != "cached"]
@@ -49,13 +54,16 @@ def _without(retired: Collection[str], worker: WorkerRecord) -> WorkerRecord:
     return worker.model_copy(update={"ranges": tuple(h for h in worker.ranges if h.manifest not in retired)})
 
 
-def with_spares_free(workers: Sequence[WorkerRecord]) -> list[WorkerRecord]:
-    """The workers as if those that only repeat what another has loaded, and run no job, held nothing."""
+def with_spares_free(workers: Sequence[WorkerRecord], me: str = "") -> list[WorkerRecord]:
+    """The workers as if those that only repeat what another has loaded, and run no job, held nothing.
+
+    Those that another coordinator than `me` has given their layers keep them.
+    """
     kept: set[tuple[str, int, int, str]] = set()
     freed: list[WorkerRecord] = []
     for worker in sorted(workers, key=lambda worker: (-worker.jobs, worker.peer_id)):
         loaded = {(h.manifest, h.start, h.end, worker.dtype) for h in worker.ranges if h.state == "loaded"}
-        is_spare = bool(loaded) and not worker.jobs and loaded <= kept
+        is_spare = bool(loaded) and not worker.jobs and loaded <= kept and not _is_anothers(worker, me)
         kept |= loaded
         freed.append(_without({manifest for manifest, *_ in loaded}, worker) if is_spare else worker)
     return freed
@@ -131,7 +139,11 @@ class Placer:
         self._assigned = {peer: held for peer, held in self._assigned.items() if now < held[1]}
         self._left_out = {peer: until for peer, until in self._left_out.items() if now < until}
         manifests, retired = self._manifests(), self._retired()
-        workers = [self._as_assigned(_without(retired, worker)) for worker in self._swarm.workers()]
+        me = self._identity.peer_id
+        workers = [
+            self._as_assigned(worker if _is_anothers(worker, me) else _without(retired, worker))
+            for worker in self._swarm.workers()
+        ]
         for manifest in manifests:
             self._report(manifest, missing_layers(manifest, workers), len(workers))
         # Who refuses to change what it holds still holds it: leaving it out would tear a hole to be filled.
@@ -140,7 +152,7 @@ class Placer:
             for manifest in manifests:
                 placed = self._place(nursery, manifest, workers)
                 if not placed and _is_missing(manifest, workers):
-                    placed = self._place(nursery, manifest, with_spares_free(workers))
+                    placed = self._place(nursery, manifest, with_spares_free(workers, me))
                 workers = [worker for worker in workers if worker.peer_id not in placed]
 
     def _place(self, nursery: trio.Nursery, manifest: Manifest, workers: Sequence[WorkerRecord]) -> set[str]:
@@ -149,7 +161,8 @@ class Placer:
         for dtype in sorted({worker.dtype for worker in workers}):
             alike = [worker for worker in workers if worker.dtype == dtype]
             shape, links = shape_of(manifest, dtype, self._kv_tokens), links_of(manifest, dtype, alike)
-            for placement in place(shape, views_for(manifest, alike), links):
+            views = views_for(manifest, alike, is_fixed=partial(_is_anothers, me=self._identity.peer_id))
+            for placement in place(shape, views, links):
                 placed.add(placement.peer_id)
                 if placement.peer_id not in self._left_out:
                     nursery.start_soon(self._assign, manifest, dtype, placement)

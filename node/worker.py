@@ -103,6 +103,7 @@ class Worker:
         self._failed: tuple[tuple[str, int, int], str, float] | None = None  # which layers, why, until when to refuse
         self._sequence = 0
         self._assigned_sequences: dict[str, int] = {}  # by coordinator: their clocks may differ
+        self._assigned_by = ""  # the coordinator whose assignment was followed last
         self._changed = trio.Event()
         self._orders_in, self._orders = trio.open_memory_channel[Assignment](1)
         self._alone = Alone(overlay, library, trust, self._record, self._take_up)
@@ -192,6 +193,7 @@ class Worker:
             waiting=round(self.instruments.waiting),
             links=self.instruments.ring.links.told(trio.current_time()),
             leaving=self.jobs.is_leaving,
+            assigned_by=self._owner(),
         )
 
     async def _advertise(self) -> None:
@@ -244,6 +246,7 @@ class Worker:
         except (TrustError, ProtocolError) as error:
             self._overlay.count_violation(sender)
             return refusal_of(error)
+        owner = self._owner()
         refusal = check_assignment(
             assignment,
             signer=signer,
@@ -252,24 +255,35 @@ class Worker:
             now=time.time(),
             is_trusted=self._trust,
             last_sequence=self._assigned_sequences.get(signer, -1),
-        ) or self._take_up(assignment)
+        )
+        if refusal is None and owner not in ("", signer) and not self._is_fulfilled(assignment):
+            refusal = Refusal("assigned", f"its layers are those of coordinator {owner}, which is connected")
+        refusal = refusal or self._take_up(assignment)
         if refusal is not None:
             log(logger, logging.INFO, "assignment refused", peer=sender, code=refusal.code, reason=refusal.message)
             return Refused(code=refusal.code, message=refusal.message, remedy=refusal.remedy)
         self._assigned_sequences[signer] = assignment.sequence
         self._trust.follow(signer)
+        if owner in ("", signer):
+            self._assigned_by = signer
         return None
 
     def _take_up(self, assignment: Assignment) -> Refusal | None:
         """Load layers, if they are not loaded, unless there is a reason not to."""
         if (refusal := self._check_state(assignment)) is not None or self._is_fulfilled(assignment):
             return refusal
-        self.jobs.loaded = None
+        self.jobs.loaded, self._assigned_by = None, ""
         self._loading = HeldRange(
             manifest=assignment.manifest, start=assignment.start, end=assignment.end, state="loading"
         )
         self._orders_in.send_nowait(assignment)
         return None
+
+    def _owner(self) -> str:
+        """The coordinator that gave it the layers which it holds, while that is connected."""
+        holds = self._loading is not None or self.jobs.loaded is not None
+        owner = self._assigned_by if holds else ""
+        return owner if owner and self._overlay.is_connected(owner) else ""
 
     def _check_state(self, assignment: Assignment) -> Refusal | None:
         if self.jobs.is_leaving:

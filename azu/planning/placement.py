@@ -161,7 +161,7 @@ def _chain(
 def _from_scratch(
     shape: ModelShape, workers: Sequence[WorkerView], power: Mapping[str, Power]
 ) -> tuple[list[Range], list[Placement]] | None:
-    plan = cover(shape, workers, power, 0, shape.n_layers)
+    plan = cover(shape, [worker for worker in workers if not worker.is_fixed], power, 0, shape.n_layers)
     if plan is None:
         return None
     held = {worker.peer_id: worker.held for worker in workers}

@@ -245,7 +245,7 @@ class Replicas:
         return stage.share(self._power[worker.peer_id])
 
     def _may_move(self, worker: WorkerView, stage: Stage) -> bool:
-        is_free = not worker.jobs and (worker.ready or worker.peer_id in self._given)
+        is_free = not worker.is_fixed and not worker.jobs and (worker.ready or worker.peer_id in self._given)
         return is_free and worker.decode_s > 0 and stage.need <= worker.vram
 
     def _gains(self, weak: Stage, rate: float, worker: WorkerView) -> bool:

@@ -73,8 +73,8 @@ class WorkerView:
 
     `held` is the range that it has loaded or is loading, `ready` whether it can run it; `cached` what lies on its disk.
     `network` is an opaque group, whose members may fail together; "" is a group of its own. A pass of b jobs takes
-    `decode_s + (b - 1) * decode_job_s` for each layer, a prompt's position `prefill_s`. Workers that hold layers of
-    another model are not passed in.
+    `decode_s + (b - 1) * decode_job_s` for each layer, a prompt's position `prefill_s`. Who `is_fixed` is given no
+    other layers than it holds. Workers that hold layers of another model are not passed in.
     """
 
     peer_id: str
@@ -90,6 +90,7 @@ class WorkerView:
     prefill_s: float = 0.0
     faults: int = 0
     relayed: bool = False
+    is_fixed: bool = False
 
     def has_cached(self, range_: Range) -> bool:
         """Whether all of a range lies on its disk."""

@@ -19,9 +19,16 @@ _LEAST_RTT_S = 0.0001  # who claims less gets no more jobs for it
 
 
 def views_for(
-    manifest: Manifest, workers: Iterable[WorkerRecord], faults: Callable[[str], int] = lambda _: 0
+    manifest: Manifest,
+    workers: Iterable[WorkerRecord],
+    faults: Callable[[str], int] = lambda _: 0,
+    is_fixed: Callable[[WorkerRecord], bool] = lambda _: False,
 ) -> list[WorkerView]:
-    """Workers as the planner sees them for one model; those busy with another model are left out."""
+    """Workers as the planner sees them for one model; those busy with another model are left out.
+
+    Args:
+        is_fixed: whether a worker is given no other layers than it holds.
+    """
     views: list[WorkerView] = []
     for worker in workers:
         active = [held for held in worker.ranges if held.state != "cached"]  # in memory, or on its way
@@ -44,6 +51,7 @@ def views_for(
                 prefill_s=worker.speed.prefill_ns / 1e9,
                 faults=faults(worker.peer_id),
                 relayed=bool(worker.addrs) and all("/p2p-circuit" in addr for addr in worker.addrs),
+                is_fixed=is_fixed(worker),
             )
         )
     return views

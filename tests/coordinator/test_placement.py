@@ -132,3 +132,24 @@ async def test_no_replica_is_given_up_where_it_runs_a_job_or_is_of_no_use(
         with trio.move_on_after(0.5):
             await placer(swarm).run()
         assert swarm.taken == expected
+
+
+async def test_what_another_coordinator_gave_out_is_planned_with_and_left_as_it_is(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    whole = room_for(12)
+    others = {"vram_total": whole, "jobs": 0, "assigned_by": Identity(bytes([77]) * 32).peer_id}
+    retired = worker(1, ("e" * 64, 0, 12, "loaded"), **others)
+    replicas = [worker(number, (OTHER, 0, 12, "loaded"), **others) for number in (2, 3)]
+    part = worker(4, (OURS, 6, 12, "loaded"), **others)
+    idle = worker(5, vram_total=room_for(8))
+    for workers, expected in (
+        ([retired, *replicas], []),
+        ([retired, *replicas, part], []),  # nor is a plan made from scratch
+        ([retired, *replicas, part, idle], [(idle.peer_id, 0, 6)]),
+    ):
+        swarm = SwarmTwin(*workers)
+        planning = Placer(Identity(bytes(32)), swarm, lambda: [MANIFEST], kv_tokens=1, retired=lambda: {"e" * 64})  # type: ignore[arg-type]
+        with trio.move_on_after(0.5):
+            await planning.run()
+        assert swarm.taken == expected

@@ -209,7 +209,23 @@ async def test_a_coordinator_whose_clock_is_ahead_shuts_no_other_out(scene: Scen
     scene.loader.go.set()
     assert await scene.order(sequence=2**50, by=98) == ""
     await scene.until("loaded")
+    assert await scene.order(by=99) == ""
+
+
+async def test_its_layers_are_one_coordinators_while_that_is_connected(scene: Scene) -> None:
+    scene.loader.go.set()
+    assert await scene.order(by=98) == ""
+    await scene.until("loaded")
+    assert await scene.order(1, 3, by=99) == "assigned"
+    assert await scene.order(by=99) == ""  # the same layers: nothing changes
+    assert (await scene.record()).assigned_by == identity(98).peer_id
+    assert await scene.order(2, 4, by=98) == ""
+    await scene.until("loaded")
+    await scene.coordinators[98].disconnect(scene.overlay.peer_id)
+    while (await scene.record()).assigned_by:
+        await trio.sleep(0.01)
     assert await scene.order(1, 3, by=99) == ""
+    assert (await scene.record()).assigned_by == identity(99).peer_id
 
 
 async def test_a_change_while_a_record_travels_is_told_at_once(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
