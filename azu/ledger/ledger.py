@@ -49,17 +49,17 @@ _ABANDONED_S = 86_400
 class Ledger:
     """An open ledger; `Ledger.open` makes it.
 
-    Amounts are in the smallest unit of `currency`. Every method that changes something may be called again with the
-    same id, and then returns what the first call did. All raise InternalError where the database cannot be used, and
-    InputError for amounts and names that cannot be.
+    Amounts are in the smallest unit of `currency`; `owner` is the coordinator that uses it. Every method that changes
+    something may be called again with the same id, and then returns what the first call did. All raise InternalError
+    where the database cannot be used, and InputError for amounts and names that cannot be.
     """
 
     def __init__(self, database: Database, writer: Writer, currency: str, owner: str) -> None:
         self.currency = currency
+        self.owner = owner
         self.name = database.name
         self._database = database
         self._writer = writer
-        self._owner = owner
         self._readers = trio.CapacityLimiter(_READERS)
 
     @classmethod
@@ -104,7 +104,7 @@ class Ledger:
         check_name(wallet, "wallet")
         if key_id is not None:
             check_name(key_id, "key id")
-        return await self._writer.do(Reserve(job_id, wallet, check_amount(amount), key_id, self._owner, expires_at))
+        return await self._writer.do(Reserve(job_id, wallet, check_amount(amount), key_id, self.owner, expires_at))
 
     async def settle(
         self, job: EndedJob, *, is_free: bool = False, key: str | None = None, at: int | None = None
@@ -131,7 +131,7 @@ class Ledger:
             kept: ids of jobs that it goes on with.
         """
         before = int(time.time()) - _ABANDONED_S
-        mine = await self.read(partial(reading.open_reservations, owner=self._owner))
+        mine = await self.read(partial(reading.open_reservations, owner=self.owner))
         lost = await self.read(partial(reading.open_reservations, expired_before=before))
         return [await self.release(job_id) for job_id in {each.job_id for each in (*mine, *lost)}.difference(kept)]
 

@@ -9,6 +9,7 @@ transactions ─┬─ postings             append-only; each digest covers the 
 balances      what the postings add up to, by account
 key_spending  what the reservations add up to, by API key
 api_keys      who may spend; challenges that were redeemed for one; sign_in, the secret that they are made with
+submitted     jobs that nobody waits for on the line, and what came of them, for an hour
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ __all__ = [
     "reservations",
     "sign_in",
     "stages",
+    "submitted",
     "transactions",
 ]
 
@@ -237,4 +239,19 @@ sign_in = Table(
     METADATA,
     Column("id", BigInteger, CheckConstraint("id = 1", name="one_secret"), primary_key=True, autoincrement=False),
     Column("secret", LargeBinary, nullable=False),  # what challenges are made with
+)
+
+submitted = Table(
+    "submitted",
+    METADATA,
+    Column("job_id", Text, primary_key=True),
+    Column("account", Text, nullable=False, index=True),
+    Column("owner", Text, nullable=False),
+    Column("model_id", Text, nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+    Column("status", String(16), nullable=False),
+    Column("came_ns", BigInteger, nullable=False),  # which is older
+    Column("ended_at", BigInteger, index=True),
+    Column("outcome", Text, nullable=False),  # JSON
+    Column("chars", BigInteger, nullable=False),  # of the outcome
 )

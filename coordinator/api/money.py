@@ -76,7 +76,7 @@ def add_money_routes(
     Args:
         url: where the application listens.
     """
-    accounts, submissions = Accounts(money.ledger, money.provider), Submissions(completions, gate)
+    accounts, submissions = Accounts(money.ledger, money.provider), Submissions(completions, gate, money.ledger)
     _add_key_routes(app, SignIn(KeyStore(money.ledger), lambda: money.site(url())), gate)
     _add_pricing_routes(app, money, completions, service)
 
@@ -100,7 +100,7 @@ def add_money_routes(
     @app.get("/results/<job_id>")
     async def result(job_id: str) -> dict[str, Any]:
         caller = await gate.admit(request, "inference", request.args.get("user_pubkey"))
-        return submissions.result(caller, job_id)
+        return await submissions.result(caller, job_id)
 
     return submissions
 

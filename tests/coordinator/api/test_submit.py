@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -102,7 +103,7 @@ async def test_a_job_that_fails_says_why(bank: Bank) -> None:
 
 
 async def test_a_wallet_has_so_many_jobs_at_most(bank: Bank, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("coordinator.api.results.MAX_OF_ACCOUNT", 2)
+    monkeypatch.setattr("azu.accounts.submitted.MAX_OF_ACCOUNT", 2)
     key = await bank.key()
     await bank.pay_in(10**18)
     first = await submitted(bank, key)
@@ -120,10 +121,11 @@ async def test_results_are_kept_within_time_and_size(bank: Bank, monkeypatch: py
     key, other = await bank.key(), await bank.key(BOB)
     await bank.pay_in(10**18)
     await bank.pay_in(10**18, BOB, number=2)
-    monkeypatch.setattr("coordinator.api.results.MAX_CHARS", 2 * len(bank.twin.answer) + 10)
     jobs = [await submitted(bank, with_key) for with_key in (key, other)]
     for job_id, with_key in zip(jobs, (key, other), strict=True):
-        await result_of(bank, with_key, job_id)
+        result = await result_of(bank, with_key, job_id)
+    size = len(json.dumps({name: result[name] for name in ("result", "finish_reason", "usage", "error")}))
+    monkeypatch.setattr("azu.accounts.submitted.MAX_CHARS", 2 * size + size // 2)
     await result_of(bank, key, await submitted(bank, key))
     kept = [
         await bank.send("GET", f"/results/{jobs[0]}", key=key),
@@ -157,3 +159,19 @@ async def test_bad_bodies(bank: Bank) -> None:
         assert (response.status_code, response.json()["error"]["code"]) == (status, code), changes
     assert bank.twin.requests == []
     assert await bank.has() == (10**18, 0)
+
+
+async def test_another_coordinator_knows_what_became_of_it(bank: Bank, twin: Twin, tmp_path: Path) -> None:
+    """The same, and one whose coordinator restarts while it runs."""
+    key = await bank.key()
+    await bank.pay_in(10**18)
+    done = await submitted(bank, key)
+    expected = await result_of(bank, key, done)
+    twin.stall_after = 1
+    running = await submitted(bank, key)
+    async with open_bank(twin, tmp_path, tmp_path, is_new=False, owner="other") as other:
+        assert await result_of(other, key, done) == expected
+        assert (await other.send("GET", f"/results/{running}", key=key)).json()["status"] in ("queued", "running")
+    async with open_bank(twin, tmp_path, tmp_path, is_new=False) as again:
+        result = await result_of(again, key, running)
+        assert (result["status"], result["error"]["code"]) == ("failed", "restarted")
