@@ -109,26 +109,29 @@ class LocalSwarm:
     """A bootstrap node, a coordinator and workers; ends them all when its context is left."""
 
     def __init__(
-        self, folder: Path, *, model: str | None = None, kv_tokens: int = 8192, env: dict[str, str] | None = None
+        self,
+        folder: Path,
+        *,
+        model: str | None = None,
+        kv_tokens: int = 8192,
+        env: dict[str, str] | None = None,
+        options: Sequence[str] = ("--payment-provider", "none"),
     ) -> None:
         self.folder = folder
         self.workers: list[Program] = []
         self._model = model or str(smollm2_path())
         self._kv_tokens = kv_tokens
         self._env = env
+        self._options = options
         self._programs: list[Program] = []
 
     def __enter__(self) -> Self:
         try:
             self.bootstrap = self.start("bootstrap", "azu-bootstrap", "run")
             self.multiaddr = str(self.bootstrap.wait_for("bootstrap node ready")["addrs"][0])
-            self.coordinator = self.start(
-                "coordinator", "azu-coordinator", "serve", "--bootstrap", self.multiaddr, "--model", self._model,
-                "--port", "0", "--kv-tokens", str(self._kv_tokens), "--payment-provider", "none",
-            )  # fmt: skip
-            published = self.coordinator.wait_for("model published")
+            self.coordinator, self.url = self.start_coordinator()
+            published = self.coordinator.found("model published")[0]
             self.model_id, self.manifest = str(published["model"]), str(published["manifest"])
-            self.url = str(self.coordinator.wait_for("answering OpenAI clients")["url"]).removesuffix("/v1")
         except BaseException:
             self._stop()
             raise
@@ -152,6 +155,14 @@ class LocalSwarm:
         program = Program(name, [*command, *options], self._env)
         self._programs.append(program)
         return program
+
+    def start_coordinator(self, name: str = "coordinator") -> tuple[Program, str]:
+        """Start a coordinator, and wait for its URL; it goes on where one of that name ended."""
+        program = self.start(
+            name, "azu-coordinator", "serve", "--bootstrap", self.multiaddr, "--model", self._model,
+            "--port", "0", "--kv-tokens", str(self._kv_tokens), *self._options,
+        )  # fmt: skip
+        return program, str(program.wait_for("answering OpenAI clients")["url"]).removesuffix("/v1")
 
     def add_worker(self, vram: str, *options: str, name: str | None = None) -> Program:
         """Start a worker with one compute thread, since all share these cores; `name` also names its data folder."""
