@@ -109,8 +109,8 @@ class Link(Document):
 class WorkerRecord(Record):
     """A worker's offer. Memory in bytes; `layer_us` is microseconds per decoded token and layer of a job that is alone,
     when the layers were loaded, 0 if not measured. `waiting`: jobs' steps that wait for their pass, as a mean of the
-    last minute. `leaving`: it takes no new jobs and no layers. `assigned_by`: the coordinator whose layers it holds, while
-    that is connected to it. What older workers do not tell has a default.
+    last minute. `leaving`: it takes no new jobs and no layers. `assigned_by`: the coordinator whose layers it holds,
+    while that is connected to it. What older workers do not tell has a default.
     """
 
     device: Annotated[str, Field(max_length=128)]

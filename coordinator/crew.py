@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import trio
 
@@ -12,6 +12,7 @@ from azu.overlay import Overlay
 from azu.tickets import JobTicket, Receipt, sign_ticket
 from coordinator.agreement import Handover
 from coordinator.attendance import Attendance, Audience
+from coordinator.generation import Note
 from coordinator.mending import Start
 
 __all__ = ["Crew"]
@@ -28,7 +29,7 @@ class Crew:
         ticket: the one in force.
         stages: in their order; empty until they are attended.
         handovers: of stages that were left properly.
-        note: called with each ticket before a stage gets to see it, from the first amendment on.
+        note: called with each ticket before a stage gets to see it, and the handovers whenever more is known of them.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class Crew:
         self.stages: list[Attendance] = []
         self.handovers: list[Handover] = []
         self._left: list[tuple[Handover, Attendance]] = []
-        self.note: Callable[[JobTicket], None] = lambda ticket: None
+        self.note: Note = lambda ticket, handovers: None
         self._keep_s = keep_s
         self._identity = identity
         self._overlay = overlay
@@ -78,7 +79,7 @@ class Crew:
                 self.stages[index].end(known)
         paid_from = dict.fromkeys(left, self.ticket.positions(known))
         self.ticket = self.ticket.amended(peers, int(time.time()), paid_from)
-        self.note(self.ticket)
+        self.note(self.ticket, self.handovers)
         envelope = sign_ticket(self._identity, self.ticket)
         for index, stage in enumerate(self.stages):
             if index in peers:
@@ -96,6 +97,8 @@ class Crew:
 
     def resume(self, starts: Sequence[Start], known: Sequence[int]) -> None:
         """Tell all stages, which are paused, where to go on."""
+        if self.handovers:
+            self.note(self.ticket, self.handovers)
         for stage, start in zip(self.stages, starts, strict=True):
             stage.resume(start, known)
 
@@ -106,9 +109,6 @@ class Crew:
         with trio.move_on_after(patience):
             while self._attending:
                 await self.news()
-        for handover, left in self._left:
-            if left.receipt is not None:
-                handover.receipts[left.index] = left.receipt
         return {stage.index: stage.receipt for stage in self.stages if stage.receipt is not None}
 
     def leave(self) -> None:
@@ -118,7 +118,7 @@ class Crew:
 
     def let_go(self) -> None:
         """Attend no stage any more; they keep the job for a while."""
-        for stage in self.stages:
+        for stage in (*self.stages, *(left for _, left in self._left)):
             stage.let_go()
 
     def tell_news(self) -> None:
@@ -141,6 +141,14 @@ class Crew:
     async def _attended(self, stage: Attendance) -> None:
         try:
             await stage.run(self._audience)
+            self._note_receipt(stage)
         finally:
             self._attending -= 1
             self.tell_news()
+
+    def _note_receipt(self, stage: Attendance) -> None:
+        """Keep the receipt of a stage that was left."""
+        for handover, left in self._left:
+            if left is stage and stage.receipt is not None:
+                handover.receipts[stage.index] = stage.receipt
+                self.note(self.ticket, self.handovers)

@@ -15,6 +15,7 @@ from typing import Literal, Protocol
 
 from azu.models.manifest import Manifest
 from azu.tickets import JobTicket, Sampling
+from coordinator.agreement import Handover
 
 __all__ = [
     "Generation",
@@ -22,12 +23,17 @@ __all__ = [
     "GenerationService",
     "JobReport",
     "ModelHealth",
+    "Note",
     "SampledToken",
     "ServedModel",
     "StageReport",
     "known_as",
     "new_job_id",
 ]
+
+
+# Told the ticket in force, and of the stages that were left properly before.
+Note = Callable[[JobTicket, Sequence[Handover]], None]
 
 
 def new_job_id() -> bytes:
@@ -73,8 +79,8 @@ class GenerationRequest:
         wallet: who pays; "" where use is free.
         key_id: the API key that it was asked with.
         job_id: under which the ledger knows it, see `new_job_id`.
-        note: told the ticket by which the job can be taken up, after its first token and before each amendment. Where
-            there is one, stages keep the job for a while when this coordinator goes away.
+        note: told by what the job can be taken up, after its first token and before each amendment. Where there is one,
+            stages keep the job for a while when this coordinator goes away.
     """
 
     model: ServedModel
@@ -86,7 +92,7 @@ class GenerationRequest:
     wallet: str = ""
     key_id: str | None = None
     job_id: bytes = field(default_factory=new_job_id)
-    note: Callable[[JobTicket], None] | None = field(default=None, compare=False, repr=False)
+    note: Note | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,8 +180,10 @@ class GenerationService(Protocol):
             NetworkError: a stage could not be reached or refused.
         """
 
-    def take_up(self, request: GenerationRequest, ticket: JobTicket) -> AbstractAsyncContextManager[Generation]:
-        """Go on with a job that was let go, by the last ticket that was noted.
+    def take_up(
+        self, request: GenerationRequest, ticket: JobTicket, handovers: Sequence[Handover]
+    ) -> AbstractAsyncContextManager[Generation]:
+        """Go on with a job that was let go, by what was noted last.
 
         Its tokens come from the first one on. Where no stage knows them any more, the loss comes instead.
         """

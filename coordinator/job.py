@@ -5,7 +5,7 @@ A stage that is lost is replaced, and the client sees a pause: `coordinator/mend
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 import trio
@@ -16,10 +16,11 @@ from azu.identity import Identity
 from azu.overlay import Overlay
 from azu.tickets import JobTicket
 from azu.wire.messages import KEEP_S, LEAVING, Failed, Leaving, Message, Paused, Ping, Ready, Token, Waiting
+from coordinator.agreement import Handover
 from coordinator.answer import Answer
 from coordinator.attendance import Attendance
 from coordinator.crew import Crew
-from coordinator.generation import JobReport, SampledToken, known_as
+from coordinator.generation import JobReport, Note, SampledToken, known_as
 from coordinator.mender import Mender, OnLeaving, OnLost, Substitutes
 from coordinator.meter import Meter, read_job
 
@@ -37,6 +38,7 @@ class RunningJob:
         pace: seconds that a position takes through all stages, as their workers measured.
         note: see `GenerationRequest.note`.
         is_back: its stages have kept it while this coordinator was away.
+        handovers: of stages that were left properly before that.
     """
 
     def __init__(
@@ -52,8 +54,9 @@ class RunningJob:
         on_lost: OnLost,
         on_leaving: OnLeaving,
         substitutes: Substitutes,
-        note: Callable[[JobTicket], None] | None = None,
+        note: Note | None = None,
         is_back: bool = False,
+        handovers: Sequence[Handover] = (),
     ) -> None:
         self.is_abandoned = False  # before its first token, to another chain, which settles it
         self.report: JobReport | None = None  # once it has ended
@@ -65,6 +68,7 @@ class RunningJob:
         self._vocab_size = vocab_size
         self._answer = Answer(ticket)
         self._crew = Crew(identity, overlay, ticket, prompt, self, keep_s=KEEP_S if note else 0)
+        self._crew.handovers += handovers
         if is_back and note is not None:
             self._crew.note = note
         self._mender = Mender(
@@ -122,10 +126,10 @@ class RunningJob:
                     nursery.cancel_scope.cancel()
 
     def note_tickets(self) -> None:
-        """Have the ticket in force noted, and each that follows before a stage gets to see it."""
+        """Have it noted by what the job can be taken up, now and from now on."""
         if self._note is not None:
             self._crew.note = self._note
-            self._note(self.ticket)
+            self._note(self.ticket, self._crew.handovers)
 
     def let_go(self) -> None:
         """Leave the job to its stages; see `Generation.let_go`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
@@ -23,6 +23,7 @@ from azu.records import WorkerRecord
 from azu.tickets import JobTicket
 from azu.wire.tensors import WeightFormat
 from coordinator.admission import Admission, Grant
+from coordinator.agreement import Handover
 from coordinator.disputes import Disputes
 from coordinator.generation import GenerationRequest, JobReport
 from coordinator.job import RunningJob
@@ -83,14 +84,16 @@ class JobRunner:
                 job.is_abandoned = True
 
     @asynccontextmanager
-    async def take_up(self, request: GenerationRequest, ticket: JobTicket) -> AsyncIterator[RunningJob]:
+    async def take_up(
+        self, request: GenerationRequest, ticket: JobTicket, handovers: Sequence[Handover]
+    ) -> AsyncIterator[RunningJob]:
         """Go on with a job; see `coordinator.generation.GenerationService.take_up`."""
         await self._until_known(frozenset(stage.peer_id for stage in ticket.stages))
         chain = tuple(Placement(stage.peer_id, stage.start, stage.end) for stage in ticket.stages)
         grant = Grant(chain, ticket.dtype, len(request.prompt) + 1)
         self._count(grant, 1)
         try:
-            async with self._run(request, ticket, grant, is_back=True) as job:
+            async with self._run(request, ticket, grant, is_back=True, handovers=handovers) as job:
                 await job.begins()
                 yield job
         finally:
@@ -114,7 +117,13 @@ class JobRunner:
 
     @asynccontextmanager
     async def _run(
-        self, request: GenerationRequest, ticket: JobTicket, grant: Grant, *, is_back: bool = False
+        self,
+        request: GenerationRequest,
+        ticket: JobTicket,
+        grant: Grant,
+        *,
+        is_back: bool = False,
+        handovers: Sequence[Handover] = (),
     ) -> AsyncIterator[RunningJob]:
         job = RunningJob(
             self._identity,
@@ -129,6 +138,7 @@ class JobRunner:
             substitutes=partial(self._substitutes, request.model.manifest, grant),
             note=request.note,
             is_back=is_back,
+            handovers=handovers,
         )
         try:
             async with job.running():

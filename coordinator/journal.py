@@ -13,24 +13,70 @@ from typing import Annotated
 
 from pydantic import Field
 
+from azu.crossings import Crossing
 from azu.errors import AzuError
 from azu.logs import log
-from azu.tickets import JobTicket, UnixTime
+from azu.tickets import JobTicket, UnixTime, open_receipt
 from azu.wire.document import Digest, Document, Tuple
-from azu.wire.messages import MAX_TOKENS
+from azu.wire.messages import MAX_TOKENS, Count
+from coordinator.agreement import Handover, Word
 from coordinator.generation import known_as
 
-__all__ = ["Journal", "StreamId", "Unfinished"]
+__all__ = ["Journal", "Left", "StreamId", "Unfinished"]
 
 logger = logging.getLogger(__name__)
 
-_MAX_FILE_BYTES = 4 * MAX_TOKENS + 2**20  # the prompt, and all the rest
+_MAX_FILE_BYTES = 4 * MAX_TOKENS + 16 * 2**20  # the prompt, and all the rest
 
 StreamId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 
 
+class StageWord(Document):
+    """What a stage that stayed said of an epoch (`coordinator.agreement.Word`)."""
+
+    stage: Count
+    positions: Count
+    received: Crossing
+    sent: Crossing
+
+
+class StageReceipt(Document):
+    """The receipt of a stage that was left, in its envelope."""
+
+    stage: Count
+    envelope: bytes
+
+
+class Left(Document):
+    """Stages that were left properly (`coordinator.agreement.Handover`)."""
+
+    ticket: bytes
+    tokens: Count
+    stages: Tuple[Count]
+    receipts: Tuple[StageReceipt]
+    words: Tuple[StageWord]
+
+    @classmethod
+    def of(cls, handover: Handover) -> Left:
+        """As it is noted."""
+        return cls(
+            ticket=handover.ticket.to_cbor(),
+            tokens=handover.tokens,
+            stages=handover.left,
+            receipts=tuple(StageReceipt(stage=n, envelope=each) for n, (each, _) in handover.receipts.items()),
+            words=tuple(StageWord(stage=n, **word._asdict()) for n, word in handover.words.items()),
+        )
+
+    def handover(self) -> Handover:
+        """As it was; raises ProtocolError or TrustError where it is damaged."""
+        receipts = {each.stage: (each.envelope, open_receipt(each.envelope)[1]) for each in self.receipts}
+        words = {each.stage: Word(each.positions, each.received, each.sent) for each in self.words}
+        return Handover(JobTicket.from_cbor(self.ticket), self.tokens, self.stages, receipts, words)
+
+
 class Unfinished(Document):
     """One streamed answer. prompt: token ids (`azu.wire.tokens`). ticket: the last that was signed, without envelope.
+    left: what was left properly before, the earliest first.
 
     `stream` is what its client names it by, and told nobody else.
     """
@@ -41,6 +87,7 @@ class Unfinished(Document):
     manifest: Digest
     prompt: bytes
     ticket: bytes
+    left: Tuple[Left] = ()
     stops: Tuple[str]
     include_usage: bool
     account: str

@@ -80,7 +80,7 @@ def _read_epoch(
     said = {**words, **{index: word_of(receipt) for index, (_, receipt) in receipts.items()}}
     found = compare(ticket, prompt, tokens, said)
     for index in paid:
-        positions = ticket.positions(len(tokens)) - ticket.stages[index].paid_from
+        positions = max(0, ticket.positions(len(tokens)) - ticket.stages[index].paid_from)  # tokens may be lost
         envelope = receipts[index][0] if index in receipts else None
         yield _read_stage(ticket, index, positions, found[index] if positions else Finding()), envelope
 

@@ -39,6 +39,7 @@ from azu.tickets import JobTicket
 from azu.wire.messages import ACCOUNT_PROTOCOL, LAYERS_PROTOCOL
 from azu.wire.tensors import WEIGHT_FORMATS, WeightFormat
 from coordinator.admin import admin_token
+from coordinator.agreement import Handover
 from coordinator.api import ApiSettings, AuthMode, Money, ShardRoutes, auth_mode, create_app, serve_http
 from coordinator.catalogue import MAX_MODELS, Catalogue, Listed
 from coordinator.generation import Generation, GenerationRequest, ModelHealth, ServedModel
@@ -85,9 +86,11 @@ class Service:
         """Start a job; see `GenerationService.generate`."""
         return self._runner.generate(request)
 
-    def take_up(self, request: GenerationRequest, ticket: JobTicket) -> AbstractAsyncContextManager[Generation]:
+    def take_up(
+        self, request: GenerationRequest, ticket: JobTicket, handovers: Sequence[Handover]
+    ) -> AbstractAsyncContextManager[Generation]:
         """Go on with a job; see `GenerationService.take_up`."""
-        return self._runner.take_up(request, ticket)
+        return self._runner.take_up(request, ticket, handovers)
 
 
 async def serve(settings: CoordinatorSettings) -> None:

@@ -165,7 +165,7 @@ async def _run_choice(service: GenerationService, job: ChatJob, index: int, in_f
 def generation_of(service: GenerationService, job: ChatJob, index: int) -> AbstractAsyncContextManager[Generation]:
     """A new job for a choice, or that of before the restart."""
     if job.kept is not None and job.kept.ticket is not None:
-        return service.take_up(job.requests[index], job.kept.ticket)
+        return service.take_up(job.requests[index], job.kept.ticket, job.kept.handovers)
     return service.generate(job.requests[index])
 
 

@@ -5,16 +5,17 @@ restart. What nobody claims is ended, and settled for the tokens that had been s
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 import trio
 
 from azu.errors import AzuError
 from azu.logs import log
 from azu.tickets import JobTicket
+from coordinator.agreement import Handover
 from coordinator.api.errors import ApiError
 from coordinator.generation import Generation
-from coordinator.journal import Journal, Unfinished
+from coordinator.journal import Journal, Left, Unfinished
 
 __all__ = ["CLAIM_S", "Kept", "Unclaimed", "no_such_stream"]
 
@@ -31,12 +32,13 @@ class Kept:
         unfinished: all of it but, in a new one, the ticket.
 
     Attributes:
-        ticket: by which it is taken up; None in a new one.
+        ticket, handovers: by which it is taken up; no ticket in a new one.
         is_let_go: whether it is left to its stages, as this process ends.
     """
 
     def __init__(self, journal: Journal, unfinished: Unfinished, ticket: JobTicket | None = None) -> None:
         self.ticket = ticket
+        self.handovers = [each.handover() for each in unfinished.left]
         self.is_let_go = False
         self._journal = journal
         self._unfinished = unfinished
@@ -46,9 +48,10 @@ class Kept:
         """What its client names it by."""
         return self._unfinished.stream
 
-    def note(self, ticket: JobTicket) -> None:
-        """Note the ticket by which it can be taken up."""
-        self._journal.write(self._unfinished.model_copy(update={"ticket": ticket.to_cbor()}))
+    def note(self, ticket: JobTicket, handovers: Sequence[Handover]) -> None:
+        """Note by what it can be taken up."""
+        changes = {"ticket": ticket.to_cbor(), "left": tuple(map(Left.of, handovers))}
+        self._journal.write(self._unfinished.model_copy(update=changes))
 
     def let_go(self, generation: Generation) -> None:
         """Leave it to its stages."""

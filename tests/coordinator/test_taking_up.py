@@ -11,9 +11,12 @@ import pytest
 
 from azu.errors import NetworkError
 from azu.tickets import JobTicket
+from coordinator import mender as mender_module
 from coordinator.generation import GenerationRequest
 from coordinator.job import RunningJob
-from tests.coordinator.test_failover import COUNT, POSITIONS, PROMPT, THREE, pair
+from coordinator.journal import Left
+from tests.coordinator.test_draining import leaves_after
+from tests.coordinator.test_failover import CHUNKS, COUNT, POSITIONS, PROMPT, THREE, pair
 from tests.node.real_stages import TinyModel, tiny_model
 from tests.real_swarm import RealSwarm, real_swarm
 
@@ -27,7 +30,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
 async def let_go(swarm: RealSwarm) -> AsyncIterator[tuple[GenerationRequest, list[JobTicket], list[int]]]:
     """A job that was let go after some tokens, the tickets that were noted, and these tokens."""
     tickets: list[JobTicket] = []
-    request = replace(swarm.request(PROMPT, COUNT), note=tickets.append)
+    request = replace(swarm.request(PROMPT, COUNT), note=lambda ticket, _: tickets.append(ticket))
     tokens: list[int] = []
     async with swarm.runner.generate(request) as job, aclosing(job.tokens()) as answer:  # type: ignore[type-var]
         async for sampled in answer:
@@ -40,7 +43,7 @@ async def let_go(swarm: RealSwarm) -> AsyncIterator[tuple[GenerationRequest, lis
 
 
 async def rest_of(swarm: RealSwarm, request: GenerationRequest, ticket: JobTicket) -> tuple[list[int], RunningJob]:
-    async with swarm.runner.take_up(request, ticket) as job:
+    async with swarm.runner.take_up(request, ticket, ()) as job:
         tokens = [sampled.token async for sampled in job.tokens()]
         await job.finish()
     return tokens, job
@@ -62,7 +65,7 @@ async def test_a_job_goes_on_where_it_was_and_is_paid_once(model: TinyModel, tmp
 
 async def test_it_may_be_let_go_again(model: TinyModel, tmp_path: Path) -> None:
     async with real_swarm(model, tmp_path, *THREE) as swarm, let_go(swarm) as (request, tickets, _):
-        async with swarm.runner.take_up(request, tickets[-1]) as job:
+        async with swarm.runner.take_up(request, tickets[-1], ()) as job:
             job.let_go()
         tokens, _ = await rest_of(swarm, request, tickets[-1])
         assert tokens == model.greedy(PROMPT, COUNT)
@@ -89,3 +92,28 @@ async def test_it_ends_where_nobody_knows_its_tokens(
         assert getattr(error, "code", "") == "tokens_lost"
         assert await swarm.meter.earnings() == {}
         await swarm.until_idle()
+
+
+async def test_who_left_before_is_paid_for_what_it_did(
+    model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mender_module, "_ENDS_S", 0.0)
+    async with real_swarm(model, tmp_path, *THREE, *THREE) as swarm:
+        leaver = pair(swarm, 1)[0]
+        leaves_after(swarm, CHUNKS + 3, leaver, leaver)
+        noted: list[tuple[JobTicket, tuple[Left, ...]]] = []
+        request = replace(
+            swarm.request(PROMPT, 120), note=lambda ticket, left: noted.append((ticket, tuple(map(Left.of, left))))
+        )
+        async with swarm.runner.generate(request) as job, aclosing(job.tokens()) as answer:  # type: ignore[type-var]
+            async for _ in answer:
+                if any(each.receipts and each.words for each in noted[-1][1]):
+                    job.let_go()
+                    break
+        ticket, left = noted[-1]
+        async with swarm.runner.take_up(request, ticket, [each.handover() for each in left]) as job:
+            assert [sampled.token async for sampled in job.tokens()] == model.greedy(PROMPT, 120)
+            report = await job.finish()
+        assert leaver.peer_id in {stage.peer_id for stage in report.stages}
+        assert {stage.state for stage in report.stages} == {"credited"}
+        assert sum(stage.token_layers for stage in report.stages) == report.token_layers

@@ -17,6 +17,7 @@ from azu.identity import Identity
 from azu.ledger import Earning, EndedJob, Ledger
 from azu.models.manifest import Blob, LayerCache, Manifest
 from azu.tickets import JobTicket
+from coordinator.agreement import Handover
 from coordinator.generation import (
     GenerationRequest,
     JobReport,
@@ -137,7 +138,9 @@ class Twin:
         missing = () if self.covered else ((10, 20), (29, 30))
         return [ModelHealth(model.model_id, self.covered, missing, 2) for model in self.served]
 
-    def take_up(self, request: GenerationRequest, ticket: JobTicket) -> AbstractAsyncContextManager[TwinGeneration]:
+    def take_up(
+        self, request: GenerationRequest, ticket: JobTicket, handovers: Sequence[Handover]
+    ) -> AbstractAsyncContextManager[TwinGeneration]:
         self.taken_up.append(ticket)
         return self.generate(request)
 
@@ -153,7 +156,7 @@ class Twin:
             async with trio.open_nursery() as nursery:
                 generation = TwinGeneration(self, request, f"job{self.entered}")
                 if request.note is not None:
-                    request.note(ticket_of(request, self.price))
+                    request.note(ticket_of(request, self.price), ())
                 try:
                     yield generation
                 finally:
