@@ -35,7 +35,8 @@ Range = tuple[int, int]
 # What a further job adds to a pass, as a share of a pass with one job, where that was not measured: on a CPU, 16 jobs
 # share a pass that takes 3.2 times as long (docs/performance.md).
 BATCH_SHARE = 0.15
-# Placement looks at passes of so many jobs, since throughput matters when there are many.
+# Placement looks at passes of so many jobs, since throughput matters when there are many. The fewer, the more a hop
+# costs; 4 were tried in the simulated swarm too (docs/performance.md).
 PLANNED_JOBS = 16
 # Where no speed was measured, a hop counts as so many layers of one pass.
 UNMEASURED_HOP = 3.0
