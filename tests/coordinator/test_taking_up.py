@@ -63,6 +63,17 @@ async def test_a_job_goes_on_where_it_was_and_is_paid_once(model: TinyModel, tmp
         await swarm.until_idle()
 
 
+async def test_it_may_be_ended_and_is_paid_as_far_as_it_came(model: TinyModel, tmp_path: Path) -> None:
+    async with real_swarm(model, tmp_path, *THREE) as swarm, let_go(swarm) as (request, tickets, before):
+        async with swarm.runner.take_up(request, tickets[-1], ()) as job:
+            report = await job.finish()
+        assert len(before) <= report.completion_tokens < COUNT
+        assert {stage.state for stage in report.stages} == {"credited"}
+        assert report.token_layers == 4 * (len(PROMPT) + report.completion_tokens - 1)
+        assert sum((await swarm.meter.earnings()).values()) == report.credited
+        await swarm.until_idle()
+
+
 async def test_it_may_be_let_go_again(model: TinyModel, tmp_path: Path) -> None:
     async with real_swarm(model, tmp_path, *THREE) as swarm, let_go(swarm) as (request, tickets, _):
         async with swarm.runner.take_up(request, tickets[-1], ()) as job:
