@@ -23,7 +23,8 @@ from coordinator.generation import JobReport
 
 __all__ = ["EventBody", "EventEncoder", "produce", "wait_for_first"]
 
-KEEP_ALIVE = b": keep-alive\n\n"
+# No empty line follows: OpenAI's client takes one for an event without data, once an event has had an id.
+KEEP_ALIVE = b": keep-alive\n"
 # Tokens that wait for a slow reader before its job waits too.
 BUFFERED_EVENTS = 64
 

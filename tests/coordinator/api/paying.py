@@ -107,6 +107,9 @@ def cost(positions: int) -> int:
     return positions * LAYERS * PRICE
 
 
+API = ApiSettings(max_body_bytes=100_000)
+
+
 @asynccontextmanager
 async def open_bank(
     twin: Twin,
@@ -119,6 +122,7 @@ async def open_bank(
     settings: dict[str, Any] | None = None,
     stop: trio.Event | None = None,
     owner: str = "test",
+    api: ApiSettings = API,
     **options: Any,
 ) -> AsyncIterator[Bank]:
     """A coordinator that listens on loopback; `template` is an empty ledger's file, which is kept in wei.
@@ -138,7 +142,7 @@ async def open_bank(
         journal = None if stop is None else Journal(folder)
         unfinished = journal.read() if journal else ()
         await ledger.release_abandoned([each.job_id for each in unfinished])
-        app = create_app(twin, ApiSettings(max_body_bytes=100_000), money=money, journal=journal, unfinished=unfinished)
+        app = create_app(twin, api, money=money, journal=journal, unfinished=unfinished)
         listening: str = await nursery.start(partial(serve_http, app, "127.0.0.1", 0, stop=stop, grace_s=0.1))
         # One client, without TLS: to make one takes longer than most requests.
         with httpx.Client(base_url=listening, timeout=30, verify=False, trust_env=False) as web:  # noqa: S501

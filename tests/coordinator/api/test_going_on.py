@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import openai
 import pytest
 import trio
 
 from coordinator.api.place import parse_place
+from coordinator.api.settings import ApiSettings
 from tests.coordinator.api.conftest import in_thread
 from tests.coordinator.api.paying import ALICE, BOB, PRICE, Bank, EvmWallet, cost, open_bank
 from tests.coordinator.api.twin import MODEL_ID, Twin
@@ -53,7 +55,7 @@ class House:
         self.lives = 0
 
     @asynccontextmanager
-    async def life(self, stop: trio.Event | None = None) -> AsyncIterator[Bank]:
+    async def life(self, stop: trio.Event | None = None, **options: Any) -> AsyncIterator[Bank]:
         self.lives += 1
         is_new = self.lives == 1
         opened = open_bank(
@@ -63,6 +65,7 @@ class House:
             mode="open",
             is_new=is_new,
             stop=trio.Event() if stop is None else stop,
+            **options,
         )
         async with opened as bank:
             if is_new:
@@ -99,6 +102,17 @@ async def house(twin: Twin, tmp_path: Path, empty_ledger: Path) -> House:
 
 def last_of(events: list[tuple[str, Any]]) -> str:
     return [each for each, _ in events if each][-1]
+
+
+async def test_the_official_client_reads_over_ids_and_comments(house: House) -> None:
+    house.twin.pause_s, house.twin.answer = 0.12, "Hello"
+    async with house.life(api=ApiSettings(keep_alive_s=0.05)) as bank:
+        asked = await house.ask(bank)
+        assert ": keep-alive" in asked.text
+        assert last_of(events_of(asked.text.replace(": keep-alive\n", "")))
+        client = openai.OpenAI(base_url=f"{bank.url}/v1", api_key=ALICE.address, max_retries=0, timeout=30)
+        chunks: Any = await in_thread(lambda: list(client.chat.completions.create(**BODY)))  # type: ignore[call-overload]
+        assert "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices) == "Hello"
 
 
 async def test_a_stream_goes_on_after_a_restart(house: House) -> None:
