@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 from azu.crossings import Crossing
 from azu.identity import Identity, Kind, open_envelope, seal
 from azu.wire.document import Digest, Document, PeerId, Tuple
-from azu.wire.messages import MAX_TOKENS, Count, Epoch, JobId, TokenId
+from azu.wire.fields import MAX_TOKENS, Count, Epoch, JobId, TokenId
 from azu.wire.tensors import WeightFormat
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "StageEntry",
     "check_amendment",
     "check_assignment",
+    "check_bequest",
     "check_receipt",
     "check_ticket",
     "open_assignment",
@@ -92,13 +93,15 @@ class Sampling(Document):
 class StageEntry(Document):
     """One stage of a job: layers [start, end) at a peer.
 
-    It is paid for positions from `paid_from` on: those before are paid to whoever left it the stage.
+    It is paid for positions from `paid_from` on: those before are paid to whoever left it the stage. `heir_of` is who
+    may hand it the KV cache of the stage, in a ticket that is for these two alone.
     """
 
     peer_id: PeerId
     start: Layer
     end: Layer
     paid_from: Count = 0
+    heir_of: PeerId | None = None
 
 
 class JobTicket(Document):
@@ -142,15 +145,34 @@ class JobTicket(Document):
         """The most positions that a stage's KV cache will hold for this job."""
         return self.prompt_tokens + self.max_tokens
 
+    def bequest(self, heirs: Mapping[int, str], epoch: int, now: int) -> JobTicket:
+        """A ticket for peers that get the KV caches of these stages before they take them over by an amendment, which
+        is what says what they are paid for.
+        """
+        ticket = self.amended(heirs, now, dict.fromkeys(heirs, self.total_tokens), epoch=epoch)
+        stages = tuple(
+            stage.model_copy(update={"heir_of": self.stages[index].peer_id}) if index in heirs else stage
+            for index, stage in enumerate(ticket.stages)
+        )
+        return ticket.model_copy(update={"stages": stages})
+
     def positions(self, tokens: int) -> int:
         """Positions that went through every layer where so many tokens came out: the last is sampled and never run."""
         return self.prompt_tokens + tokens - 1 if tokens else 0
 
-    def amended(self, peers: Mapping[int, str], now: int, paid_from: Mapping[int, int] | None = None) -> JobTicket:
-        """The ticket of the next epoch, issued now, with other peers in the stages of these indices.
+    def amended(
+        self,
+        peers: Mapping[int, str],
+        now: int,
+        paid_from: Mapping[int, int] | None = None,
+        *,
+        epoch: int | None = None,
+    ) -> JobTicket:
+        """The ticket of a later epoch, issued now, with other peers in the stages of these indices.
 
         Args:
             paid_from: for each stage of these that is paid up to a position to the peer which it had.
+            epoch: the next one where omitted.
         """
         begins = paid_from or {}
         stages = tuple(
@@ -164,7 +186,7 @@ class JobTicket(Document):
         )
         life = self.expires_at - self.issued_at
         times = {"issued_at": now, "expires_at": now + life}
-        return self.model_copy(update={"epoch": self.epoch + 1, "stages": stages, **times})
+        return self.model_copy(update={"epoch": epoch or self.epoch + 1, "stages": stages, **times})
 
     def stage_of(self, peer_id: str) -> int | None:
         """The index of a peer's stage, or None. A peer has at most one stage of a job (see check_ticket)."""
@@ -289,21 +311,42 @@ def check_amendment(ticket: JobTicket, old: JobTicket, *, signer: str, me: str, 
 
     Other stages' peers and what these are paid for, the epoch and the times may be others than before.
     """
+    if (refusal := _check_order(ticket, old, signer)) is not None:
+        return refusal
+    index = old.stage_of(me)
+    if index is None or [number for number, stage in enumerate(ticket.stages) if stage.peer_id == me] != [index]:
+        return Refusal("not_my_stage", f"the amendment does not leave {me} its stage")
+    if ticket.stages[index].paid_from > old.stages[index].paid_from:
+        return Refusal("not_my_stage", f"the amendment takes from {me} what it is paid for")
+    return _check_same(ticket, old) or _check_times(ticket.issued_at, ticket.expires_at, now)
+
+
+def check_bequest(ticket: JobTicket, old: JobTicket, *, signer: str, me: str, now: float) -> Refusal | None:
+    """Whether the worker `me`, which runs a stage of the job by the ticket `old`, hands that stage's KV cache to the
+    peer that has it in `ticket`; None means yes.
+    """
+    if (refusal := _check_order(ticket, old, signer)) is not None:
+        return refusal
+    index = old.stage_of(me)
+    if index is None or [number for number, stage in enumerate(ticket.stages) if stage.heir_of == me] != [index]:
+        return Refusal("not_my_stage", f"the ticket leaves no stage of {me} to anybody")
+    return _check_same(ticket, old) or _check_times(ticket.issued_at, ticket.expires_at, now)
+
+
+def _check_order(ticket: JobTicket, old: JobTicket, signer: str) -> Refusal | None:
     if signer != old.coordinator:
         return Refusal("wrong_signer", "the amendment was not signed by the job's coordinator")
     if ticket.epoch <= old.epoch:
         return Refusal("stale_epoch", f"epoch {ticket.epoch} came, {old.epoch} is in force")
-    mine, before = (
-        [(number, stage.paid_from) for number, stage in enumerate(each.stages) if stage.peer_id == me]
-        for each in (ticket, old)
-    )
-    if len(before) != 1 or mine != before:
-        return Refusal("not_my_stage", f"the amendment does not leave {me} its stage, and what it is paid for it")
+    return None
+
+
+def _check_same(ticket: JobTicket, old: JobTicket) -> Refusal | None:
     fields = JobTicket.model_fields.keys() - {"epoch", "stages", "issued_at", "expires_at"}
     ranges = [[(stage.start, stage.end) for stage in each.stages] for each in (ticket, old)]
     if ranges[0] != ranges[1] or any(getattr(ticket, name) != getattr(old, name) for name in fields):
         return Refusal("another_job", "the amendment changes more than the peers of other stages")
-    return _check_times(ticket.issued_at, ticket.expires_at, now)
+    return None
 
 
 def check_assignment(

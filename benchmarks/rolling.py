@@ -1,6 +1,6 @@
 """All workers of a swarm are restarted, one after the other, while clients go on asking: does a request fail?
 
-    python -m benchmarks.rolling [--workers 6] [--clients 4] [--tokens 96] [--kill]
+    python -m benchmarks.rolling [--workers 6] [--clients 4] [--tokens 96] [--words 0] [--kill]
 
 Real processes on this machine, with SmolLM2, of which each worker has a third. Each question is first asked
 undisturbed. Then clients ask them again and again, as streams, while each worker in turn is told to leave
@@ -29,6 +29,7 @@ from tests.local_swarm import LocalSwarm, Program
 
 VRAM = "440MiB"  # a third of the model
 QUESTIONS = tuple(f"Tell me a story about {thing}." for thing in ("a fox", "the sea", "an old oak", "winter"))
+PADDING = "The day was long and the road was dry, and nobody had come by since the morning. "  # of 16 words
 
 
 @dataclass
@@ -105,20 +106,25 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=6)
     parser.add_argument("--clients", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=96)
+    parser.add_argument("--words", type=int, default=0, help="so many behind each question, to make prompts long")
     parser.add_argument("--kill", action="store_true")
     options = parser.parse_args()
+    questions = [f"{question} It goes on from here: {PADDING * (options.words // 16)}" for question in QUESTIONS]
+    questions = questions if options.words else list(QUESTIONS)
     with tempfile.TemporaryDirectory() as folder, LocalSwarm(Path(folder)) as swarm:
         for _ in range(options.workers):
             swarm.add_worker(VRAM)
         for worker in swarm.workers:
             worker.wait_for("stage ready")
-        undisturbed = {question: ask(swarm, question, options.tokens).text for question in QUESTIONS}
+        swarm.wait_until_covered()
+        undisturbed = {question: ask(swarm, question, options.tokens).text for question in questions}
+        assert all(undisturbed.values()), "an answer without a token shows nothing"
         done, numbers = threading.Event(), count()
 
         def go_on_asking() -> list[Asked]:
             all_asked = []
             while not done.is_set():
-                all_asked.append(ask(swarm, QUESTIONS[next(numbers) % len(QUESTIONS)], options.tokens))
+                all_asked.append(ask(swarm, questions[next(numbers) % len(questions)], options.tokens))
             return all_asked
 
         with ThreadPoolExecutor(options.clients) as pool:
@@ -149,7 +155,14 @@ def report(
           f"median {statistics.median(each.back_s for each in restarts):.1f} s")  # fmt: skip
     print(f"requests: {len(asked)}, failed: {sum(failed.values())} {dict(failed) or ''}".rstrip())
     print(f"answers as undisturbed: {equal} of {len(whole)}")
-    print(f"jobs moved: {len(coordinator.found('job amended'))}, stages lost: {len(coordinator.found('stage lost'))}")
+    sent = [each for each in coordinator.found("KV caches handed over") if any(each["positions"].values())]
+    resumed = [float(each["pause_s"]) for each in coordinator.found("job goes on")]
+    print(
+        f"jobs moved: {len(coordinator.found('job amended'))}, of which with their KV caches: {len(sent)}; "
+        f"stages lost: {len(coordinator.found('stage lost'))}"
+    )
+    if resumed:
+        print(f"pauses of jobs that moved: median {statistics.median(resumed):.2f} s, longest {max(resumed):.2f} s")
     print(f"workers paid: {sum(each.parts for each in whole)}, of which held: {dict(held) or 0}")
     print(f"pauses between tokens: median {statistics.median(pauses):.3f} s, longest {max(pauses):.2f} s")
     return not failed

@@ -21,8 +21,10 @@ from azu.wire.messages import (
     PING_S,
     SILENCE_S,
     Amend,
+    Bequeath,
     End,
     Forget,
+    Inherited,
     Leaving,
     Message,
     Open,
@@ -78,6 +80,8 @@ class Attendance:
         waits_until: when it may be thought to hang that has said that the job waits for KV cache, in trio's time.
         held: what it holds, since it is paused for that ticket.
         word: what it says of the epoch that ended then.
+        inherited: positions whose KV cache it has from the stage's former worker, once that is known.
+        is_gone: whether it is attended no more.
         receipt: its envelope and content, once it has come.
     """
 
@@ -99,6 +103,8 @@ class Attendance:
         self.is_leaving = False
         self.held: Held | None = None
         self.word: Word | None = None
+        self.inherited: int | None = None
+        self.is_gone = False
         self.waits_until = 0.0
         self.receipt: tuple[bytes, Receipt] | None = None
         self._overlay = overlay
@@ -112,6 +118,7 @@ class Attendance:
         self._ordered = trio.Event()
         self._is_ended = False
         self._is_left = False
+        self._has_run = is_kept or ticket.epoch == 0
         self._waits = 0
         self._counted = 0
 
@@ -128,16 +135,23 @@ class Attendance:
                             await self._say_good_bye(channel)
         except AzuError as error:
             audience.lose(self, error)
+        finally:
+            self.is_gone = True
 
     def amend(self, ticket: JobTicket, envelope: bytes, known: int) -> None:
         """Pause the stage, to go on by this ticket. known: tokens that have come."""
         self.ticket, self.held, self.word = ticket, None, None
         self._order(Amend(known=known), envelope)
 
+    def bequeath(self, envelope: bytes, positions: int) -> None:
+        """Have the stage send its KV cache of so many positions to its heir in this ticket."""
+        self._order(Bequeath(positions=positions), envelope)
+
     def resume(self, start: Start, known: Sequence[int]) -> None:
         """Let the stage go on after these sampled tokens."""
         body = pack_tokens(known) if self.index in (0, len(self.ticket.stages) - 1) else b""
         epoch, count = self.ticket.epoch, len(known)
+        self._has_run = True
         self._order(Resume(epoch=epoch, position=start.position, send_from=start.send_from, known=count), body)
 
     def end(self, tokens: int) -> None:
@@ -209,6 +223,8 @@ class Attendance:
                 self._take_paused(message, body)
             if isinstance(message, Waiting):
                 self._note_waiting()
+            if isinstance(message, Inherited):
+                self.inherited = message.positions
             self.is_leaving = self.is_leaving or isinstance(message, Leaving)
             self.is_up = self.is_up or isinstance(message, Ready | Paused)
             audience.hear(self, message)
@@ -226,7 +242,9 @@ class Attendance:
         tokens = unpack_tokens(body)
         if len(tokens) > self.ticket.max_tokens or message.position > self.ticket.total_tokens:
             raise ProtocolError("it holds what it cannot hold", code="bad_paused")
-        self.held = Held(message.position, message.can_replay, tokens)
+        self.held = Held(
+            message.position, message.can_replay, tokens, is_new=not self._has_run, replay_from=message.replay_from
+        )
         self.word = Word(message.position, message.received, message.sent)
 
     def _take_receipt(self, envelope: bytes) -> None:

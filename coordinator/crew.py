@@ -45,6 +45,9 @@ class Crew:
         self.ticket = ticket
         self.stages: list[Attendance] = []
         self.handovers: list[Handover] = []
+        self._epoch = ticket.epoch  # the last one that a ticket was signed for
+        self._noting = -1  # the epoch at whose beginning stages say what was before the last handover
+        self._heirs: dict[int, Attendance] = {}  # of stages that are about to be left
         self._left: list[tuple[Handover, Attendance]] = []
         self.note: Note = lambda ticket, handovers: None
         self._keep_s = keep_s
@@ -58,15 +61,38 @@ class Crew:
     def attend(self, nursery: trio.Nursery) -> None:
         """Give all stages the ticket."""
         envelope = sign_ticket(self._identity, self.ticket)
-        self.stages = [self._attend(nursery, index, envelope) for index in range(len(self.ticket.stages))]
+        self.stages = [self._attend(nursery, index, envelope, self.ticket) for index in range(len(self.ticket.stages))]
+
+    def bequeath(self, nursery: trio.Nursery, heirs: Mapping[int, str], positions: int) -> Mapping[int, Attendance]:
+        """Have the workers of these stages send their KV caches to peers that are about to take them over.
+
+        Args:
+            positions: of all of them, so that no heir lacks what the one before it cannot send.
+        """
+        self._epoch += 1
+        ticket = self.ticket.bequest(heirs, self._epoch, int(time.time()))
+        envelope = sign_ticket(self._identity, ticket)
+        self._heirs = {index: self._attend(nursery, index, envelope, ticket) for index in heirs}
+        for index in heirs:
+            self.stages[index].bequeath(envelope, positions)
+        return self._heirs
+
+    def disinherit(self) -> None:
+        """Let the heirs go."""
+        for stage in self._heirs.values():
+            stage.leave()
+        self._heirs = {}
 
     def come_back(self, nursery: trio.Nursery) -> None:
         """Attend stages that have kept the job while this coordinator was away, and pause them."""
-        self.stages = [self._attend(nursery, index, b"", is_kept=True) for index in range(len(self.ticket.stages))]
+        self.stages = [
+            self._attend(nursery, index, b"", self.ticket, is_kept=True) for index in range(len(self.ticket.stages))
+        ]
         self.amend(nursery, {}, 0)
 
     def amend(self, nursery: trio.Nursery, peers: Mapping[int, str], known: int, left: tuple[int, ...] = ()) -> None:
-        """Give all stages the ticket of the next epoch, in which these peers have the stages of these indices.
+        """Give all stages the ticket of the next epoch, in which these peers have the stages of these indices, heirs
+        among them.
 
         Args:
             known: tokens that have come.
@@ -74,23 +100,28 @@ class Crew:
         """
         if left:
             self.handovers.append(Handover(self.ticket, known, left))
+            self._noting = self._epoch + 1
             for index in left:
                 self._left.append((self.handovers[-1], self.stages[index]))
                 self.stages[index].end(known)
         paid_from = dict.fromkeys(left, self.ticket.positions(known))
-        self.ticket = self.ticket.amended(peers, int(time.time()), paid_from)
+        self._epoch += 1
+        self.ticket = self.ticket.amended(peers, int(time.time()), paid_from, epoch=self._epoch)
         self.note(self.ticket, self.handovers)
         envelope = sign_ticket(self._identity, self.ticket)
         for index, stage in enumerate(self.stages):
-            if index in peers:
-                self.stages[index] = self._attend(nursery, index, envelope)
-            else:
+            if index not in peers:
                 stage.amend(self.ticket, envelope, known)
+            elif (heir := self._heirs.pop(index, None)) is not None:
+                heir.amend(self.ticket, envelope, known)
+                self.stages[index] = heir
+            else:
+                self.stages[index] = self._attend(nursery, index, envelope, self.ticket)
 
     def note_word(self, stage: Attendance) -> None:
         """Keep what a stage that is paused says of the epoch in which others left, if any did."""
         last = self.handovers[-1] if self.handovers else None
-        if last is None or self.ticket.epoch != last.ticket.epoch + 1 or stage.index in last.left:
+        if last is None or self.ticket.epoch != self._noting or stage.index in last.left:
             return
         if stage.word is not None:
             last.words[stage.index] = stage.word
@@ -104,6 +135,7 @@ class Crew:
 
     async def end(self, tokens: int, patience: float) -> dict[int, tuple[bytes, Receipt]]:
         """End the job, of which so many tokens came, in every stage; the receipts that come within so many seconds."""
+        self.disinherit()
         for stage in self.stages:
             stage.end(tokens)
         with trio.move_on_after(patience):
@@ -113,11 +145,13 @@ class Crew:
 
     def leave(self) -> None:
         """Attend no stage any more."""
+        self.disinherit()
         for stage in (*self.stages, *(left for _, left in self._left)):
             stage.leave()
 
     def let_go(self) -> None:
         """Attend no stage any more; they keep the job for a while."""
+        self.disinherit()
         for stage in (*self.stages, *(left for _, left in self._left)):
             stage.let_go()
 
@@ -130,10 +164,12 @@ class Crew:
         """Wait until something may have changed."""
         await self._news.wait()
 
-    def _attend(self, nursery: trio.Nursery, index: int, envelope: bytes, *, is_kept: bool = False) -> Attendance:
+    def _attend(
+        self, nursery: trio.Nursery, index: int, envelope: bytes, ticket: JobTicket, *, is_kept: bool = False
+    ) -> Attendance:
         is_penalised_last = index == len(self.ticket.stages) - 1 and self.ticket.sampling.repetition_penalty != 1.0
         prompt = self._prompt if index == 0 or is_penalised_last else None
-        stage = Attendance(self._overlay, self.ticket, index, envelope, prompt, keep_s=self._keep_s, is_kept=is_kept)
+        stage = Attendance(self._overlay, ticket, index, envelope, prompt, keep_s=self._keep_s, is_kept=is_kept)
         self._attending += 1
         nursery.start_soon(self._attended, stage)
         return stage

@@ -15,13 +15,25 @@ from azu.errors import AzuError, ProtocolError
 from azu.identity import Identity
 from azu.overlay import Overlay
 from azu.tickets import JobTicket
-from azu.wire.messages import KEEP_S, LEAVING, Failed, Leaving, Message, Paused, Ping, Ready, Token, Waiting
+from azu.wire.messages import (
+    KEEP_S,
+    LEAVING,
+    Failed,
+    Inherited,
+    Leaving,
+    Message,
+    Paused,
+    Ping,
+    Ready,
+    Token,
+    Waiting,
+)
 from coordinator.agreement import Handover
 from coordinator.answer import Answer
 from coordinator.attendance import Attendance
 from coordinator.crew import Crew
 from coordinator.generation import JobReport, Note, SampledToken, known_as
-from coordinator.mender import Mender, OnLeaving, OnLost, Substitutes
+from coordinator.mender import CacheSeconds, Mender, OnLeaving, OnLost, Substitutes
 from coordinator.meter import Meter, read_job
 
 __all__ = ["RunningJob"]
@@ -54,6 +66,7 @@ class RunningJob:
         on_lost: OnLost,
         on_leaving: OnLeaving,
         substitutes: Substitutes,
+        cache_s: CacheSeconds,
         note: Note | None = None,
         is_back: bool = False,
         handovers: Sequence[Handover] = (),
@@ -79,6 +92,7 @@ class RunningJob:
             on_lost=on_lost,
             on_leaving=on_leaving,
             substitutes=substitutes,
+            cache_s=cache_s,
             is_back=is_back,
         )
 
@@ -158,9 +172,11 @@ class RunningJob:
 
     def hear(self, stage: Attendance, message: Message) -> None:
         """Take a stage's message; see `Audience`."""
-        if self._mender.is_left(stage):
+        if isinstance(message, Inherited):
+            self._crew.tell_news()
+        elif self._mender.is_left(stage):
             return
-        if isinstance(message, Token):
+        elif isinstance(message, Token):
             self._take_token(stage, message)
         elif isinstance(message, Failed):
             self._mender.take_failure(stage, message)

@@ -30,6 +30,7 @@ from coordinator.job import RunningJob
 from coordinator.meter import Meter
 from coordinator.placement import layers_text, missing_layers
 from coordinator.planning import Route, find_route, stand_in
+from coordinator.planning.moving import cache_seconds
 from coordinator.swarm import SwarmView
 
 __all__ = ["JobRunner"]
@@ -136,6 +137,7 @@ class JobRunner:
             on_lost=self._swarm.blame,
             on_leaving=self._swarm.note_leaving,
             substitutes=partial(self._substitutes, request.model.manifest, grant),
+            cache_s=partial(cache_seconds, request.model.manifest, self._swarm.record),
             note=request.note,
             is_back=is_back,
             handovers=handovers,

@@ -18,7 +18,7 @@ from azu.errors import AzuError
 from azu.logs import log
 from azu.tickets import JobTicket, UnixTime, open_receipt
 from azu.wire.document import Digest, Document, Tuple
-from azu.wire.messages import MAX_TOKENS, Count
+from azu.wire.fields import MAX_TOKENS, Count
 from coordinator.agreement import Handover, Word
 from coordinator.generation import known_as
 

@@ -32,7 +32,7 @@ from coordinator.crew import Crew
 from coordinator.generation import known_as
 from coordinator.mending import settle
 
-__all__ = ["Mender", "OnLeaving", "OnLost", "Substitutes"]
+__all__ = ["CacheSeconds", "Mender", "OnLeaving", "OnLost", "Substitutes"]
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +43,10 @@ OnLeaving = Callable[[str], None]
 # Peers for the stages of these indices, for which those given last are not wanted; None while there are none. It may
 # count on their being used.
 Substitutes = Callable[[JobTicket, Collection[int], Collection[str]], Mapping[int, str] | None]
+
+# Seconds that it takes to send the KV cache of so many positions of this stage to that peer, where this is faster than
+# to have the peer compute it; else None.
+CacheSeconds = Callable[[JobTicket, int, str, int], float | None]
 
 # A job in which no token comes for this long, and so many times what the workers' own measurements promise, is given
 # up: its stages may say that they live for as long as they like.
@@ -56,6 +60,8 @@ _REPLACE_S = 300.0
 _LOOK_S = 0.5
 # A job that ends within this time is not moved from a worker that leaves.
 _ENDS_S = 2.0
+# What a KV cache may take beyond what the measurements promise, and so many times that.
+_CACHE_S, _CACHE_SLACK = 5.0, 3.0
 # Stages have this long to pause, beyond what a pass takes.
 _PAUSE_S = 30.0
 # A peer that was lost is not taken again for this long.
@@ -86,6 +92,7 @@ class Mender:
         on_lost: OnLost,
         on_leaving: OnLeaving,
         substitutes: Substitutes,
+        cache_s: CacheSeconds,
         is_back: bool = False,
     ) -> None:
         self.amendments = 0
@@ -98,6 +105,7 @@ class Mender:
         self._on_lost = on_lost
         self._on_leaving = on_leaving
         self._substitutes = substitutes
+        self._cache_s = cache_s
         self._job = known_as(crew.ticket.job_id)
         self._is_mended = False  # and no token has come since
         self._moved_at = trio.current_time()
@@ -209,6 +217,8 @@ class Mender:
                 with trio.move_on_after(_LOOK_S if self._leaving() else math.inf):
                     await self._crew.news()
                 continue
+            if heirs and not await self._hand_over_caches(nursery, heirs):
+                continue
             self.is_mending = True
             if heirs is None or not await self._change(nursery, heirs):
                 await self._amend(nursery)
@@ -251,6 +261,36 @@ class Mender:
         if not leaving or self._answer.ends_within <= _ENDS_S:
             return None
         return self._substitutes(self._crew.ticket, leaving, self._unwanted())
+
+    async def _hand_over_caches(self, nursery: trio.Nursery, heirs: Mapping[int, str]) -> bool:
+        """Have heirs get the KV caches for which that is faster, while the job runs on; False where one of them, or
+        another stage, is lost meanwhile, or the job ends.
+        """
+        ticket = self._crew.ticket
+        positions = ticket.positions(len(self._answer.tokens))
+        found = {index: self._cache_s(ticket, index, peer_id, positions) for index, peer_id in heirs.items()}
+        seconds = {index: each for index, each in found.items() if each is not None}
+        if not seconds:
+            return True
+        stages = self._crew.bequeath(nursery, {index: heirs[index] for index in seconds}, positions)
+        with trio.move_on_after(_CACHE_S + _CACHE_SLACK * max(seconds.values())):
+            while not (
+                self._answer.is_over
+                or self._lost
+                or any(stage.is_gone for stage in stages.values())
+                or all(stage.inherited is not None for stage in stages.values())
+            ):
+                await self._crew.news()
+        got = {stage.peer_id: stage.inherited for stage in stages.values()}
+        log(logger, logging.INFO, "KV caches handed over", job=self._job, positions=got)
+        if self._answer.is_over:
+            return False
+        if not (self._lost or any(stage.is_gone for stage in stages.values())):
+            return True
+        until = trio.current_time() + _SHUN_S
+        self._shunned |= {stage.peer_id: until for stage in stages.values()}
+        self._crew.disinherit()
+        return False
 
     def _find_substitutes(self) -> Mapping[int, str] | None:
         """Peers for the stages that are lost, and for those that are left too, if there are any."""

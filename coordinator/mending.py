@@ -19,13 +19,15 @@ __all__ = ["Held", "Start", "settle"]
 class Held:
     """What a paused stage has of a job.
 
-    position: positions in its cache. can_replay: whether it has what it sent for all of them.
-    tokens: sampled ones that it knows beyond the coordinator's.
+    position: positions in its cache. can_replay: whether it has what it sent for all of them from `replay_from` on.
+    tokens: sampled ones that it knows beyond the coordinator's. is_new: whether it has run nothing of the job itself.
     """
 
     position: int = 0
     can_replay: bool = True
     tokens: tuple[int, ...] = ()
+    is_new: bool = False
+    replay_from: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +53,7 @@ def settle(
     """
     first, last = stages[0], stages[-1]
     # What the first stage was told, the last one sampled; only one that was replaced knows less.
-    tokens = last.tokens if last.position else first.tokens
+    tokens = first.tokens if last.is_new or not last.position else last.tokens
     if tokens[: len(came)] != tuple(came):  # the client has these
         tokens = tuple(came)
     base = prompt_tokens + known + len(tokens)  # positions whose tokens are known
@@ -62,7 +64,8 @@ def settle(
         if stages[index].tokens != tokens[: len(stages[index].tokens)]:  # it ran others
             positions[index] = 0
     for index in reversed(range(len(stages) - 1)):
-        if positions[index] > positions[index + 1] and not stages[index].can_replay:
+        held, lacked = stages[index], positions[index + 1]
+        if positions[index] > lacked and not (held.can_replay and held.replay_from <= lacked):
             positions[index] = 0
     following = (*positions[1:], 0)  # the last stage sends tokens only
     return tokens, tuple(Start(*each) for each in zip(positions, following, strict=True))

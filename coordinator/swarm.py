@@ -66,6 +66,11 @@ class SwarmView:
         records = (contact.record for contact in self._contacts.values())
         return tuple(record for record in records if record is not None and is_live(record, now) and not record.leaving)
 
+    def record(self, peer_id: str) -> WorkerRecord | None:
+        """A worker's newest record, whether or not it is about to leave."""
+        contact = self._contacts.get(peer_id)
+        return contact.record if contact is not None else None
+
     def note_leaving(self, peer_id: str) -> None:
         """A worker is about to leave: nothing is planned with it any more."""
         contact = self._contacts.get(peer_id)

@@ -24,7 +24,7 @@ class HistoryBudget:
 
 
 class History:
-    """The rows that one job's stage gave, from position 0 on.
+    """The rows that one job's stage gave, from position `start` on.
 
     Args:
         row_bytes: size of one position's hidden states.
@@ -35,8 +35,8 @@ class History:
         self._row = row_bytes
         self._starts: list[int] = []  # positions at which the parts begin
         self._parts: list[bytes] = []
-        self._end = 0
-        self.is_whole = True  # until it was dropped
+        self.start = self._end = 0
+        self.is_whole = True  # from there on, until it was dropped
 
     def add(self, rows: Buffer) -> None:
         """Keep the rows that follow those that were added before."""
@@ -51,6 +51,10 @@ class History:
         self._parts.append(bytes(rows))
         self._end += len(rows) // self._row
         self._budget.held += len(rows)
+
+    def has(self, start: int, end: int) -> bool:
+        """Whether it can give the rows of positions `start` .. `end - 1`, if there are any."""
+        return start >= end or (self.is_whole and self.start <= start)
 
     def replay(self, start: int, most: int) -> Iterator[tuple[int, bytes]]:
         """The rows of positions `start` and later, at most so many at a time, with the first one's position each."""
@@ -67,5 +71,10 @@ class History:
 
     def clear(self) -> None:
         """Forget everything, to begin at position 0 again."""
-        self._budget.held -= self._end * self._row
-        self._starts, self._parts, self._end, self.is_whole = [], [], 0, True
+        self.begin(0)
+
+    def begin(self, position: int) -> None:
+        """Forget everything, to begin at this position."""
+        self._budget.held -= (self._end - self.start) * self._row
+        self._starts, self._parts, self.is_whole = [], [], True
+        self.start = self._end = position

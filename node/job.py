@@ -15,6 +15,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 
 import trio
 
@@ -22,10 +24,26 @@ from azu.channel import Channel
 from azu.crossings import NOTHING, Crossing, token_crossing
 from azu.errors import AzuError, NetworkError, ProtocolError
 from azu.logs import log
-from azu.tickets import JobTicket, Receipt, Refusal, check_amendment, open_ticket
-from azu.wire.messages import PING_S, Amend, End, Forget, Hello, Leaving, Message, Paused, Ping, Prompt, Resume
+from azu.tickets import JobTicket, Receipt, Refusal, check_amendment, check_bequest, open_ticket
+from azu.wire.messages import (
+    PING_S,
+    Amend,
+    Bequeath,
+    End,
+    Forget,
+    Hello,
+    Inherited,
+    Leaving,
+    Message,
+    Paused,
+    Ping,
+    Prompt,
+    Resume,
+    Waiting,
+)
 from azu.wire.tensors import ITEMSIZE
 from azu.wire.tokens import pack_tokens
+from node.heritage import bequeath, inherit
 from node.history import History, HistoryBudget
 from node.leg import Leg, Surroundings
 from node.line import Line
@@ -70,6 +88,9 @@ class StageJob:
         self._leg = Leg(ticket, index, around, self._progress)
         self._known = 0  # tokens that the coordinator has, as it last said
         self._left = trio.Event()
+        # One that is being sent, and one that waits.
+        self._bequests_in, self._bequests = trio.open_memory_channel[tuple[JobTicket, int]](1)
+        self._inheriting: trio.CancelScope | None = None
         self.counted: int | None = None
         self.expiry = trio.CancelScope()
         self._set_expiry()
@@ -102,6 +123,7 @@ class StageJob:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._beat)
                     nursery.start_soon(self._tell_leaving)
+                    nursery.start_soon(self._send_bequests)
                     nursery.start_soon(self._run_legs)
                     try:
                         await self._listen()
@@ -109,6 +131,8 @@ class StageJob:
                         lost = error
                     nursery.cancel_scope.cancel()
         finally:
+            if self._inheriting is not None:
+                self._inheriting.cancel()
             self._progress.history.clear()
             self._progress.state = None
         if lost is not None:
@@ -119,8 +143,46 @@ class StageJob:
         self._left.set()
 
     async def receive_from(self, channel: Channel, hello: Hello) -> None:
-        """Take what the previous stage sends on a ring stream of the leg that runs; as `Leg.receive_from`."""
-        await self._leg.receive_from(channel, hello)
+        """Take what the previous stage sends on a ring stream of the leg that runs, as `Leg.receive_from`; or the KV
+        cache, from who leaves this stage.
+        """
+        if hello.stage == self.index:
+            await self._inherit(channel, hello)
+        else:
+            await self._leg.receive_from(channel, hello)
+
+    async def _inherit(self, channel: Channel, hello: Hello) -> None:
+        entry, around, job_id = self.ticket.stages[self.index], self._around, self.ticket.job_id
+        if channel.peer_id != entry.heir_of or hello.part or self._inheriting is not None:
+            raise ProtocolError(f"{channel.peer_id} does not leave this stage to this worker", code="not_a_neighbour")
+        part, tokens = (entry.start, entry.end), self.ticket.total_tokens
+        opening = partial(around.stage.open_job, self.ticket.sampling, (), tokens, (), part)
+        positions = 0
+        try:
+            with trio.CancelScope() as self._inheriting:
+                grow = partial(around.kv.grow, job_id, tell=self._tell_waiting)
+                state = await inherit(channel, around.device, opening, grow, tokens - 1)
+                if self.ticket.epoch == hello.epoch:  # else an amendment has come, which does not count with it
+                    self._progress.inherit(state)
+                    positions = state.position
+        finally:
+            with trio.move_on_after(1, shield=True):
+                await self.line.send(Inherited(positions=positions))
+
+    async def _tell_waiting(self) -> None:
+        await self.line.send(Waiting())
+
+    async def _send_bequests(self) -> None:
+        around = self._around
+        async for ticket, positions in self._bequests:
+            state = self._progress.state
+            if state is None or positions > self._progress.positions:  # it has begun afresh
+                continue
+            try:
+                await bequeath(around.overlay, around.device, state, positions, ticket)
+            except AzuError as error:
+                job = ticket.job_id.hex()
+                log(logger, logging.INFO, "KV cache not handed over", job=job, reason=str(error))
 
     async def _run_legs(self) -> None:
         if self.ticket.epoch:
@@ -140,6 +202,7 @@ class StageJob:
             epoch=self.epoch,
             position=progress.positions,
             can_replay=progress.history.is_whole,
+            replay_from=progress.history.start,
             received=received,
             sent=sent,
         )
@@ -175,6 +238,8 @@ class StageJob:
             self._take_prompt(body)
         elif isinstance(message, Amend):
             self._amend(message, bytes(body))
+        elif isinstance(message, Bequeath):
+            self._take_bequest(message.positions, bytes(body))
         elif isinstance(message, Resume):
             if message.epoch > self.epoch:
                 raise ProtocolError("a job is to go on that was not paused", code="unexpected_message")
@@ -208,6 +273,8 @@ class StageJob:
         _, ticket = open_ticket(envelope)
         log(logger, logging.INFO, "job amended", job=ticket.job_id.hex(), epoch=ticket.epoch)
         self.ticket, self.envelope, self._known = ticket, envelope, message.known
+        if self._inheriting is not None:
+            self._inheriting.cancel()
         self._set_expiry()
         self._leg.pause()
         self._amended.set()
@@ -219,6 +286,14 @@ class StageJob:
             return Refusal("wrong_signer", "the amendment was not sent by the job's coordinator")
         me = self._around.identity.peer_id
         return check_amendment(ticket, self.ticket, signer=signer, me=me, now=time.time())
+
+    def _take_bequest(self, positions: int, envelope: bytes) -> None:
+        signer, ticket = open_ticket(envelope)
+        refusal = check_bequest(ticket, self.ticket, signer=signer, me=self._around.identity.peer_id, now=time.time())
+        if refusal is not None:
+            raise ProtocolError(refusal.message, code=refusal.code)
+        with suppress(trio.WouldBlock):  # the coordinator has given up the one that waits, too
+            self._bequests_in.send_nowait((ticket, positions))
 
     def _set_expiry(self) -> None:
         self.expiry.deadline = trio.current_time() + max(0.0, self.ticket.expires_at - time.time())

@@ -134,7 +134,7 @@ class Leg:
         self._tokens = self._session.accept_resume(message, body, progress.positions)
         if message.position == 0:
             progress.clear()
-        elif message.send_from < message.position and not (progress.history.is_whole or self._session.is_last):
+        elif not self._session.is_last and not progress.history.has(message.send_from, message.position):
             raise ProtocolError("what this stage sent before is not here any more", code="bad_resume")
         progress.tokens = list(self._tokens)
         self._send_from = message.send_from

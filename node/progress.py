@@ -26,6 +26,11 @@ class Progress:
     prompt_came: trio.Event = field(default_factory=trio.Event)
     tokens: list[int] = field(default_factory=list)
 
+    def inherit(self, state: JobState) -> None:
+        """Go on from another worker's cache. What that one sent on is not here, so it cannot be sent again."""
+        self.state, self.positions = state, state.position
+        self.history.begin(state.position)
+
     def clear(self) -> None:
         """Begin at position 0 again."""
         self.state, self.positions = None, 0

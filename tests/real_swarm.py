@@ -43,6 +43,7 @@ class Worker:
     end: int
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     rows: list[int] = field(default_factory=list)
+    prefill_ns: int = 0  # that it claims
     dies_after: int | None = None  # steps, the last of which is computed but never sent on
     hook: Callable[[Worker], None] = lambda worker: None  # on the device thread, after each step
     stage: Stage | None = None
@@ -101,6 +102,7 @@ class Worker:
             "agent": "test", "protocols": (), "addrs": (), "device": "test", "dtype": "float32", "vram_total": 1,
             "vram_free": 0, "kv_tokens": jobs.kv.tokens, "kv_tokens_free": jobs.kv.room,
             "jobs": jobs.count, "layer_us": 10, "payout_address": "", "leaving": jobs.is_leaving,
+            "speed": {"prefill_ns": self.prefill_ns},
             "ranges": [{"manifest": manifest, "start": self.start, "end": self.end, "state": "loaded"}],
         }  # fmt: skip
         return sign_worker_record(self.real.identity, WorkerRecord.model_validate(fields))

@@ -15,7 +15,18 @@ from pydantic import Field
 
 from azu.crossings import NOTHING, Crossing
 from azu.wire.codec import Codec, Message, encode_message
-from azu.wire.document import Digest, PeerId
+from azu.wire.document import PeerId
+from azu.wire.fields import MAX_PART, MAX_TOKENS, Code, Count, Epoch, JobId, Part, Text, TokenId
+from azu.wire.layers import (
+    MAX_ASKED,
+    MAX_RANGE_BYTES,
+    BlobRange,
+    GetBlob,
+    GetManifest,
+    HaveBlobs,
+    ManifestReply,
+    WhichBlobs,
+)
 from azu.wire.tensors import TensorHeader
 
 __all__ = [
@@ -40,6 +51,7 @@ __all__ = [
     "Accepted",
     "Amend",
     "Assign",
+    "Bequeath",
     "BlobRange",
     "Chunk",
     "Codec",
@@ -52,6 +64,9 @@ __all__ = [
     "GetStatus",
     "HaveBlobs",
     "Hello",
+    "Inheritance",
+    "Inherited",
+    "Kept",
     "Leaving",
     "ManifestReply",
     "Message",
@@ -79,15 +94,6 @@ LAYERS_PROTOCOL = "/azu/layers/1"
 JOB_PROTOCOL = "/azu/job/1"
 RING_PROTOCOL = "/azu/ring/1"
 
-# The longest context of any published model is 10M tokens (Llama 4 Scout); ids of 1M are 4 MiB, enough for one job.
-MAX_TOKENS = 1_048_576
-# What is asked for at once of a file: a piece that can be verified on its own (azu.models.manifest.PIECE_BYTES).
-MAX_RANGE_BYTES = 4_194_304
-# Files that are asked for in one question: more than a stage of any model has.
-MAX_ASKED = 8_192
-# Streams beyond the first that a stage may offer the next one in a job. One is enough to leave a relay, but a direct
-# connection that breaks at once may take some tries.
-MAX_PART = 8
 # Both ends of a job stream say something at least this often, and take silence for death after SILENCE_S: a peer that
 # was stopped or cut off ends no stream by itself.
 PING_S = 2.0
@@ -97,15 +103,6 @@ LEAVING = "leaving"
 # A stage keeps a job whose coordinator is away for so long at most: it restarts, and comes back to it.
 KEEP_S = 120
 _MAX_SIGNED_BYTES = 65_536
-_MAX_FILE_BYTES = 2**44
-
-Count = Annotated[int, Field(ge=0, le=MAX_TOKENS)]
-TokenId = Annotated[int, Field(ge=0, lt=2**31)]
-Part = Annotated[int, Field(ge=0, le=MAX_PART)]
-Epoch = Annotated[int, Field(ge=0, le=2**31)]
-JobId = Annotated[bytes, Field(min_length=16, max_length=16)]
-Text = Annotated[str, Field(max_length=2_000)]
-Code = Annotated[str, Field(pattern=r"^[a-z0-9_]{1,64}$")]
 
 
 class Refused(Message):
@@ -141,51 +138,6 @@ class Accepted(Message):
     """The assignment is taken (or was already fulfilled)."""
 
     t: Literal["accepted"] = "accepted"
-
-
-class GetManifest(Message):
-    """Ask for the signed manifest with this digest."""
-
-    t: Literal["get-manifest"] = "get-manifest"
-    digest: Digest
-
-
-class ManifestReply(Message):
-    """Body: the manifest in its publisher's envelope."""
-
-    max_body: ClassVar[int] = 1_200_000
-    t: Literal["manifest"] = "manifest"
-
-
-class WhichBlobs(Message):
-    """Ask which of some files a peer has. Body: their SHA-256s, 32 bytes each."""
-
-    max_body: ClassVar[int] = 32 * MAX_ASKED
-    t: Literal["which-blobs"] = "which-blobs"
-
-
-class HaveBlobs(Message):
-    """Body: a byte for each file asked for, in order: 0 where it is not here, else 1 + how often it was asked of this
-    peer before (254 for more often), so that askers can spread themselves."""
-
-    max_body: ClassVar[int] = MAX_ASKED
-    t: Literal["have-blobs"] = "have-blobs"
-
-
-class GetBlob(Message):
-    """Ask for `length` bytes of a file from `offset`."""
-
-    t: Literal["get-blob"] = "get-blob"
-    digest: Digest
-    offset: Annotated[int, Field(ge=0, le=_MAX_FILE_BYTES)]
-    length: Annotated[int, Field(ge=0, le=MAX_RANGE_BYTES)]
-
-
-class BlobRange(Message):
-    """Body: exactly the bytes that were asked for."""
-
-    max_body: ClassVar[int] = MAX_RANGE_BYTES
-    t: Literal["blob-range"] = "blob-range"
 
 
 class Open(Message):
@@ -241,10 +193,28 @@ class Leaving(Message):
     t: Literal["leaving"] = "leaving"
 
 
+class Bequeath(Message):
+    """Send the job's KV cache of the first `positions` to the peer that the ticket in the body names as your heir, and
+    go on meanwhile.
+    """
+
+    max_body: ClassVar[int] = _MAX_SIGNED_BYTES
+    t: Literal["bequeath"] = "bequeath"
+    positions: Count
+
+
+class Inherited(Message):
+    """The stage has the KV cache of so many positions from who leaves it the stage; 0 where that came to nothing."""
+
+    t: Literal["inherited"] = "inherited"
+    positions: Count
+
+
 class Paused(Message):
     """A stage computes nothing until it is told to resume in this epoch.
 
-    It has `position` positions in its cache, and can send on what it made of all of them where `can_replay` is set.
+    It has `position` positions in its cache. Where `can_replay` is set, it can send on what it made of all of them from
+    `replay_from` on.
     `received` and `sent` are as in a receipt for the epoch that ends here, up to the tokens that the coordinator had.
     Body: the sampled tokens that it knows beyond those that the coordinator has, as Prompt's.
     """
@@ -254,6 +224,7 @@ class Paused(Message):
     epoch: Epoch
     position: Count
     can_replay: bool
+    replay_from: Count = 0
     received: Crossing = NOTHING
     sent: Crossing = NOTHING
 
@@ -350,6 +321,25 @@ class Chunk(Message):
     sample: bool
 
 
+class Inheritance(Message):
+    """After a hello from the stage's own former worker: the KV cache of so many positions follows."""
+
+    t: Literal["inheritance"] = "inheritance"
+    positions: Count
+
+
+class Kept(Message):
+    """Body: what a layer (of the stage, from 0) keeps of positions `position` .. `position + rows - 1`: the keys
+    [heads, rows, width], and then the values, in the activations' dtype.
+    """
+
+    max_body: ClassVar[int] = 8_388_608
+    t: Literal["kept"] = "kept"
+    layer: Annotated[int, Field(ge=0, le=1_000)]
+    position: Count
+    rows: Count
+
+
 class Next(Message):
     """From the last stage to the first: the `index`-th sampled token, which starts the next step."""
 
@@ -370,7 +360,7 @@ CONTROL = Codec("control", GetStatus, Status, Assign, Accepted, Refused)
 LAYERS = Codec("layers", GetManifest, ManifestReply, WhichBlobs, HaveBlobs, GetBlob, BlobRange, Refused)
 JOB = Codec(
     "job",
-    *(Open, Prompt, Ping, Amend, Resume, End, Forget),
-    *(Ready, Paused, Waiting, Leaving, Token, Failed, ReceiptReply, Refused),
+    *(Open, Prompt, Ping, Amend, Bequeath, Resume, End, Forget),
+    *(Ready, Paused, Waiting, Leaving, Inherited, Token, Failed, ReceiptReply, Refused),
 )
-RING = Codec("ring", Hello, Welcome, Chunk, Next, Credit, Moved, Refused)
+RING = Codec("ring", Hello, Welcome, Chunk, Next, Credit, Moved, Inheritance, Kept, Refused)

@@ -26,6 +26,7 @@ from azu.wire.frames import Buffer
 from azu.wire.tensors import ACTIVATIONS, DType, TensorHeader, WeightFormat
 from node.engine.allocator import settle_allocator
 from node.engine.blocks import BLOCK
+from node.engine.heritage import Form, Piece, form_of, read_piece, write_piece
 from node.engine.pace import Pace
 from node.engine.sampler import Sampler, sample_pack
 
@@ -110,6 +111,7 @@ class LoadedStage:
         self._activations = ACTIVATIONS[dtype]
         self._dtype = _DTYPES[self._activations]
         self._parts: dict[tuple[int, int], LoadedStage] = {}  # the one that was asked for last comes last
+        self._form: Form | None = None
         self.dtype = dtype  # of its weights
         self.is_first = stage.is_first
         self.is_last = stage.is_last
@@ -163,6 +165,28 @@ class LoadedStage:
         if len(self._parts) > _MAX_PARTS:  # its jobs keep the one that is dropped
             del self._parts[next(iter(self._parts))]
         return part
+
+    def cache_form(self) -> Form | None:
+        """What a job's cache keeps of each position; None where it cannot be handed over. Raises as a step does."""
+        if self._form is None:
+            job = JobState(self, self._stage.new_cache(), None)
+            self.run_steps([self._blank_step(job, 1, sample=False)])[0].unwrap()
+            self._form = form_of(job.cache)
+        return self._form
+
+    def read_piece(self, job: JobState, piece: Piece) -> memoryview:
+        """A part of a job's cache. Raises InternalError where the device cannot."""
+        try:
+            return read_piece(job.cache, piece)
+        except Exception as error:  # a border, as in _run_alone
+            raise InternalError(f"the cache cannot be read: {error}", code="stage_failed") from error
+
+    def write_piece(self, job: JobState, form: Form, piece: Piece, body: bytearray) -> None:
+        """Append a part of another worker's cache to a job's. Raises InternalError where the device cannot."""
+        try:
+            write_piece(job.cache, form, piece, body, self._device)
+        except Exception as error:  # a border, as in _run_alone
+            raise InternalError(f"the cache cannot be written: {error}", code="stage_failed") from error
 
     @property
     def can_pack(self) -> bool:

@@ -24,6 +24,10 @@ PROMPT, COUNT = prompt_of(600), 120
 CHUNKS = 3  # of the prompt
 POSITIONS = len(PROMPT) + COUNT - 1  # that go through every layer
 
+DRAWN = Sampling(
+    temperature=1.0, top_p=0.9, repetition_penalty=1.3, presence_penalty=0.5, frequency_penalty=0.3, seed=7
+)
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
@@ -103,18 +107,72 @@ async def test_the_others_run_nothing_twice(model: TinyModel, tmp_path: Path) ->
 
 
 async def test_sampling_goes_on_with_the_same_random_numbers_and_penalties(model: TinyModel, tmp_path: Path) -> None:
-    drawn = Sampling(
-        temperature=1.0, top_p=0.9, repetition_penalty=1.3, presence_penalty=0.5, frequency_penalty=0.3, seed=7
-    )
     async with real_swarm(model, tmp_path, *THREE, *THREE) as swarm:
-        undisturbed, _ = await swarm.ask(PROMPT, COUNT, drawn)
+        undisturbed, _ = await swarm.ask(PROMPT, COUNT, DRAWN)
         await swarm.until_idle()
         last = pair(swarm, 3)[0]
         leaves_after(swarm, len(last.rows) + CHUNKS + 8, last, last)
-        tokens, job = await swarm.ask(PROMPT, COUNT, drawn)
+        tokens, job = await swarm.ask(PROMPT, COUNT, DRAWN)
         assert job.amendments >= 1
         assert tokens == undisturbed
         assert tokens != model.greedy(PROMPT, COUNT)
+
+
+@pytest.mark.parametrize("left", [{0}, {1}, {3}, {0, 1, 3}], ids=lambda left: "-".join(map(str, left)))
+async def test_a_cache_is_handed_over_where_that_is_faster(model: TinyModel, tmp_path: Path, left: set[int]) -> None:
+    """The heir then computes only what came after it, and the stage before it sends no more than that again."""
+    async with real_swarm(model, tmp_path, *THREE, *THREE) as swarm:
+        for worker in swarm.workers:
+            worker.prefill_ns = 10**9
+        await _until_told(swarm)
+        leavers = [pair(swarm, start)[0] for start in left]
+        leaves_after(swarm, CHUNKS + 8, leavers[-1], *leavers)
+        tokens, job = await swarm.ask(PROMPT, 400)
+        assert tokens == model.greedy(PROMPT, 400)
+        assert job.amendments >= 1
+        for start in left:
+            first, heir = pair(swarm, start)
+            assert 0 < sum(heir.rows) < 400
+            assert sum(first.rows) + sum(heir.rows) <= len(PROMPT) + 400 + 8  # a step may be on its way
+        report = await job.finish()
+        assert {stage.state for stage in report.stages} == {"credited"}
+        assert sum(stage.token_layers for stage in report.stages) == report.token_layers
+        assert_no_faults(swarm)
+
+
+async def test_the_cache_of_a_stage_that_samples_goes_on_with_the_same_random_numbers(
+    model: TinyModel, tmp_path: Path
+) -> None:
+    async with real_swarm(model, tmp_path, *THREE, *THREE) as swarm:
+        undisturbed, _ = await swarm.ask(PROMPT, 400, DRAWN)
+        for worker in swarm.workers:
+            worker.prefill_ns = 10**9
+        await swarm.until_idle()
+        await _until_told(swarm)
+        last, heir = pair(swarm, 3)
+        leaves_after(swarm, len(last.rows) + CHUNKS + 8, last, last)
+        tokens, _ = await swarm.ask(PROMPT, 400, DRAWN)
+        assert tokens == undisturbed
+        assert 0 < sum(heir.rows) < 400
+
+
+async def test_an_heir_that_dies_on_the_way_costs_the_client_nothing(model: TinyModel, tmp_path: Path) -> None:
+    async with real_swarm(model, tmp_path, *THREE, (1, 3), (1, 3)) as swarm:
+        for worker in swarm.workers:
+            worker.prefill_ns = 10**9
+        await _until_told(swarm)
+        workers = sorted(swarm.at(1), key=lambda worker: worker.peer_id)
+        workers[1].dies_after = 1  # with the pass by which it finds its cache's form
+        leaves_after(swarm, CHUNKS + 8, workers[0], workers[0])
+        tokens, job = await swarm.ask(PROMPT, 400)
+        assert tokens == model.greedy(PROMPT, 400)
+        assert job.ticket.stages[1].peer_id == workers[2].peer_id
+        assert not swarm.view.faults(workers[0].peer_id)
+
+
+async def _until_told(swarm: RealSwarm) -> None:
+    while not all(record.speed.prefill_ns for record in swarm.view.workers()):
+        await trio.sleep(0.01)
 
 
 async def test_heirs_leave_too(model: TinyModel, tmp_path: Path) -> None:

@@ -24,6 +24,8 @@ class PureStage:
     number: int  # of the worker; it decides what is sampled
     cache: list[Prefix] = field(default_factory=list)
     can_replay: bool = True
+    replay_from: int = 0
+    is_new: bool = False
     tokens: list[int] = field(default_factory=list)
     send_from: int = 0
     inbox: deque[Prefix] = field(default_factory=deque)
@@ -83,18 +85,30 @@ class PureRing:
             if len(stage.tokens) < self.count:
                 self.told.append(token)
 
-    def mend(self, dead: set[int], delivered: int) -> None:
-        """Replace stages. delivered: tokens of those under way that come though the last stage is dead."""
+    def mend(self, dead: set[int], delivered: int, inherited: int = 0) -> None:
+        """Replace stages.
+
+        Args:
+            delivered: tokens of those under way that come though the last stage is dead.
+            inherited: positions of which the new ones have the old ones' caches.
+        """
         known = len(self.client)
         if len(self.stages) - 1 in dead:
             self.under_way = deque(list(self.under_way)[:delivered])
         came = list(self.under_way)
         for index in dead:
-            self.stages[index] = PureStage(self.workers)
+            left = self.stages[index].cache[:inherited]
+            self.stages[index] = PureStage(self.workers, left, replay_from=len(left), is_new=True)
             self.workers += 1
         ends = (0, len(self.stages) - 1)
         held = [
-            Held(len(stage.cache), stage.can_replay, tuple(stage.tokens[known:]) if index in ends else ())
+            Held(
+                len(stage.cache),
+                stage.can_replay,
+                tuple(stage.tokens[known:]) if index in ends else (),
+                stage.is_new,
+                stage.replay_from,
+            )
             for index, stage in enumerate(self.stages)
         ]
         tokens, starts = settle(PROMPT, known, came, held)
@@ -114,10 +128,13 @@ class PureRing:
             self._check_start(index, was, starts, sequence)
             stage.cache = stage.cache[: start.position]
             stage.tokens = list(self.client)
+            stage.is_new = False
             if start.position == 0:
-                stage.can_replay = True
+                stage.can_replay, stage.replay_from = True, 0
             stage.send_from = start.send_from
             if index + 1 < len(self.stages):
+                can_send = stage.can_replay and stage.replay_from <= start.send_from
+                assert can_send or start.send_from >= len(stage.cache)
                 self.stages[index + 1].inbox.extend(stage.cache[start.send_from :])
 
     def _check_start(self, index: int, was: Held, starts: tuple[Start, ...], sequence: tuple[int, ...]) -> None:
@@ -127,7 +144,8 @@ class PureRing:
             following = starts[index + 1].position if index + 1 < len(starts) else 0
             is_of_use = all(prefix == sequence[: len(prefix)] for prefix in cache) and len(cache) <= self.base
             is_of_use = is_of_use and (index + 1 < len(starts) or len(cache) < self.base)
-            assert not is_of_use or (following < was.position and not was.can_replay)
+            can_send = was.can_replay and was.replay_from <= following
+            assert not is_of_use or (following < was.position and not can_send)
 
 
 @settings(max_examples=300)
@@ -140,7 +158,8 @@ def test_no_token_is_changed_repeated_or_lost(stages: int, count: int, data: st.
         if data.draw(st.booleans()):
             ring.stages[data.draw(st.integers(0, stages - 1))].can_replay = False
         seen = list(ring.client)
-        ring.mend(data.draw(st.sets(st.integers(0, stages - 1))), data.draw(st.integers(0, 6)))
+        dead = data.draw(st.sets(st.integers(0, stages - 1)))
+        ring.mend(dead, data.draw(st.integers(0, 6)), data.draw(st.integers(0, 9)))
         assert ring.client[: len(seen)] == seen
         if ring.is_complete:
             return
@@ -166,6 +185,12 @@ def test_no_token_is_changed_repeated_or_lost(stages: int, count: int, data: st.
         ([Held(9, True, (5,)), Held(), Held(), Held(8, True, (5,))], (5,), [(9, 0), (0, 0), (0, 8), (8, 0)]),
         # The history before the new one is gone, but the one before that has its own.
         ([Held(9, True, (5,)), Held(9, False), Held(), Held(8, True, (5,))], (5,), [(9, 0), (0, 0), (0, 8), (8, 0)]),
+        # The middle one has the cache of who left it, and the last one lacks nothing from before.
+        ([Held(9, True, (5,)), Held(6, True, (), True, 6), Held(8, True, (5,))], (5,), [(9, 6), (6, 8), (8, 0)]),
+        # The last one lacks it.
+        ([Held(9, True, (5,)), Held(8, True, (), False, 6), Held()], (5,), [(9, 0), (0, 0), (0, 0)]),
+        # The last one has such a cache, and does not know what was sampled.
+        ([Held(9, True, (5,)), Held(8), Held(6, True, (), True, 6)], (5,), [(9, 8), (8, 6), (6, 0)]),
         # It is gone, but nobody needs it.
         ([Held(8, False, (5,)), Held(8, False), Held(8, True, (5,))], (5,), [(8, 8), (8, 8), (8, 0)]),
     ],

@@ -14,11 +14,17 @@ def rows(start: int, end: int) -> bytes:
     return b"".join(bytes([position % 256]) * ROW for position in range(start, end))
 
 
-@given(sizes=st.lists(st.integers(1, 9), max_size=12), start=st.integers(0, 120), most=st.integers(1, 20))
-def test_any_part_comes_back(sizes: list[int], start: int, most: int) -> None:
+@given(
+    sizes=st.lists(st.integers(1, 9), max_size=12),
+    begin=st.integers(0, 9),
+    skipped=st.integers(0, 120),
+    most=st.integers(1, 20),
+)
+def test_any_part_comes_back(sizes: list[int], begin: int, skipped: int, most: int) -> None:
     budget = HistoryBudget(10_000)
     history = History(budget, ROW)
-    end = 0
+    history.begin(begin)
+    end, start = begin, begin + skipped
     for size in sizes:
         history.add(rows(end, end + size))
         end += size
@@ -26,7 +32,9 @@ def test_any_part_comes_back(sizes: list[int], start: int, most: int) -> None:
     assert b"".join(body for _, body in parts) == rows(start, end)
     assert [position for position, _ in parts] == list(range(start, end, most))
     assert all(len(body) <= most * ROW for _, body in parts)
-    assert budget.held == end * ROW
+    assert budget.held == (end - begin) * ROW
+    assert history.has(start, end)
+    assert history.has(begin - 1, end) == (end < begin)
     history.clear()
     assert budget.held == 0
 

@@ -24,6 +24,7 @@ from azu.wire.messages import (
     Accepted,
     Amend,
     Assign,
+    Bequeath,
     BlobRange,
     Chunk,
     Codec,
@@ -36,6 +37,9 @@ from azu.wire.messages import (
     GetStatus,
     HaveBlobs,
     Hello,
+    Inheritance,
+    Inherited,
+    Kept,
     Leaving,
     ManifestReply,
     Message,
@@ -85,6 +89,8 @@ EXAMPLES: dict[Codec, tuple[Message, ...]] = {
         Paused(epoch=2**31, position=MAX_TOKENS, can_replay=False),
         Waiting(),
         Leaving(),
+        Bequeath(positions=1),
+        Inherited(positions=MAX_TOKENS),
         Token(index=MAX_TOKENS, token=2**31 - 1, finish="stop"),
         Failed(code="stage_lost", message="it went away", peer_id=PEER),
         ReceiptReply(),
@@ -95,6 +101,8 @@ EXAMPLES: dict[Codec, tuple[Message, ...]] = {
         Welcome(),
         Moved(part=1),
         Chunk(position=7, tensor=TENSOR, sample=True),
+        Inheritance(positions=1),
+        Kept(layer=1_000, position=7, rows=2),
         Next(index=0, token=5),
         Credit(frames=1_024),
         REFUSED,
@@ -104,7 +112,7 @@ ALL = [(codec, message) for codec, group in EXAMPLES.items() for message in grou
 IDS = [f"{codec.name}-{message.t}" for codec, message in ALL]  # type: ignore[attr-defined]
 WITH_BODY = (
     Status, Assign, ManifestReply, WhichBlobs, HaveBlobs, BlobRange, Open, Prompt, Amend, Paused, Resume, ReceiptReply,
-    Chunk,
+    Chunk, Bequeath, Kept,
 )  # fmt: skip
 
 
