@@ -1,6 +1,6 @@
 """One running job as the coordinator sees it: a stream to each stage, token ids coming back, receipts at the end.
 
-A stage that is lost is replaced, and the client sees a pause: `coordinator/mender.py`.
+A stage that is lost, or has become slow, is replaced, and the client sees a pause: `coordinator/mender.py`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from coordinator.answer import Answer
 from coordinator.attendance import Attendance
 from coordinator.crew import Crew
 from coordinator.generation import JobReport, Note, SampledToken, known_as
-from coordinator.mender import CacheSeconds, Mender, OnLeaving, OnLost, Substitutes
+from coordinator.mender import Mender, OnLeaving, OnLost, Reserves
 from coordinator.meter import Meter, read_job
 
 __all__ = ["RunningJob"]
@@ -65,8 +65,7 @@ class RunningJob:
         pace: float,
         on_lost: OnLost,
         on_leaving: OnLeaving,
-        substitutes: Substitutes,
-        cache_s: CacheSeconds,
+        reserves: Reserves,
         note: Note | None = None,
         is_back: bool = False,
         handovers: Sequence[Handover] = (),
@@ -91,8 +90,7 @@ class RunningJob:
             pace=pace,
             on_lost=on_lost,
             on_leaving=on_leaving,
-            substitutes=substitutes,
-            cache_s=cache_s,
+            reserves=reserves,
             is_back=is_back,
         )
 

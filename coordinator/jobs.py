@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
@@ -21,16 +21,19 @@ from azu.overlay import Overlay
 from azu.planning import Demand, Placement, links_of, views_for
 from azu.records import WorkerRecord
 from azu.tickets import JobTicket
-from azu.wire.tensors import WeightFormat
+from azu.wire.tensors import ACTIVATIONS, ITEMSIZE, WeightFormat
 from coordinator.admission import Admission, Grant
 from coordinator.agreement import Handover
 from coordinator.disputes import Disputes
 from coordinator.generation import GenerationRequest, JobReport
+from coordinator.hedging import Slow
 from coordinator.job import RunningJob
+from coordinator.mender import Reserves
 from coordinator.meter import Meter
 from coordinator.placement import layers_text, missing_layers
 from coordinator.planning import Route, find_route, stand_in
 from coordinator.planning.moving import cache_seconds
+from coordinator.relief import Relief
 from coordinator.swarm import SwarmView
 
 __all__ = ["JobRunner"]
@@ -65,6 +68,7 @@ class JobRunner:
         self._granted: dict[str, tuple[int, int]] = {}  # those of them since the peer's record of this sequence number
         self._disputes = Disputes(identity.peer_id)
         self._running: Counter[str] = Counter()
+        self._relief = Relief(swarm.worker, self._running.__getitem__)
         self._admission = Admission(self._find_room, self._refusal, self._free_room)
 
     @asynccontextmanager
@@ -126,18 +130,23 @@ class JobRunner:
         is_back: bool = False,
         handovers: Sequence[Handover] = (),
     ) -> AsyncIterator[RunningJob]:
+        manifest = request.model.manifest
         job = RunningJob(
             self._identity,
             self._overlay,
             ticket,
             request.prompt,
             self._meter.asked_by(request.wallet, request.key_id),
-            vocab_size=request.model.manifest.vocab_size,
+            vocab_size=manifest.vocab_size,
             pace=self._pace(grant.chain),
             on_lost=self._swarm.blame,
             on_leaving=self._swarm.note_leaving,
-            substitutes=partial(self._substitutes, request.model.manifest, grant),
-            cache_s=partial(cache_seconds, request.model.manifest, self._swarm.record),
+            reserves=Reserves(
+                substitutes=partial(self._substitutes, manifest, grant),
+                relief=partial(self._relieve, manifest, grant),
+                steps=self._relief.steps,
+                cache_s=partial(cache_seconds, manifest, self._swarm.record),
+            ),
             note=request.note,
             is_back=is_back,
             handovers=handovers,
@@ -243,10 +252,34 @@ class JobRunner:
         layer_us = {worker.peer_id: worker.layer_us for worker in self._swarm.workers()}
         return sum((p.end - p.start) * layer_us.get(p.peer_id, 0) for p in chain) / 1e6
 
-    def _substitutes(
-        self, manifest: Manifest, grant: Grant, ticket: JobTicket, lost: Collection[int], unwanted: Collection[str]
+    def _relieve(
+        self, manifest: Manifest, grant: Grant, ticket: JobTicket, slow: Slow, done: int, unwanted: Collection[str]
     ) -> dict[int, str] | None:
-        """Peers that take the lost stages over, and count as running the job from then on, or None."""
+        """Who takes over a slow stage of a job after so many tokens, as `_substitutes`; None where all stay."""
+        index = ticket.stage_of(slow.peer_id)
+        if index is None:
+            return None
+        row_bytes = manifest.hidden_size * ITEMSIZE[ACTIVATIONS[ticket.dtype]]
+        accepts = partial(self._relief.accepts, ticket, slow, done, row_bytes)
+        found = self._substitutes(manifest, grant, ticket, [index], {*unwanted, slow.peer_id}, accepts)
+        if found is not None:
+            self._relief.moved(slow.peer_id, *found.values())
+        return found
+
+    def _substitutes(
+        self,
+        manifest: Manifest,
+        grant: Grant,
+        ticket: JobTicket,
+        lost: Collection[int],
+        unwanted: Collection[str],
+        accepts: Callable[[str], bool] = lambda _: True,
+    ) -> dict[int, str] | None:
+        """Peers that take the lost stages over, and count as running the job from then on, or None.
+
+        Args:
+            accepts: asked about the best peer for a stage, and for no other if that one will not do.
+        """
         alike = [worker for worker in self._able(ticket.total_tokens) if worker.dtype == ticket.dtype]
         views = views_for(manifest, alike, self._swarm.faults)
         without = {*unwanted, *(each.peer_id for index, each in enumerate(grant.chain) if index not in lost)}
@@ -254,7 +287,7 @@ class JobRunner:
         for index in lost:
             stage = ticket.stages[index]
             chosen = stand_in(views, stage.start, stage.end, grant.tokens, without=without, parts=True)
-            if chosen is None:
+            if chosen is None or not accepts(chosen.peer_id):
                 return None
             found[index] = chosen.peer_id
             without.add(chosen.peer_id)

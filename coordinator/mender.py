@@ -1,11 +1,12 @@
-"""How a running job gets over the loss of a stage; the client sees a pause:
+"""How a running job gets over the loss of a stage, or leaves one that has become slow; the client sees a pause:
 
     stage lost ─► another peer found ─► ticket of the next epoch to all ─► all paused ─► told where to go on
                         ▲                                                     │
                         └────────────── another one lost meanwhile ◄──────────┘
 
 A stage whose worker is about to leave is replaced in the same way, but that the job runs on until another peer is
-found, and ends there if it is about to end anyway.
+found, and ends there if it is about to end anyway. So is one whose worker has become slow, where that is worth it:
+`coordinator/hedging.py`.
 
 `coordinator/mending.py` says where each stage goes on. Before the first token, a job whose stages did not all take it
 up is given up: its runner has other chains to try.
@@ -14,9 +15,9 @@ up is given up: its runner has other chains to try.
 from __future__ import annotations
 
 import logging
-import math
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 
 import trio
 
@@ -30,9 +31,10 @@ from coordinator.answer import Answer
 from coordinator.attendance import Attendance
 from coordinator.crew import Crew
 from coordinator.generation import known_as
-from coordinator.mending import settle
+from coordinator.hedging import Hedging, Slow
+from coordinator.mending import settle, work_of
 
-__all__ = ["CacheSeconds", "Mender", "OnLeaving", "OnLost", "Substitutes"]
+__all__ = ["Mender", "OnLeaving", "OnLost", "Reserves"]
 
 logger = logging.getLogger(__name__)
 
@@ -40,13 +42,6 @@ logger = logging.getLogger(__name__)
 OnLost = Callable[[str, int, AzuError], None]
 # Told a peer id, as soon as that says that it is about to leave.
 OnLeaving = Callable[[str], None]
-# Peers for the stages of these indices, for which those given last are not wanted; None while there are none. It may
-# count on their being used.
-Substitutes = Callable[[JobTicket, Collection[int], Collection[str]], Mapping[int, str] | None]
-
-# Seconds that it takes to send the KV cache of so many positions of this stage to that peer, where this is faster than
-# to have the peer compute it; else None.
-CacheSeconds = Callable[[JobTicket, int, str, int], float | None]
 
 # A job in which no token comes for this long, and so many times what the workers' own measurements promise, is given
 # up: its stages may say that they live for as long as they like.
@@ -62,12 +57,33 @@ _LOOK_S = 0.5
 _ENDS_S = 2.0
 # What a KV cache may take beyond what the measurements promise, and so many times that.
 _CACHE_S, _CACHE_SLACK = 5.0, 3.0
+# So often it is looked whether a stage has become slow.
+_GLANCE_S = 1.0
 # Stages have this long to pause, beyond what a pass takes.
 _PAUSE_S = 30.0
 # A peer that was lost is not taken again for this long.
 _SHUN_S = 10.0
 # Amendments without a token between them.
 _MAX_AMENDMENTS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Reserves:
+    """Other workers for a job's stages. What it names counts as running the stage from then on.
+
+    Attributes:
+        substitutes: for the stages of these indices, for which those given last are not wanted; None while there are
+            none.
+        relief: for a stage that is slow, after so many tokens, in the same way; None where a move is not worth it.
+        steps: seconds that a step takes in each stage by its worker's own word, by peer id.
+        cache_s: seconds that it takes to send the KV cache of so many positions of this stage to that peer, where
+            this is faster than to have the peer compute it; else None.
+    """
+
+    substitutes: Callable[[JobTicket, Collection[int], Collection[str]], Mapping[int, str] | None]
+    relief: Callable[[JobTicket, Slow, int, Collection[str]], Mapping[int, str] | None]
+    steps: Callable[[JobTicket], Mapping[str, float]]
+    cache_s: Callable[[JobTicket, int, str, int], float | None]
 
 
 class Mender:
@@ -91,8 +107,7 @@ class Mender:
         pace: float,
         on_lost: OnLost,
         on_leaving: OnLeaving,
-        substitutes: Substitutes,
-        cache_s: CacheSeconds,
+        reserves: Reserves,
         is_back: bool = False,
     ) -> None:
         self.amendments = 0
@@ -104,14 +119,15 @@ class Mender:
         self._pace = pace
         self._on_lost = on_lost
         self._on_leaving = on_leaving
-        self._substitutes = substitutes
-        self._cache_s = cache_s
+        self._reserves = reserves
+        self._hedging = Hedging()
         self._job = known_as(crew.ticket.job_id)
         self._is_mended = False  # and no token has come since
         self._moved_at = trio.current_time()
         self._due = crew.ticket.prompt_tokens  # positions that the next token takes
         self._in_vain = 0  # amendments since the last token
         self._known = 0  # tokens that had come at the last amendment
+        self._work = Counter[str]()  # token-layers that amendments cost, since the last token
         self._lost: dict[int, AzuError] = {}  # stages that have to be replaced
         self._shunned: dict[str, float] = {}  # until when
         self._accusers: Counter[str] = Counter()  # since the last token
@@ -121,7 +137,9 @@ class Mender:
         now = trio.current_time()
         if self._is_mended and not self.is_mending:
             self._is_mended = False
-            log(logger, logging.INFO, "job goes on", job=self._job, pause_s=round(now - self._answer.told_at, 2))
+            pause_s = round(now - self._answer.told_at, 2)
+            log(logger, logging.INFO, "job goes on", job=self._job, pause_s=pause_s, **self._work)
+            self._work.clear()
         self._moved_at, self._due = now, 1
         self._in_vain = 0
         self._accusers.clear()
@@ -209,12 +227,12 @@ class Mender:
             return
 
     async def mend(self, nursery: trio.Nursery) -> None:
-        """Replace what is lost or leaves until the answer is over."""
+        """Replace what is lost, slow, or leaves until the answer is over."""
         while not self._answer.is_over:
             is_broken = bool(self._lost) or self.is_mending
             heirs = None if is_broken else self._find_heirs()
             if heirs is None and not is_broken:
-                with trio.move_on_after(_LOOK_S if self._leaving() else math.inf):
+                with trio.move_on_after(_LOOK_S if self._leaving() else _GLANCE_S):
                     await self._crew.news()
                 continue
             if heirs and not await self._hand_over_caches(nursery, heirs):
@@ -222,9 +240,25 @@ class Mender:
             self.is_mending = True
             if heirs is None or not await self._change(nursery, heirs):
                 await self._amend(nursery)
+            self._hedging.pause()
             self.is_mending, self._is_mended = False, True
             self._moved_at = trio.current_time()
             self._due = self._crew.ticket.prompt_tokens + len(self._answer.tokens)
+
+    def _find_relief(self) -> Mapping[int, str] | None:
+        """Who takes a stage over that has become slow; None where all go on."""
+        done, ticket = len(self._answer.tokens), self._crew.ticket
+        if not done or self._is_mended:
+            return None
+        slow = self._hedging.look(done, self._answer.told_at, self._reserves.steps(ticket))
+        if slow is None:
+            return None
+        peers = self._reserves.relief(ticket, slow, done, {*self._unwanted(), *self._hedging.left})
+        if peers is not None:
+            self._hedging.moved(slow.peer_id)
+            times = {"step_s": round(slow.step_s, 3), "usual_s": round(slow.usual_s, 3)}
+            log(logger, logging.INFO, "stage is slow", job=self._job, peer=slow.peer_id, **times)
+        return peers
 
     async def _amend(self, nursery: trio.Nursery) -> None:
         """Bring the job to a ring that runs; it is over afterwards where there is none to be had."""
@@ -258,9 +292,11 @@ class Mender:
     def _find_heirs(self) -> Mapping[int, str] | None:
         """Peers for the stages that are left; None where none are, or there are none, or it is not worth it."""
         leaving = self._leaving()
-        if not leaving or self._answer.ends_within <= _ENDS_S:
+        if not leaving:
+            return self._find_relief()
+        if self._answer.ends_within <= _ENDS_S:
             return None
-        return self._substitutes(self._crew.ticket, leaving, self._unwanted())
+        return self._reserves.substitutes(self._crew.ticket, leaving, self._unwanted())
 
     async def _hand_over_caches(self, nursery: trio.Nursery, heirs: Mapping[int, str]) -> bool:
         """Have heirs get the KV caches for which that is faster, while the job runs on; False where one of them, or
@@ -268,7 +304,7 @@ class Mender:
         """
         ticket = self._crew.ticket
         positions = ticket.positions(len(self._answer.tokens))
-        found = {index: self._cache_s(ticket, index, peer_id, positions) for index, peer_id in heirs.items()}
+        found = {index: self._reserves.cache_s(ticket, index, peer_id, positions) for index, peer_id in heirs.items()}
         seconds = {index: each for index, each in found.items() if each is not None}
         if not seconds:
             return True
@@ -295,10 +331,10 @@ class Mender:
     def _find_substitutes(self) -> Mapping[int, str] | None:
         """Peers for the stages that are lost, and for those that are left too, if there are any."""
         if leaving := self._leaving():
-            peers = self._substitutes(self._crew.ticket, [*self._lost, *leaving], self._unwanted())
+            peers = self._reserves.substitutes(self._crew.ticket, [*self._lost, *leaving], self._unwanted())
             if peers is not None:
                 return peers
-        return self._substitutes(self._crew.ticket, self._lost.keys(), self._unwanted())
+        return self._reserves.substitutes(self._crew.ticket, self._lost.keys(), self._unwanted())
 
     def _unwanted(self) -> set[str]:
         now = trio.current_time()
@@ -343,4 +379,8 @@ class Mender:
             self._answer.add(token)
             if self._answer.is_complete:
                 return
+        ticket = self._crew.ticket
+        layers = [stage.end - stage.start for stage in ticket.stages]
+        anew, again = work_of(layers, ticket.prompt_tokens + len(self._answer.tokens), held, starts)
+        self._work.update(anew=anew, again=again)
         self._crew.resume(starts, self._answer.tokens)

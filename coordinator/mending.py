@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["Held", "Start", "settle"]
+__all__ = ["Held", "Start", "settle", "work_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,3 +69,14 @@ def settle(
             positions[index] = 0
     following = (*positions[1:], 0)  # the last stage sends tokens only
     return tokens, tuple(Start(*each) for each in zip(positions, following, strict=True))
+
+
+def work_of(layers: Sequence[int], base: int, stages: Sequence[Held], starts: Sequence[Start]) -> tuple[int, int]:
+    """Token-layers that are computed up to position `base` by stages that held nothing, and again by the others.
+
+    Args:
+        layers: of each stage.
+    """
+    each = list(zip(layers, stages, starts, strict=True))
+    anew = sum(count * base for count, held, _ in each if not held.position)
+    return anew, sum(count * (held.position - start.position) for count, held, start in each)

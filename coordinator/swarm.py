@@ -77,6 +77,12 @@ class SwarmView:
         if contact is not None and contact.record is not None:
             contact.record = contact.record.model_copy(update={"leaving": True})
 
+    def worker(self, peer_id: str) -> WorkerRecord | None:
+        """The newest record of one worker, if it is alive."""
+        contact = self._contacts.get(peer_id)
+        record = contact.record if contact is not None else None
+        return record if record is not None and is_live(record, time.time()) else None
+
     def blame(self, peer_id: str, weight: int, error: AzuError) -> None:
         """Note a worker's part in a failed job: while there are others with fewer faults, they are preferred."""
         contact = self._contacts.get(peer_id)

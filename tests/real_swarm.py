@@ -44,6 +44,7 @@ class Worker:
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     rows: list[int] = field(default_factory=list)
     prefill_ns: int = 0  # that it claims
+    tells_speed: bool = False  # else all are taken for equally fast
     dies_after: int | None = None  # steps, the last of which is computed but never sent on
     hook: Callable[[Worker], None] = lambda worker: None  # on the device thread, after each step
     stage: Stage | None = None
@@ -105,6 +106,8 @@ class Worker:
             "speed": {"prefill_ns": self.prefill_ns},
             "ranges": [{"manifest": manifest, "start": self.start, "end": self.end, "state": "loaded"}],
         }  # fmt: skip
+        if self.tells_speed and jobs.loaded is not None:
+            fields["speed"] = jobs.loaded.stage.pace.speed()
         return sign_worker_record(self.real.identity, WorkerRecord.model_validate(fields))
 
 

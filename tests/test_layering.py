@@ -59,6 +59,7 @@ PURE = (
     "azu/planning",
     "coordinator/agreement.py",
     "coordinator/disputes.py",
+    "coordinator/hedging.py",
     "coordinator/mending.py",
     "coordinator/planning",
 )

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator.mending import Held, Start, settle
+from coordinator.mending import Held, Start, settle, work_of
 
 PROMPT = 3
 Prefix = tuple[int, ...]  # the tokens up to a position: all that a position's hidden states depend on
@@ -204,3 +204,13 @@ def test_what_the_client_has_holds_against_a_stage_that_says_other() -> None:
     tokens, starts = settle(7, 1, [5], [Held(9, True, (6,)), Held(9), Held(8, True, (6,))])
     assert tokens == (5,)
     assert [start.position for start in starts] == [0, 9, 0]
+
+
+@pytest.mark.parametrize(
+    ("can_replay", "work"),
+    [(True, (3 * 10, 0)), (False, (3 * 10, 4 * 9))],
+)
+def test_only_a_stage_that_cannot_replay_computes_again(can_replay: bool, work: tuple[int, int]) -> None:
+    held = (Held(9, can_replay, (1,)), Held(), Held(8, True, (1,)))
+    _, starts = settle(3, 6, (), held)
+    assert work_of((4, 3, 2), 10, held, starts) == work
