@@ -30,6 +30,7 @@ class Grant:
     chain: tuple[Placement, ...]
     dtype: str
     tokens: int
+    manifest: str = ""
 
 
 @dataclass(eq=False, slots=True)

@@ -18,7 +18,7 @@ from azu.identity import Identity
 from azu.logs import log
 from azu.models.manifest import Manifest
 from azu.overlay import Overlay
-from azu.planning import Demand, Placement, links_of, views_for
+from azu.planning import Demand, Placement, Range, links_of, views_for
 from azu.records import WorkerRecord
 from azu.tickets import JobTicket
 from azu.wire.tensors import ACTIVATIONS, ITEMSIZE, WeightFormat
@@ -68,6 +68,7 @@ class JobRunner:
         self._granted: dict[str, tuple[int, int]] = {}  # those of them since the peer's record of this sequence number
         self._disputes = Disputes(identity.peer_id)
         self._running: Counter[str] = Counter()
+        self._cuts: Counter[tuple[str, Range]] = Counter()  # running jobs' stages, by model
         self._relief = Relief(swarm.worker, self._running.__getitem__)
         self._admission = Admission(self._find_room, self._refusal, self._free_room)
 
@@ -95,7 +96,7 @@ class JobRunner:
         """Go on with a job; see `coordinator.generation.GenerationService.take_up`."""
         await self._until_known(frozenset(stage.peer_id for stage in ticket.stages))
         chain = tuple(Placement(stage.peer_id, stage.start, stage.end) for stage in ticket.stages)
-        grant = Grant(chain, ticket.dtype, len(request.prompt) + 1)
+        grant = Grant(chain, ticket.dtype, len(request.prompt) + 1, ticket.manifest)
         self._count(grant, 1)
         try:
             async with self._run(request, ticket, grant, is_back=True, handovers=handovers) as job:
@@ -171,7 +172,7 @@ class JobRunner:
         if found is None:
             return None
         route, dtype = found
-        grant = Grant(route.stages, dtype, len(request.prompt) + 1)
+        grant = Grant(route.stages, dtype, len(request.prompt) + 1, request.model.manifest.digest)
         self._count(grant, 1)
         self._note_granted({stage.peer_id for stage in grant.chain}, grant.tokens)
         return grant
@@ -179,7 +180,15 @@ class JobRunner:
     def _free_room(self, grant: Grant) -> None:
         self._count(grant, -1)
 
+    def cuts(self, manifest: str) -> list[Range]:
+        """The stages [start, end) into which running jobs cut a model."""
+        return [range_ for digest, range_ in self._cuts if digest == manifest]
+
     def _count(self, grant: Grant, jobs: int) -> None:
+        for cut in ((grant.manifest, (stage.start, stage.end)) for stage in grant.chain):
+            self._cuts[cut] += jobs
+            if not self._cuts[cut]:
+                del self._cuts[cut]
         for peer_id in (stage.peer_id for stage in grant.chain):
             self._reserved[peer_id] += jobs * grant.tokens
             self._running[peer_id] += jobs

@@ -14,7 +14,7 @@ from azu.errors import AzuError
 from azu.identity import Identity
 from azu.logs import log
 from azu.models.manifest import Manifest
-from azu.planning import Placement, links_of, place, shape_of, uncovered, views_for
+from azu.planning import Placement, Range, links_of, place, shape_of, uncovered, views_for
 from azu.records import HeldRange, WorkerRecord
 from azu.tickets import Assignment, sign_assignment
 from azu.wire.tensors import WeightFormat
@@ -106,6 +106,7 @@ class Placer:
     Args:
         manifests: the models to cover; asked for in each round.
         retired: digests of models that are not covered any more: a worker that has one loaded may be given others.
+        cuts: the stages of running jobs, by a model's digest.
     """
 
     def __init__(
@@ -116,11 +117,13 @@ class Placer:
         *,
         kv_tokens: int,
         retired: Callable[[], Collection[str]] = frozenset,
+        cuts: Callable[[str], Collection[Range]] = lambda _: (),
     ) -> None:
         self._identity = identity
         self._swarm = swarm
         self._manifests = manifests
         self._retired = retired
+        self._cuts = cuts
         self._kv_tokens = kv_tokens
         self._sequence = 0
         self._assigned: dict[str, tuple[HeldRange, float]] = {}  # what was taken, and until when that is news
@@ -162,7 +165,7 @@ class Placer:
             alike = [worker for worker in workers if worker.dtype == dtype]
             shape, links = shape_of(manifest, dtype, self._kv_tokens), links_of(manifest, dtype, alike)
             views = views_for(manifest, alike, is_fixed=partial(_is_anothers, me=self._identity.peer_id))
-            for placement in place(shape, views, links):
+            for placement in place(shape, views, links, cuts=self._cuts(manifest.digest)):
                 placed.add(placement.peer_id)
                 if placement.peer_id not in self._left_out:
                     nursery.start_soon(self._assign, manifest, dtype, placement)

@@ -192,7 +192,8 @@ async def _serve(
         swarm = SwarmView(overlay)
         meter = Meter(money.ledger, is_free=not money.provider.address)
         runner = JobRunner(identity, overlay, swarm, meter, price=money.price)
-        placer = Placer(identity, swarm, serving.manifests, kv_tokens=settings.kv_tokens, retired=serving.retired)
+        models, kv_tokens = serving.manifests, settings.kv_tokens
+        placer = Placer(identity, swarm, models, kv_tokens=kv_tokens, retired=serving.retired, cuts=runner.cuts)
         shards = ShardQueue(partial(sharder.shard, only_hub=True))
         nursery.start_soon(
             partial(stay_joined, overlay, settings.bootstrap, book=PeerBook(settings.data_dir / "peers.json"))

@@ -1,8 +1,8 @@
 """Who should hold which layers. Pure: a snapshot goes in, assignments come out; for one snapshot always the same.
 
-**The chain.** Layers 0..L are covered by a chain (see `chain`). What is loaded stays where it is, unless the holes
-cannot be filled by idle workers but a plan from scratch would cover the model; holes are filled one by one, the largest
-first.
+**The chain.** Layers 0..L are covered by a chain (see `chain`). What is loaded stays where it is as long as its holes
+can be filled (see `filling`): where jobs run, along the cuts of these, since one that has lost a stage needs a worker
+for exactly that.
 
 **How many stages.** The fewest are tried first, and then some more, as long as there are not too many workers for that:
 the safest plan is taken, and of these the one with the most tokens per second, hops counted (see `Power`). In swarms of
@@ -16,12 +16,13 @@ Complexity: what `chain` and `replicas` take, for each chain tried; of small swa
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from azu.planning.chain import CACHED_IS_WORTH, cover
-from azu.planning.coverage import best_chain, holes
+from azu.planning.coverage import holes
 from azu.planning.few import Held, Rater, Score, refine
+from azu.planning.filling import find_chain
 from azu.planning.replicas import Plan, Replicas
 from azu.planning.snapshot import Links, ModelShape, Placement, Power, Range, WorkerView, is_range, powers
 
@@ -34,14 +35,25 @@ _MOST_TRIED = 1_200
 _ROUNDS = 8  # of a small swarm, until nothing changes
 
 
-def place(shape: ModelShape, workers: Sequence[WorkerView], links: Links | None = None) -> tuple[Placement, ...]:
-    """The assignments to give now; empty when there is nothing to change or nothing that would help."""
+def place(
+    shape: ModelShape, workers: Sequence[WorkerView], links: Links | None = None, *, cuts: Collection[Range] = ()
+) -> tuple[Placement, ...]:
+    """The assignments to give now; empty when there is nothing to change or nothing that would help.
+
+    Args:
+        cuts: the stages of running jobs.
+    """
     workers = sorted(
         (worker for worker in workers if worker.held is None or is_range(worker.held, shape.n_layers)),
         key=lambda worker: worker.peer_id,
     )
     power = powers(workers, links or Links())
-    then = _carry_out_few(shape, workers, power) if len(workers) <= FEW else _place_many(shape, workers, power)
+    then: Held
+    if cuts and holes(shape.n_layers, [worker.held for worker in workers if worker.held]):
+        plan = next(_plans(shape, workers, power, cuts), None)  # jobs may wait for just these layers
+        then = plan.held if plan else {}
+    else:
+        then = _carry_out_few(shape, workers, power) if len(workers) <= FEW else _place_many(shape, workers, power)
     changed = [
         Placement(worker.peer_id, *then[worker.peer_id])
         for worker in workers
@@ -127,9 +139,11 @@ def _pays(moved: Score, before: Score) -> bool:
     return moved.beats(before) and moved.rate >= before.rate
 
 
-def _plans(shape: ModelShape, workers: Sequence[WorkerView], power: Mapping[str, Power]) -> Iterator[Plan]:
+def _plans(
+    shape: ModelShape, workers: Sequence[WorkerView], power: Mapping[str, Power], cuts: Collection[Range] = ()
+) -> Iterator[Plan]:
     """Plans around chains of more and more stages, the fewest first; one where layers are held; none if none fits."""
-    found = _chain(shape, workers, power)
+    found = find_chain(shape, workers, power, cuts)
     if found is None:
         return
     yield Replicas(shape, found[0], workers, found[1], power).plan()
@@ -140,29 +154,3 @@ def _plans(shape: ModelShape, workers: Sequence[WorkerView], power: Mapping[str,
         taken = cover(shape, workers, power, 0, shape.n_layers, stages)
         if taken is not None and len(taken) == stages:
             yield Replicas(shape, [(p.start, p.end) for p in taken], workers, taken, power).plan()
-
-
-def _chain(
-    shape: ModelShape, workers: Sequence[WorkerView], power: Mapping[str, Power]
-) -> tuple[list[Range], list[Placement]] | None:
-    """The ranges of the chain and what has to be loaded for it, or None where the model cannot be covered."""
-    kept = [worker.held for worker in best_chain(shape.n_layers, workers) if worker.held]
-    idle = [worker for worker in workers if worker.held is None]
-    taken: list[Placement] = []
-    for start, end in sorted(holes(shape.n_layers, kept), key=lambda range_: range_[0] - range_[1]):
-        used = {placement.peer_id for placement in taken}
-        filled = cover(shape, [worker for worker in idle if worker.peer_id not in used], power, start, end)
-        if filled is None:
-            return _from_scratch(shape, workers, power)
-        taken += filled
-    return sorted([*kept, *((p.start, p.end) for p in taken)]), taken
-
-
-def _from_scratch(
-    shape: ModelShape, workers: Sequence[WorkerView], power: Mapping[str, Power]
-) -> tuple[list[Range], list[Placement]] | None:
-    plan = cover(shape, [worker for worker in workers if not worker.is_fixed], power, 0, shape.n_layers)
-    if plan is None:
-        return None
-    held = {worker.peer_id: worker.held for worker in workers}
-    return [(p.start, p.end) for p in plan], [p for p in plan if held[p.peer_id] != (p.start, p.end)]

@@ -85,10 +85,10 @@ async def test_a_worker_that_refuses_is_left_alone_and_still_holds_its_layers(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
     whole = room_for(12)
-    busy = worker(1, (MANIFEST.digest, 3, 12, "loaded"), vram_total=whole)
+    refuses = worker(1, (MANIFEST.digest, 3, 12, "loaded"), vram_total=whole, jobs=0)
     other = worker(2, (MANIFEST.digest, 0, 2, "loaded"), vram_total=room_for(2))
-    swarm = SwarmTwin(busy, other)
-    swarm.refusing = {busy.peer_id}
+    swarm = SwarmTwin(refuses, other)
+    swarm.refusing = {refuses.peer_id}
     with trio.move_on_after(10):
         await placer(swarm).run()
     assert (swarm.asked, swarm.taken) == (1, [])

@@ -7,8 +7,8 @@ from dataclasses import replace
 from itertools import combinations
 
 from azu.planning import Links, ModelShape, Placement, WorkerView
+from azu.planning.filling import find_chain
 from azu.planning.flow import largest_flow
-from azu.planning.placement import _chain
 from azu.planning.snapshot import powers
 from coordinator.planning import find_route
 
@@ -72,7 +72,7 @@ def assert_fits(shape: ModelShape, workers: Sequence[WorkerView], plan: Sequence
 
 def primary(shape: ModelShape, workers: Sequence[WorkerView]) -> list[Placement]:
     """The chain that a plan begins with, where nobody holds anything yet."""
-    found = _chain(shape, sorted(workers, key=lambda worker: worker.peer_id), powers(workers, Links()))
+    found = find_chain(shape, sorted(workers, key=lambda worker: worker.peer_id), powers(workers, Links()))
     return sorted(found[1], key=lambda placement: placement.start) if found else []
 
 

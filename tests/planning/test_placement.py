@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise, permutations, product
 
 import pytest
@@ -187,6 +188,47 @@ def test_all_is_planned_anew_where_idle_workers_do_not_suffice() -> None:
     plan = place(uniform(30), workers)
     assert_covers_once(30, sorted([*plan, Placement("a", 0, 10)], key=lambda p: p.start))
     assert all(placement.peer_id != "a" for placement in plan), "a holds what the new plan gives it"
+
+
+def test_a_spare_fills_a_hole_before_all_is_planned_anew() -> None:
+    running = [
+        holding("a", 0, 10, vram=120, ready=True, jobs=2, decode_s=0.001),
+        holding("b", 10, 20, vram=120, ready=True, jobs=2, decode_s=0.004),
+        holding("c", 0, 10, vram=120, ready=True, decode_s=0.002),
+    ]
+    assert place(uniform(30), running) == (Placement("c", 20, 30),)
+    busy = [*running[:2], replace(running[2], jobs=1)]
+    assert {placement.peer_id for placement in place(uniform(30), busy)} != {"c"}
+
+
+def test_a_hole_is_filled_along_the_cuts_of_running_jobs() -> None:
+    workers = [
+        holding("a", 20, 30, vram=120, ready=True, decode_s=0.002),
+        WorkerView("b", 120, decode_s=0.001),
+        WorkerView("c", 120, decode_s=0.002),
+    ]
+    for cut in (9, 10, 12):
+        assert ranges(place(uniform(30), workers, cuts=[(0, cut), (cut, 20), (20, 30)])) == [(0, cut), (cut, 20)]
+    # Nobody has room for such stages, and so the model comes first.
+    assert ranges(place(uniform(30), workers, cuts=[(0, 14), (14, 20)])) == ranges(place(uniform(30), workers))
+
+
+@given(st.data())
+def test_whatever_jobs_run_a_plan_covers_the_model_and_is_the_last(data: st.DataObject) -> None:
+    pairs = st.tuples(st.integers(0, 12), st.integers(0, 12)).filter(lambda pair: pair[0] < pair[1])
+    small = pairs.filter(lambda pair: pair[1] - pair[0] <= 6)
+    running = [
+        holding(f"h{index}", *range_, vram=60, ready=True, jobs=data.draw(st.integers(0, 1)))
+        for index, range_ in enumerate(data.draw(st.lists(small, max_size=4)))
+    ]
+    workers = running + idle(*data.draw(st.lists(st.integers(0, 100), max_size=4)))
+    jobs = data.draw(st.lists(pairs, max_size=5))
+    plan = place(uniform(12), workers, cuts=jobs)
+    assert_fits(uniform(12), workers, plan)
+    if plan:
+        then = after(workers, plan)
+        assert not holes(12, [worker.held for worker in then if worker.held])
+        assert place(uniform(12), then, cuts=jobs) == ()
 
 
 @pytest.mark.parametrize("claimed", [(0, 1_000), (31, 40), (5, 5), (9, 3), (30, 31)])

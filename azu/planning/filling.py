@@ -1,0 +1,75 @@
+"""The chain of a plan: what is loaded and stays where it is, and who fills the holes.
+
+Holes are filled one by one, the largest first: by idle workers; where these do not suffice, also by those that run no
+job and only repeat what another one holds; and where they do not either, all is planned anew around the workers that
+run jobs, which would refuse to change, and those of other coordinators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+
+from azu.planning.chain import cover
+from azu.planning.coverage import best_chain, holes
+from azu.planning.snapshot import ModelShape, Placement, Power, Range, WorkerView
+
+__all__ = ["find_chain"]
+
+
+def find_chain(
+    shape: ModelShape, workers: Sequence[WorkerView], power: Mapping[str, Power], cuts: Collection[Range] = ()
+) -> tuple[list[Range], list[Placement]] | None:
+    """The ranges of the chain and what has to be loaded for it, or None where the model cannot be covered.
+
+    Args:
+        cuts: the stages of running jobs.
+    """
+    held = {worker.peer_id: worker.held for worker in workers}
+    idle = [worker for worker in workers if worker.held is None]
+    busy = [worker for worker in workers if worker.held and (worker.jobs or worker.is_fixed)]
+    jobless = [worker for worker in workers if not (worker.held and worker.jobs) and not worker.is_fixed]
+    for staying, able in (workers, idle), (workers, [*idle, *_spares(workers)]), (busy, jobless):
+        kept = [worker.held for worker in best_chain(shape.n_layers, staying) if worker.held]
+        missing = holes(shape.n_layers, kept)
+        for gaps in list(_along(missing, cuts)), missing:
+            taken = _fill(shape, gaps, able, power)
+            if taken is not None:
+                changes = [p for p in taken if held[p.peer_id] != (p.start, p.end)]
+                return sorted([*kept, *((p.start, p.end) for p in taken)]), changes
+    return None
+
+
+def _along(gaps: Iterable[Range], cuts: Collection[Range]) -> Iterator[Range]:
+    """The gaps in pieces, of which those that are a job's stage are whole."""
+    for start, end in gaps:
+        for cut in sorted(set(cuts)):
+            if start <= cut[0] and cut[1] <= end:
+                if start < cut[0]:
+                    yield start, cut[0]
+                yield cut
+                start = cut[1]
+        if start < end:
+            yield start, end
+
+
+def _spares(workers: Iterable[WorkerView]) -> Iterator[WorkerView]:
+    """Those that run no job and hold what another one holds too."""
+    kept: set[Range | None] = {None}
+    for worker in sorted(workers, key=lambda worker: (-worker.jobs, worker.peer_id)):
+        if worker.held in kept and worker.held and worker.ready and not (worker.jobs or worker.is_fixed):
+            yield worker
+        kept.add(worker.held)
+
+
+def _fill(
+    shape: ModelShape, gaps: Iterable[Range], able: Sequence[WorkerView], power: Mapping[str, Power]
+) -> list[Placement] | None:
+    """Who takes which layers so that no gap is left; None where these workers do not suffice."""
+    taken: list[Placement] = []
+    for start, end in sorted(gaps, key=lambda range_: range_[0] - range_[1]):
+        used = {placement.peer_id for placement in taken}
+        filled = cover(shape, [worker for worker in able if worker.peer_id not in used], power, start, end)
+        if filled is None:
+            return None
+        taken += filled
+    return taken
