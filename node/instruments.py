@@ -121,6 +121,7 @@ class Sums:
     passes: int
     steps: int
     rows: int
+    token_layers: int
     compute_s: float
     waited_s: float
     messages: int
@@ -175,6 +176,7 @@ class Instruments:
             passes=passes.passes,
             steps=passes.steps,
             rows=passes.rows,
+            token_layers=passes.token_layers,
             compute_s=passes.compute_s,
             waited_s=passes.waited_s,
             messages=ring.messages,

@@ -31,6 +31,7 @@ _COUNTERS: tuple[tuple[str, str, Callable[[Sums], float]], ...] = (
     ("passes_total", "Forward passes of the device thread.", lambda sums: sums.passes),
     ("pass_steps_total", "Jobs' steps in them.", lambda sums: sums.steps),
     ("pass_rows_total", "Positions in them.", lambda sums: sums.rows),
+    ("pass_token_layers_total", "Positions times layers.", lambda sums: sums.token_layers),
     ("pass_compute_seconds_total", "In passes, with the copy to main memory.", lambda sums: sums.compute_s),
     ("pass_wait_seconds_total", "That steps waited for their pass, summed.", lambda sums: sums.waited_s),
     ("ring_messages_total", "Messages sent to next stages.", lambda sums: sums.messages),

@@ -46,6 +46,10 @@ class Runner(Protocol):
     def is_first(self) -> bool:
         """Whether it is the ring's first stage, where tokens come back to."""
 
+    @property
+    def n_layers(self) -> int:
+        """The layers that a step goes through."""
+
     def run_steps(self, steps: Sequence[Any]) -> list[outcome.Outcome[Any]]:
         """Compute steps of different jobs in one pass: for each its result, or its error."""
 
@@ -204,7 +208,7 @@ class DeviceThread:
         done = outcome.capture(runner.run_steps, [step for _, step in steps])
         results = done.value if isinstance(done, outcome.Value) else [done] * len(steps)
         rows, ended = [work.rows for work, _ in steps], time.perf_counter()
-        self.passes.note(started, ended, rows, [work.since for work, _ in steps])
+        self.passes.note(started, ended, runner.n_layers, rows, [work.since for work, _ in steps])
         if runner.is_first:
             jobs = [work.returns_to for work, _ in steps if work.returns_to and not work.abandoned]
             self._gathering(runner).left(jobs, sum(each for each in rows if each > 1), ended)

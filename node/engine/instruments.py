@@ -12,14 +12,15 @@ __all__ = ["PassStatistics", "Passes"]
 @dataclass(frozen=True, slots=True)
 class PassStatistics:
     """Sums since the start. passes: forward passes; steps: jobs' steps in them, of which `tokens` had one row; rows: of
-    all steps. compute_s: seconds in passes; waited_s: seconds that steps waited for theirs, summed; longest_s: the
-    longest pass; largest: steps in the fullest one.
+    all steps; token_layers: these times the layers that they went through. compute_s: seconds in passes; waited_s:
+    seconds that steps waited for theirs, summed; longest_s: the longest pass; largest: steps in the fullest one.
     """
 
     passes: int = 0
     steps: int = 0
     tokens: int = 0
     rows: int = 0
+    token_layers: int = 0
     compute_s: float = 0.0
     waited_s: float = 0.0
     longest_s: float = 0.0
@@ -39,8 +40,10 @@ class Passes:
         self._now = PassStatistics()
         self.recent_s = 0.0  # the longest since `take_longest`
 
-    def note(self, started: float, ended: float, rows: Sequence[int], since: Sequence[float]) -> None:
-        """Count a pass. Times by one clock, in seconds; `since`: when each of its steps began to wait."""
+    def note(self, started: float, ended: float, layers: int, rows: Sequence[int], since: Sequence[float]) -> None:
+        """Count a pass through so many layers. Times by one clock, in seconds; `since`: when each of its steps began to
+        wait.
+        """
         with self._lock:
             now, seconds = self._now, ended - started
             self._now = PassStatistics(
@@ -48,6 +51,7 @@ class Passes:
                 steps=now.steps + len(rows),
                 tokens=now.tokens + sum(each == 1 for each in rows),
                 rows=now.rows + sum(rows),
+                token_layers=now.token_layers + layers * sum(rows),
                 compute_s=now.compute_s + seconds,
                 waited_s=now.waited_s + sum(started - each for each in since),
                 longest_s=max(now.longest_s, seconds),

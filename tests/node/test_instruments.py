@@ -75,7 +75,7 @@ def test_the_last_minute_forgets_what_is_older(clock: Clock) -> None:
     for slot in range(20):
         clock.now += 5
         if slot == 2:
-            passes.note(clock.now - 0.75, clock.now, [1, 1, 7], [clock.now - 1, clock.now - 1, clock.now - 0.75])
+            passes.note(clock.now - 0.75, clock.now, 4, [1, 1, 7], [clock.now - 1, clock.now - 1, clock.now - 0.75])
             all_of.ring.note_sent(100, 0.25, 0.5)
         minute = all_of.last_minute()
         minutes.append((minute.sums.at, minute.sums.rows, minute.longest_pass_s))
@@ -84,6 +84,7 @@ def test_the_last_minute_forgets_what_is_older(clock: Clock) -> None:
     assert minutes[13:17] == [(65, 9, 0.75), (65, 9, 0.75), (65, 0, 0.0), (65, 0, 0.0)]
     start = all_of.since_start()
     assert (start.sums.at, start.sums.passes, start.sums.steps, start.sums.rows) == (100, 1, 3, 9)
+    assert start.sums.token_layers == 36
     assert (start.sums.compute_s, start.sums.waited_s, start.longest_pass_s) == (0.75, 0.5, 0.75)
     assert (start.sums.messages, start.sums.sent_bytes, start.sums.serialise_s, start.sums.wire_s) == (
         1,

@@ -256,6 +256,7 @@ class Adder:
 
     def __init__(self, *, can_pack: bool = True, is_first: bool = False) -> None:
         self.can_pack = can_pack
+        self.n_layers = 3
         self.is_first = is_first
         self.passes: list[list[list[int]]] = []
 
@@ -288,6 +289,7 @@ async def test_steps_that_wait_go_together_where_they_can(can_pack: bool) -> Non
     assert [len(steps) for steps in adder.passes] == ([5] if can_pack else [1] * 5)
     counted = device.passes.statistics()
     assert (counted.passes, counted.steps, counted.tokens, counted.rows) == (len(adder.passes), 5, 5, 5)
+    assert counted.token_layers == 5 * 3
     assert counted.largest == (5 if can_pack else 1)
 
 
