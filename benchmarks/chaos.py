@@ -34,7 +34,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -113,17 +112,19 @@ def ask(swarm: ChaosSwarm, question: str, tokens: int) -> Answer:
         "model": swarm.model_id, "messages": [{"role": "user", "content": question}], "temperature": 0,
         "max_tokens": tokens,
     }  # fmt: skip
-    for turned_away in count():
+    turned_away = 0
+    while True:
         with swarm.at("coordinator"):
             answer = httpx.post(f"{swarm.url}/v1/chat/completions", json=request, timeout=1_200)
         body = answer.json()
         if answer.status_code == 200:
             text, used = str(body["choices"][0]["message"]["content"]), body["usage"]["total_tokens"]
             return Answer(text, used - 1, turned_away)
-        if body["error"]["code"] not in ("model_not_covered", "no_capacity") or turned_away > MOST_REFUSALS:
-            break
+        code = str(body["error"]["code"])
+        if code not in ("model_not_covered", "no_capacity") or turned_away == MOST_REFUSALS:
+            return Answer(f"no answer: {code}")
+        turned_away += 1
         time.sleep(ASK_AGAIN_S)
-    return Answer(f"no answer: {body['error']['code']}")
 
 
 class Chaos:

@@ -181,8 +181,10 @@ class JobRunner:
         self._count(grant, -1)
 
     def cuts(self, manifest: str) -> list[Range]:
-        """The stages [start, end) into which running jobs cut a model."""
-        return [range_ for digest, range_ in self._cuts if digest == manifest]
+        """The stages [start, end) into which running jobs cut a model, those of most jobs first."""
+        found = [(jobs, end - start, (start, end)) for (digest, (start, end)), jobs in self._cuts.items()
+                 if digest == manifest]  # fmt: skip
+        return [range_ for *_, range_ in sorted(found, reverse=True)]
 
     def _count(self, grant: Grant, jobs: int) -> None:
         for cut in ((grant.manifest, (stage.start, stage.end)) for stage in grant.chain):

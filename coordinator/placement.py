@@ -117,7 +117,7 @@ class Placer:
         *,
         kv_tokens: int,
         retired: Callable[[], Collection[str]] = frozenset,
-        cuts: Callable[[str], Collection[Range]] = lambda _: (),
+        cuts: Callable[[str], Sequence[Range]] = lambda _: (),
     ) -> None:
         self._identity = identity
         self._swarm = swarm

@@ -7,7 +7,7 @@ run jobs, which would refuse to change, and those of other coordinators.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from azu.planning.chain import cover
 from azu.planning.coverage import best_chain, holes
@@ -17,12 +17,12 @@ __all__ = ["find_chain"]
 
 
 def find_chain(
-    shape: ModelShape, workers: Sequence[WorkerView], power: Mapping[str, Power], cuts: Collection[Range] = ()
+    shape: ModelShape, workers: Sequence[WorkerView], power: Mapping[str, Power], cuts: Sequence[Range] = ()
 ) -> tuple[list[Range], list[Placement]] | None:
     """The ranges of the chain and what has to be loaded for it, or None where the model cannot be covered.
 
     Args:
-        cuts: the stages of running jobs.
+        cuts: the stages of running jobs, those that matter most first.
     """
     held = {worker.peer_id: worker.held for worker in workers}
     idle = [worker for worker in workers if worker.held is None]
@@ -39,15 +39,18 @@ def find_chain(
     return None
 
 
-def _along(gaps: Iterable[Range], cuts: Collection[Range]) -> Iterator[Range]:
-    """The gaps in pieces, of which those that are a job's stage are whole."""
+def _along(gaps: Iterable[Range], cuts: Sequence[Range]) -> Iterator[Range]:
+    """The gaps in pieces, of which those that are a job's stage are whole; where two overlap, the first one is."""
     for start, end in gaps:
-        for cut in sorted(set(cuts)):
-            if start <= cut[0] and cut[1] <= end:
-                if start < cut[0]:
-                    yield start, cut[0]
-                yield cut
-                start = cut[1]
+        whole: list[Range] = []
+        for cut in cuts:
+            if start <= cut[0] and cut[1] <= end and all(cut[1] <= a or b <= cut[0] for a, b in whole):
+                whole.append(cut)
+        for cut in sorted(whole):
+            if start < cut[0]:
+                yield start, cut[0]
+            yield cut
+            start = cut[1]
         if start < end:
             yield start, end
 

@@ -16,7 +16,7 @@ Complexity: what `chain` and `replicas` take, for each chain tried; of small swa
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from azu.planning.chain import CACHED_IS_WORTH, cover
@@ -36,12 +36,12 @@ _ROUNDS = 8  # of a small swarm, until nothing changes
 
 
 def place(
-    shape: ModelShape, workers: Sequence[WorkerView], links: Links | None = None, *, cuts: Collection[Range] = ()
+    shape: ModelShape, workers: Sequence[WorkerView], links: Links | None = None, *, cuts: Sequence[Range] = ()
 ) -> tuple[Placement, ...]:
     """The assignments to give now; empty when there is nothing to change or nothing that would help.
 
     Args:
-        cuts: the stages of running jobs.
+        cuts: the stages of running jobs, those that matter most first.
     """
     workers = sorted(
         (worker for worker in workers if worker.held is None or is_range(worker.held, shape.n_layers)),
@@ -140,7 +140,7 @@ def _pays(moved: Score, before: Score) -> bool:
 
 
 def _plans(
-    shape: ModelShape, workers: Sequence[WorkerView], power: Mapping[str, Power], cuts: Collection[Range] = ()
+    shape: ModelShape, workers: Sequence[WorkerView], power: Mapping[str, Power], cuts: Sequence[Range] = ()
 ) -> Iterator[Plan]:
     """Plans around chains of more and more stages, the fewest first; one where layers are held; none if none fits."""
     found = find_chain(shape, workers, power, cuts)

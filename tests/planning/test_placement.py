@@ -209,6 +209,8 @@ def test_a_hole_is_filled_along_the_cuts_of_running_jobs() -> None:
     ]
     for cut in (9, 10, 12):
         assert ranges(place(uniform(30), workers, cuts=[(0, cut), (cut, 20), (20, 30)])) == [(0, cut), (cut, 20)]
+    # Of cuts that overlap, the first one counts.
+    assert ranges(place(uniform(30), workers, cuts=[(0, 11), (0, 9), (9, 20)])) == [(0, 11), (11, 20)]
     # Nobody has room for such stages, and so the model comes first.
     assert ranges(place(uniform(30), workers, cuts=[(0, 14), (14, 20)])) == ranges(place(uniform(30), workers))
 
