@@ -40,6 +40,8 @@ _FIRST_MESSAGE_S = 10.0
 _TICKET_LAG_S = 10.0
 # and before the leg that it is for begins, since the step that is being computed is waited for.
 _LEG_LAG_S = 60.0
+# A worker that leaves waits so long for coordinators that are away: nobody else can move their jobs.
+_AWAY_S = 10.0
 HISTORY_BYTES = 512 << 20  # of main memory, for what may have to be sent again
 _MAX_TICKET_BYTES = 65_536
 # Ended jobs that are remembered so that their tickets are not honoured twice; 160 bytes each.
@@ -125,9 +127,15 @@ class Jobs:
             job.leave()
 
     async def until_served(self) -> None:
-        """Wait until no job runs, and whatever coordinators are to be told of those that have ended is told."""
+        """Wait until no job runs, and whatever coordinators are to be told of those that have ended is told. Jobs whose
+        coordinators are away are waited for for a moment only.
+        """
         while self._serving:
-            await self._changed.wait()
+            with trio.move_on_after(_AWAY_S) as patience:
+                await self._changed.wait()
+            are_here = self._serving > self.count or any(job.line.is_up for job in self._jobs.values())
+            if patience.cancelled_caught and not are_here:
+                return
 
     async def handle_job(self, stream: OverlayStream) -> None:
         """Serve a /azu/job/1 stream: one job, until the coordinator ends it."""

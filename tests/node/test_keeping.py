@@ -14,6 +14,7 @@ from azu.overlay import Overlay
 from azu.tickets import JobTicket, sign_ticket
 from azu.wire.messages import JOB, JOB_PROTOCOL, Amend, End, Forget, Open, Prompt, ReceiptReply, Refused, Token
 from azu.wire.tokens import pack_tokens
+from node import jobs as jobs_module
 from tests.node.real_stages import Coordinator, TinyModel, identity, next_of, peer, prompt_of, real_ring, tiny_model
 from tests.node.test_amendments import Running
 
@@ -96,6 +97,18 @@ async def test_it_is_not_waited_for_without_end(model: TinyModel, keep_s: int) -
         await coordinator.stages[0].until_idle()
         async with amending(coordinator, next_epoch(ticket)) as channel:
             assert (await next_of(channel, Refused)).code == "unknown_job"
+
+
+async def test_a_worker_that_leaves_does_not_wait_for_it_for_long(
+    model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs_module, "_AWAY_S", 0.5)
+    async with real_ring(model, 1) as coordinator:
+        await left_alone(coordinator, 100)
+        jobs = coordinator.stages[0].jobs
+        jobs.leave()
+        await jobs.until_served()
+        assert jobs.count == 1
 
 
 async def test_its_stage_may_be_given_out_anew(model: TinyModel) -> None:
