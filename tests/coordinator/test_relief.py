@@ -95,8 +95,9 @@ async def test_a_job_leaves_a_worker_that_has_become_slow_and_all_is_paid_once(
             runner_up.peer_id,
             swarm.at(3)[0].peer_id,
         ]
-        # The others ran each position once, and so did the runner-up, in large steps where tokens were known.
-        assert [sum(worker.rows) for worker in (swarm.at(0)[0], runner_up, swarm.at(3)[0])] == [POSITIONS] * 3
+        # The others ran each position once. The runner-up did so too, or got the cache of those before it.
+        assert sum(swarm.at(0)[0].rows) == sum(swarm.at(3)[0].rows) == POSITIONS
+        assert POSITIONS - sum(slow.rows) <= sum(runner_up.rows) <= POSITIONS
         assert SLOW_AT < sum(slow.rows) < POSITIONS
         report = await job.finish()
         assert report.held == 0
