@@ -4,8 +4,8 @@
 
 Real processes on this machine, with SmolLM2, of which each worker has a third. Each question is first asked
 undisturbed. Then clients ask them again and again, as streams, while each worker in turn is told to leave
-(`azu-node leave`), has ended, and is started again on its data folder; once it has its layers loaded, it is the next
-one's turn. With --kill workers are killed instead (SIGKILL), for comparison.
+(`azu-node leave`), has ended, and is started again on its data folder; once the coordinator knows that it has layers
+loaded, it is the next one's turn. With --kill workers are killed instead (SIGKILL), for comparison.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pathlib import Path
 
 import httpx
 
-from tests.local_swarm import LocalSwarm, Program
+from tests.local_swarm import LocalSwarm, Program, wait_until
 
 VRAM = "440MiB"  # a third of the model
 QUESTIONS = tuple(f"Tell me a story about {thing}." for thing in ("a fox", "the sea", "an old oak", "winter"))
@@ -98,6 +98,7 @@ def restart(swarm: LocalSwarm, worker: Program, *, kill: bool) -> Restart:
     ended = time.perf_counter()
     swarm.workers.remove(worker)
     swarm.add_worker(VRAM, name=worker.name).wait_for("stage ready")
+    wait_until(lambda: swarm.health()["workers"] == len(swarm.workers), "the coordinator to know that it is back")
     return Restart(ended - started, time.perf_counter() - ended, code)
 
 
@@ -161,6 +162,8 @@ def report(
         f"jobs moved: {len(coordinator.found('job amended'))}, of which with their KV caches: {len(sent)}; "
         f"stages lost: {len(coordinator.found('stage lost'))}"
     )
+    for reason, times in Counter(each["reason"].split(" ", 1)[-1] for each in coordinator.found("stage lost")).items():
+        print(f"  lost: {reason} ({times})")
     if resumed:
         print(f"pauses of jobs that moved: median {statistics.median(resumed):.2f} s, longest {max(resumed):.2f} s")
     print(f"workers paid: {sum(each.parts for each in whole)}, of which held: {dict(held) or 0}")
