@@ -191,8 +191,11 @@ async def test_who_asks_for_little_loses_its_slot_once_others_wait(
             nursery.start_soon(read_on)
             code = ""
             while not code:
-                await trickle.channel.send(ONE_BYTE)
-                received = await trickle.channel.receive()
+                try:
+                    await trickle.channel.send(ONE_BYTE)
+                    received = await trickle.channel.receive()
+                except NetworkError:
+                    received = None
                 code = getattr(received[0], "code", "") if received is not None else "reset"  # if it was being answered
             assert code in ("busy", "reset")
             nursery.cancel_scope.cancel()
