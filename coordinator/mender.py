@@ -50,7 +50,7 @@ _STALL_SLACK = 10.0
 # How much a fault weighs against the peer that seems to be at fault, and against one that may be: its accuser, who may
 # lie, and everybody in a job that stalls.
 _AT_FAULT, _SUSPECT = 2, 1
-# So long a job waits for a worker that can take a lost stage over: it may have to load the layers first.
+# So long after its last token a job waits for workers that can take lost stages over: they may have to load the layers.
 _REPLACE_S = 300.0
 _LOOK_S = 0.5
 # A job that ends within this time is not moved from a worker that leaves.
@@ -63,8 +63,9 @@ _GLANCE_S = 1.0
 _PAUSE_S = 30.0
 # A peer that was lost is not taken again for this long.
 _SHUN_S = 10.0
-# Amendments without a token between them.
-_MAX_AMENDMENTS = 8
+# After so many amendments without a token between them, a job without any token ends, and another one takes its time.
+_QUICK_AMENDMENTS = 8
+_AGAIN_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +127,7 @@ class Mender:
         self._moved_at = trio.current_time()
         self._due = crew.ticket.prompt_tokens  # positions that the next token takes
         self._in_vain = 0  # amendments since the last token
+        self._patience: float | None = None  # until when it is tried to mend what has been broken since then
         self._known = 0  # tokens that had come at the last amendment
         self._work = Counter[str]()  # token-layers that amendments cost, since the last token
         self._lost: dict[int, AzuError] = {}  # stages that have to be replaced
@@ -141,7 +143,7 @@ class Mender:
             log(logger, logging.INFO, "job goes on", job=self._job, pause_s=pause_s, **self._work)
             self._work.clear()
         self._moved_at, self._due = now, 1
-        self._in_vain = 0
+        self._in_vain, self._patience = 0, None
         self._accusers.clear()
 
     def note_leaving(self, stage: Attendance) -> None:
@@ -262,11 +264,15 @@ class Mender:
 
     async def _amend(self, nursery: trio.Nursery) -> None:
         """Bring the job to a ring that runs; it is over afterwards where there is none to be had."""
-        deadline = trio.current_time() + (_REPLACE_S if self._answer.tokens or self._is_back else 0.0)
         while not self._answer.is_over:
+            if self._patience is None:
+                self._patience = trio.current_time() + (_REPLACE_S if self._answer.tokens or self._is_back else 0.0)
+            is_hard = self._in_vain >= _QUICK_AMENDMENTS
+            is_too_late = trio.current_time() >= self._patience
+            if is_hard:
+                await trio.sleep(_AGAIN_S)
             peers = self._find_substitutes()
-            is_hopeless = self._in_vain >= _MAX_AMENDMENTS or (peers is None and trio.current_time() >= deadline)
-            if self._lost and is_hopeless:
+            if self._lost and is_too_late and (peers is None or is_hard):
                 index, error = next(iter(self._lost.items()))
                 self._answer.give_up(self._loss_of(self._crew.stages[index], error))
             elif peers is None:

@@ -145,6 +145,20 @@ async def test_one_substitute_after_the_other_dies(model: TinyModel, tmp_path: P
             assert sum(swarm.at(start)[0].rows) == POSITIONS
 
 
+async def test_however_many_substitutes_die_a_job_with_tokens_goes_on(model: TinyModel, tmp_path: Path) -> None:
+    """Where workers break all the time, none of many amendments may bring a token."""
+    async with real_swarm(model, tmp_path, *THREE, *[(1, 3)] * 10) as swarm:
+        first, *others, _ = sorted(swarm.at(1), key=lambda worker: worker.peer_id)
+        first.dies_after = CHUNKS + 8
+        for worker in others:
+            worker.dies_after = 1
+        tokens, job = await swarm.ask(PROMPT, COUNT)
+        assert tokens == model.greedy(PROMPT, COUNT)
+        assert job.amendments >= 10
+        for start in (0, 3):
+            assert sum(swarm.at(start)[0].rows) == POSITIONS
+
+
 async def test_where_the_history_is_too_small_the_stage_before_computes_again(model: TinyModel, tmp_path: Path) -> None:
     """Nothing else does."""
     async with real_swarm(model, tmp_path, *THREE, *THREE) as swarm:
