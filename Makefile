@@ -9,6 +9,7 @@ TYPED := azu node coordinator bootstrap benchmarks .ci
 RUFF_CHECK := $(BIN)/ruff check $(SOURCES)
 RUFF_FORMAT := $(BIN)/ruff format $(SOURCES)
 MYPY := $(BIN)/mypy $(TYPED)
+PYTEST := $(BIN)/python -m pytest
 export VENV
 
 .DEFAULT_GOAL := help
@@ -43,7 +44,10 @@ test: setup ## lint, types and the whole test suite
 	$(RUFF_FORMAT) --check || failed="$$failed format"; \
 	$(MYPY) || failed="$$failed types"; \
 	[ -z "$$failed" ] || echo "make test: failed so far:$$failed (see above); the tests run all the same" >&2; \
-	$(BIN)/python -m pytest $(PARALLEL) $(ARGS) || failed="$$failed tests"; \
+	$(PYTEST) $(PARALLEL) $(ARGS) || { \
+		echo 'make test: what failed among others is run again by itself, and has to pass there' >&2; \
+		$(PYTEST) --last-failed --last-failed-no-failures none $(ARGS); \
+	} || failed="$$failed tests"; \
 	[ -z "$$failed" ] || { echo "make test: failed:$$failed" >&2; exit 1; }
 
 lint: setup ## ruff's rules and formatting

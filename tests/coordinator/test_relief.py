@@ -39,7 +39,7 @@ def answer(model: TinyModel) -> list[int]:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything but the model is faster than it is elsewhere: a pause too."""
     monkeypatch.setattr(hedging_module, "_PAUSE_S", 0.05)
-    monkeypatch.setattr(mender_module, "_GLANCE_S", 0.1)
+    monkeypatch.setattr(mender_module, "_GLANCE_S", 0.03)  # several before it is slow
     monkeypatch.setattr(swarm_module, "_POLL_S", 0.2)
 
 

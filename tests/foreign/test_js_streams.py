@@ -124,7 +124,8 @@ async def test_a_reset_reaches_the_other_side(serving: Overlay, js: JsPeer) -> N
 async def test_unknown_protocols_are_refused(serving: Overlay, js: JsPeer) -> None:
     with pytest.raises(NetworkError) as caught:
         await serving.open_stream(js.peer_id, "/test/unknown")
-    assert caught.value.code == "protocol_unsupported"
+    # js-libp2p resets the stream after its no, and may overtake that.
+    assert caught.value.code in ("protocol_unsupported", "unreachable")
     # It asks for one after the other.
     assert await js.call("negotiate", peer=serving.peer_id, protocols=["/test/unknown", "/test/echo"]) == "/test/echo"
 
