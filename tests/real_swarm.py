@@ -33,6 +33,14 @@ COORDINATOR = 99
 Results = list[outcome.Outcome[Any]]
 
 
+# A model of four layers in three stages, and where these begin.
+THREE = ((0, 1), (1, 3), (3, 4))
+STARTS = (0, 1, 3)
+DRAWN = Sampling(
+    temperature=1.0, top_p=0.9, repetition_penalty=1.3, presence_penalty=0.5, frequency_penalty=0.3, seed=7
+)
+
+
 @dataclass
 class Worker:
     """A real stage that can be killed, and the rows that it ran of each pass's jobs, in order."""
@@ -170,6 +178,12 @@ class RealSwarm:
     def at(self, start: int) -> list[Worker]:
         """The workers that hold the layers from `start` on."""
         return [worker for worker in self.workers if worker.start == start]
+
+
+def pair(swarm: RealSwarm, start: int) -> tuple[Worker, Worker]:
+    """Who runs jobs from layer `start` on, and who takes them over."""
+    first, second = sorted(swarm.at(start), key=lambda worker: worker.peer_id)
+    return first, second
 
 
 @asynccontextmanager

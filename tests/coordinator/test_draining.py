@@ -11,22 +11,15 @@ import pytest
 import trio
 
 from azu.economics import split
-from azu.tickets import Sampling
 from coordinator import mender as mender_module
 from coordinator.generation import JobReport
 from coordinator.job import RunningJob
 from tests.node.real_stages import TinyModel, prompt_of, tiny_model
-from tests.real_swarm import RealSwarm, Worker, real_swarm
+from tests.real_swarm import DRAWN, STARTS, THREE, RealSwarm, Worker, pair, real_swarm
 
-THREE = ((0, 1), (1, 3), (3, 4))
-STARTS = (0, 1, 3)
 PROMPT, COUNT = prompt_of(600), 120
 CHUNKS = 3  # of the prompt
 POSITIONS = len(PROMPT) + COUNT - 1  # that go through every layer
-
-DRAWN = Sampling(
-    temperature=1.0, top_p=0.9, repetition_penalty=1.3, presence_penalty=0.5, frequency_penalty=0.3, seed=7
-)
 
 
 @pytest.fixture(scope="module")
@@ -37,12 +30,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
 @pytest.fixture(autouse=True)
 def jobs_are_moved_to_their_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mender_module, "_ENDS_S", 0.0)
-
-
-def pair(swarm: RealSwarm, start: int) -> tuple[Worker, Worker]:
-    """Who runs jobs from layer `start` on, and its heir."""
-    first, second = sorted(swarm.at(start), key=lambda worker: worker.peer_id)
-    return first, second
 
 
 def leaves_after(swarm: RealSwarm, steps: int, trigger: Worker, *leavers: Worker) -> None:

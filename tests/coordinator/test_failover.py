@@ -14,32 +14,20 @@ import trio
 from azu.channel import Channel
 from azu.economics import split, token_layers
 from azu.errors import NetworkError
-from azu.tickets import Sampling
 from azu.wire.messages import RING, RING_PROTOCOL, Hello, Refused
 from coordinator import mender as mender_module
 from coordinator.job import RunningJob
 from tests.node.real_stages import TinyModel, next_of, prompt_of, tiny_model
-from tests.real_swarm import RealSwarm, Worker, real_swarm
+from tests.real_swarm import DRAWN, STARTS, THREE, RealSwarm, Worker, pair, real_swarm
 
-THREE = ((0, 1), (1, 3), (3, 4))
-STARTS = (0, 1, 3)
 PROMPT, COUNT = prompt_of(600), 24
 CHUNKS = 3  # of the prompt
 POSITIONS = len(PROMPT) + COUNT - 1  # that go through every layer
-DRAWN = Sampling(
-    temperature=1.0, top_p=0.9, repetition_penalty=1.3, presence_penalty=0.5, frequency_penalty=0.3, seed=7
-)
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
     return tiny_model(tmp_path_factory.mktemp("tiny"))
-
-
-def pair(swarm: RealSwarm, start: int) -> tuple[Worker, Worker]:
-    """Who runs jobs from layer `start` on, and its substitute."""
-    first, second = sorted(swarm.at(start), key=lambda worker: worker.peer_id)
-    return first, second
 
 
 def assert_nothing_was_run_twice(swarm: RealSwarm, lost: set[int]) -> None:

@@ -17,9 +17,8 @@ from coordinator import relief as relief_module
 from coordinator import swarm as swarm_module
 from coordinator.job import RunningJob
 from tests.node.real_stages import TinyModel, prompt_of, tiny_model
-from tests.real_swarm import RealSwarm, Worker, real_swarm
+from tests.real_swarm import THREE, RealSwarm, Worker, real_swarm
 
-THREE = ((0, 1), (1, 3), (3, 4))
 PROMPT, COUNT, SLOW_AT = prompt_of(40), 240, 100
 POSITIONS = len(PROMPT) + COUNT - 1
 LAG_S = 0.04  # many times what a step takes
