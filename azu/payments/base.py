@@ -3,7 +3,8 @@
     deposit   a client sends coin to the platform's address and claims the transaction; `verify_deposit` reads it from
               the chain. What is credited is decided by the chain alone: the claim only says where to look.
     payout    `sign_payout` makes a transaction and sends nothing; its bytes are written down; `send` broadcasts them,
-              as often as need be, since the same bytes can land once only; `look` tells what became of them.
+              as often as need be, since the same bytes can land once only; `look` tells what became of them; `reprice`
+              offers more for one that has become too cheap to land.
 
 Refusals are values. Where no RPC answers a `NetworkError` is raised, whose code says why: "rpc_timeout",
 "rpc_rate_limited", "rpc_wrong_chain", "rpc_bad_answer", "rpc_error" or "rpc_unavailable". Nothing is known then.
@@ -115,3 +116,9 @@ class PaymentProvider(Protocol):
 
     async def look(self, payout: SignedPayout) -> Landing:
         """What became of it."""
+
+    async def reprice(self, payout: SignedPayout) -> SignedPayout | None:
+        """Sign one that waits anew, where the chain's fees have risen beyond what it offers; None where they have not.
+
+        Only one of the two can land. Nothing is sent.
+        """

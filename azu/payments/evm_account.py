@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from typing import Protocol
+from typing import Any, Protocol
 
 from azu.errors import InputError
 
@@ -37,6 +37,12 @@ class EvmAccount(Protocol):
 
     def has_made(self, raw: bytes, chain_id: int) -> bool:
         """Whether the key signed these bytes, for that chain."""
+
+    def offer(self, raw: bytes) -> int:
+        """The most wei that a transaction of EIP-1559 pays for a unit of gas."""
+
+    def reprice(self, raw: bytes, offer: int) -> tuple[str, bytes]:
+        """The same transaction with another offer, signed by the key: its hash and its bytes."""
 
 
 def evm_account(key: bytes) -> EvmAccount:
@@ -72,7 +78,16 @@ def evm_account(key: bytes) -> EvmAccount:
             return f"0x{bytes(account.sign_message(encode_defunct(text=text)).signature).hex()}"
 
         def has_made(self, raw: bytes, chain_id: int) -> bool:
-            fields = TypedTransaction.from_bytes(HexBytes(raw)).as_dict()
-            return bool(fields["chainId"] == chain_id and Account.recover_transaction(raw) == self.address)
+            return bool(_fields(raw)["chainId"] == chain_id and Account.recover_transaction(raw) == self.address)
+
+        def offer(self, raw: bytes) -> int:
+            return int(_fields(raw)["maxFeePerGas"])
+
+        def reprice(self, raw: bytes, offer: int) -> tuple[str, bytes]:
+            unsigned = {name: value for name, value in _fields(raw).items() if name not in ("v", "r", "s")}
+            return self.sign(unsigned | {"maxFeePerGas": offer})
+
+    def _fields(raw: bytes) -> dict[str, Any]:
+        return dict(TypedTransaction.from_bytes(HexBytes(raw)).as_dict())
 
     return _Account()

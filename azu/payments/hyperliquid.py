@@ -207,7 +207,7 @@ class Hyperliquid:
             return to
         if not 0 < amount <= LARGEST_AMOUNT:
             return Refusal("bad_amount", f"{amount} wei cannot be paid")
-        base_fee = await self._rpc.call("eth_getBlockByNumber", "latest", False, read=_read_base_fee)
+        base_fee = await self._base_fee()
         gas = await self._gas(to, amount, base_fee * _FEE_ROOM)
         if isinstance(gas, Refusal):
             return gas
@@ -257,6 +257,18 @@ class Hyperliquid:
         if receipt.status != 1:
             return Landing("failed", receipt.fee, "the payee's account refused it")
         return Landing("confirmed", receipt.fee)
+
+    async def reprice(self, payout: SignedPayout) -> SignedPayout | None:
+        """See `PaymentProvider.reprice`: the same transfer with the same nonce."""
+        if self._account is None or not self._account.has_made(payout.raw, self._chain_id):
+            return None
+        base_fee = await self._base_fee()
+        if base_fee <= self._account.offer(payout.raw):
+            return None
+        return SignedPayout(*self._account.reprice(payout.raw, base_fee * _FEE_ROOM), payout.nonce)
+
+    async def _base_fee(self) -> int:
+        return await self._rpc.call("eth_getBlockByNumber", "latest", False, read=_read_base_fee)
 
     async def _look_for_rival(self, payout: SignedPayout) -> Landing:
         """Whether another transaction has its nonce: on every RPC, twice, with confirmations between."""

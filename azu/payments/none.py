@@ -49,3 +49,6 @@ class NoPayments:
             code="other_provider",
             remedy="Set PAYMENT_PROVIDER to the one that it was made with",
         )
+
+    async def reprice(self, payout: SignedPayout) -> None:
+        """There are no fees."""

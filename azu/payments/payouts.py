@@ -31,6 +31,8 @@ OPEN: tuple[PayoutState, ...] = ("planned", "signed", "sent")
 _MOST_OPEN = 500  # payouts; the ledger lists twice as many
 # A worker whose address cannot be paid is not planned for again at once: it has to name another one.
 _REFUSED_S = 6 * 3600
+# A transaction that waits for so long is looked at for whether it offers too little.
+_STUCK_S = 60.0
 # RPCs forget: that none knows a transaction proves nothing about one that was signed long ago. Then a person looks.
 _CERTAIN_S = 6 * 3600
 _NEVER = 2**63 - 1  # the nonce of a transaction that was written down without one: it is never lost
@@ -50,13 +52,15 @@ class Payouts:
 
     Args:
         threshold: smallest units that a worker must be owed before it is paid.
+        stuck_s: a transaction that waits for more seconds is signed anew where it offers too little.
     """
 
-    def __init__(self, ledger: Ledger, provider: PaymentProvider, *, threshold: int) -> None:
+    def __init__(self, ledger: Ledger, provider: PaymentProvider, *, threshold: int, stuck_s: float = _STUCK_S) -> None:
         self._ledger = ledger
         self._provider = provider
         self.coin = provider.coin
         self._threshold = max(threshold, 1)
+        self._stuck_s = stuck_s
 
     async def open(self) -> list[Payout]:
         """This provider's payouts that are neither paid nor failed, the oldest first."""
@@ -158,7 +162,8 @@ class Payouts:
             landings = [await self._provider.look(each) for each in signed]
             over = await self._settle(payout, signed, landings, signings[-1].signed_at)
             if over is None and any(landing.state == "waiting" for landing in landings):
-                await self._send(payout, signed[-1])
+                is_stuck = time.time() - signings[-1].signed_at > self._stuck_s
+                await self._send(payout, (await self._reprice(payout, signed[-1]) if is_stuck else None) or signed[-1])
         except NetworkError as error:
             log(
                 logger,
@@ -169,6 +174,18 @@ class Payouts:
             )
             return nonces
         return nonces if over is None else over
+
+    async def _reprice(self, payout: Payout, signed: SignedPayout) -> SignedPayout | None:
+        """Offer more for one that has become too cheap to land; None where that is not the reason."""
+        repriced = await self._provider.reprice(signed)
+        if repriced is None:
+            return None
+        written = await self._ledger.payout_signed([payout.payout_id], repriced.txid, repriced.raw, repriced.nonce)
+        if isinstance(written, Refusal):  # another runner has seen it end
+            return None
+        log(logger, logging.WARNING, "fees have risen: a payout was signed anew", payout=payout.payout_id,
+            txid=repriced.txid, replaces=signed.txid)  # fmt: skip
+        return repriced
 
     async def _settle(
         self, payout: Payout, signed: Sequence[SignedPayout], landings: Sequence[Landing], signed_at: int

@@ -203,6 +203,9 @@ class Solana:
             return Landing("failed", landed.fee, "it failed on the chain")
         return Landing("confirmed", landed.fee)
 
+    async def reprice(self, payout: SignedPayout) -> None:
+        """See `PaymentProvider.reprice`: a transaction offers no fee here, and one that is not taken expires."""
+
 
 async def _is_expired(payout: SignedPayout, node: Endpoint) -> bool:
     """Whether a node has finalised its last block without it: asked in this order."""

@@ -14,7 +14,7 @@ load_eth_account()
 from eth_account import Account  # noqa: E402 - after its loader
 from eth_account.signers.local import LocalAccount  # noqa: E402
 
-__all__ = ["CHAIN_ID", "COIN", "Chain", "account"]
+__all__ = ["CHAIN_ID", "COIN", "GAS_PRICE", "Chain", "account"]
 
 CHAIN_ID = 998
 COIN = 10**18

@@ -50,10 +50,12 @@ def _answers(chain: Chain) -> bool:
 @pytest.fixture
 def chain(anvil: Chain) -> Iterator[Chain]:
     """The chain, as it was once the test is over."""
+    fee = anvil.ask("eth_getBlockByNumber", "latest", False)["baseFeePerGas"]
     before = anvil.ask("evm_snapshot")
     yield anvil
     anvil.ask("evm_setAutomine", True)
     assert anvil.ask("evm_revert", before) is True
+    anvil.ask("anvil_setNextBlockBaseFeePerGas", fee)  # which is no part of a snapshot
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from azu.payments.hyperliquid import Hyperliquid, chain_check
 from azu.payments.payouts import Payouts
 from azu.payments.rpc import Limits, Rpc
 from tests.ledger.books import PEERS, ended
-from tests.payments.anvil import CHAIN_ID, COIN, Chain, account
+from tests.payments.anvil import CHAIN_ID, COIN, GAS_PRICE, Chain, account
 from tests.payments.proxy import Proxy
 
 KEY = (0x9A7).to_bytes(32, "big")
@@ -182,6 +182,26 @@ async def test_an_rpc_that_fails_holds_payouts_up_and_loses_none(chain: Chain, p
         proxy.heal()
         await finish(payouts, chain)
         assert paid(chain) == owed
+
+
+async def test_fees_that_rise_do_not_hold_a_payout_up_for_ever(chain: Chain, place: Path) -> None:
+    one = PEERS[0]
+    chain.ask("evm_setAutomine", False)
+    async with opened(chain.url, place, stuck_s=-1) as (payouts, ledger, _):
+        owed = await earn(ledger)
+        await payouts.plan({one: WALLETS[one]})
+        await payouts.advance()
+        (first,) = await payouts.open()
+        await payouts.advance()
+        assert len(await ledger.signings(first.payout_id)) == 1, "it waits for a block, and offers enough"
+        chain.ask("anvil_setNextBlockBaseFeePerGas", hex(20 * GAS_PRICE))
+        chain.mine()
+        assert chain.count(PLATFORM.address) == 0
+        (over,) = await finish(payouts, chain)
+        assert (over.state, over.txid != first.txid) == ("confirmed", True)
+        assert over.fee > 21_000 * 8 * GAS_PRICE
+    assert chain.balance(WALLETS[one]) == owed[one]
+    assert chain.count(PLATFORM.address) == 1
 
 
 async def test_a_platform_without_money_pays_once_it_has_some(chain: Chain, place: Path) -> None:
