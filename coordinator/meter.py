@@ -8,17 +8,22 @@ Who leaves a stage properly in the middle is paid up to there, and who has it th
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from azu.economics import split, token_layers
 from azu.errors import InternalError
 from azu.ledger import Earning, EndedJob, Ledger
+from azu.logs import log
 from azu.tickets import JobTicket, Receipt, Refusal
 from coordinator.agreement import Finding, Handover, Word, compare, word_of
 from coordinator.generation import JobReport, StageReport, known_as
+from coordinator.unsettled import Unsettled, is_away
 
 __all__ = ["Meter", "read_job"]
+
+logger = logging.getLogger(__name__)
 
 Receipts = Mapping[int, tuple[bytes, Receipt]]
 
@@ -106,17 +111,27 @@ class Meter:
 
     Args:
         is_free: a job that nothing is reserved for is paid out of the ledger's account `free`.
-        wallet, key_id: who asked for such a job.
+        unsettled: where jobs are kept that the ledger cannot take now; without it settling them fails.
+        wallet, key_id: who asked for a job that nothing is reserved for.
     """
 
-    def __init__(self, ledger: Ledger, *, is_free: bool = True, wallet: str = "", key_id: str | None = None) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        *,
+        is_free: bool = True,
+        unsettled: Unsettled | None = None,
+        wallet: str = "",
+        key_id: str | None = None,
+    ) -> None:
         self._ledger = ledger
         self._is_free = is_free
+        self._unsettled = unsettled
         self._asker = (wallet, key_id)
 
     def asked_by(self, wallet: str, key_id: str | None) -> Meter:
         """The same, for the jobs of one who asks."""
-        return Meter(self._ledger, is_free=self._is_free, wallet=wallet, key_id=key_id)
+        return Meter(self._ledger, is_free=self._is_free, unsettled=self._unsettled, wallet=wallet, key_id=key_id)
 
     async def settle(
         self,
@@ -129,16 +144,31 @@ class Meter:
         """Read the meter for an ended job and write it down; a job that is already written down stays as it is.
 
         Raises:
-            InternalError: the ledger cannot be written, or nothing is reserved for the job.
+            InternalError: it can be written down nowhere, or nothing is reserved for the job.
         """
         stages = list(_read_stages(ticket, prompt, tokens, receipts, handovers))
         report = _report(ticket, len(tokens), (stage for stage, _ in stages))
-        job = _ended(ticket, report, [envelope for _, envelope in stages])
         wallet, key_id = self._asker
-        closed = await self._ledger.settle(replace(job, wallet=wallet, key_id=key_id), is_free=self._is_free)
-        if isinstance(closed, Refusal):
-            raise InternalError(f"job {report.job_id} cannot be settled: {closed.message}", code=closed.code)
+        ended = _ended(ticket, report, [envelope for _, envelope in stages])
+        job = replace(ended, wallet=wallet, key_id=key_id)
+        try:
+            await self.settle_ended(job)
+        except InternalError as error:
+            if self._unsettled is None or not is_away(error):
+                raise
+            await self._unsettled.keep(job)
+            log(logger, logging.ERROR, "job is settled later", job=job.job_id, reason=str(error))
         return report
+
+    async def settle_ended(self, job: EndedJob) -> None:
+        """Write a job down; one that is already written down stays as it is.
+
+        Raises:
+            InternalError: the ledger cannot be written, or nothing is reserved for the job.
+        """
+        closed = await self._ledger.settle(job, is_free=self._is_free)
+        if isinstance(closed, Refusal):
+            raise InternalError(f"job {job.job_id} cannot be settled: {closed.message}", code=closed.code)
 
     async def earnings(self) -> dict[str, int]:
         """What workers are owed, by peer id."""

@@ -54,6 +54,7 @@ from coordinator.placement import Placer, missing_layers
 from coordinator.serving import Serving
 from coordinator.shards import LoggedProgress, Sharder, ShardQueue, run_shard
 from coordinator.swarm import SwarmView
+from coordinator.unsettled import Unsettled
 
 __all__ = ["Service", "serve"]
 
@@ -158,6 +159,7 @@ async def _opened_ledger(
     place = ledger_place(settings)
     async with Ledger.open(place, currency=currency, owner=identity.peer_id, key_limits=key_limits) as ledger:
         await take_over_meter(settings.data_dir / "meter.sqlite", ledger)
+        await Unsettled(settings.data_dir).settle(Meter(ledger, is_free=not provider.address).settle_ended)
         if released := await ledger.release_abandoned([each.job_id for each in unfinished]):
             log(logger, logging.WARNING, "reservations of jobs that never ended released", jobs=len(released))
         yield ledger
@@ -190,7 +192,8 @@ async def _serve(
         overlay.handle(LAYERS_PROTOCOL, layers.handle)
         overlay.handle(ACCOUNT_PROTOCOL, Owed(identity, money.ledger).handle)
         swarm = SwarmView(overlay)
-        meter = Meter(money.ledger, is_free=not money.provider.address)
+        unsettled = Unsettled(settings.data_dir)
+        meter = Meter(money.ledger, is_free=not money.provider.address, unsettled=unsettled)
         runner = JobRunner(identity, overlay, swarm, meter, price=money.price)
         models, kv_tokens = serving.manifests, settings.kv_tokens
         placer = Placer(identity, swarm, models, kv_tokens=kv_tokens, retired=serving.retired, cuts=runner.cuts)
@@ -200,6 +203,7 @@ async def _serve(
         )
         for task in (swarm.run, placer.run, serving.follow, shards.run):
             nursery.start_soon(task)
+        nursery.start_soon(unsettled.run, meter.settle_ended)
         nursery.start_soon(keep_paying, settings, money.ledger, money.provider, swarm)
         nursery.start_soon(_advertise, identity, overlay, serving, settings.kv_tokens)
         service = Service(serving, swarm, runner)
