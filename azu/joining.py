@@ -8,12 +8,16 @@ from collections.abc import Sequence
 
 import trio
 
+from azu.config import BootstrapSettings, MemberSettings
 from azu.errors import NetworkError
+from azu.identity import Identity
 from azu.logs import log
-from azu.overlay import Overlay
+from azu.overlay import Overlay, OverlayConfig, RelayLimits
 from azu.peerbook import PeerBook
+from azu.records import VALIDATORS
+from azu.swarm_key import read_swarm_key
 
-__all__ = ["stay_joined"]
+__all__ = ["overlay_config", "stay_joined"]
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +28,26 @@ _NOTE_S = 30.0  # how often the peers met are written down, after the first time
 _FEW = 3  # with fewer peers than these, bootstrap nodes are dialled now and then, or a swarm once split stays so
 _REJOIN_S = 60.0
 _SAMPLE = 8  # remembered peers that are dialled at once
+
+
+def overlay_config(
+    settings: MemberSettings | BootstrapSettings, identity: Identity, agent: str, *, relay: RelayLimits | None = None
+) -> OverlayConfig:
+    """What a node's overlay is opened with.
+
+    Raises:
+        InputError: the file of the swarm's key cannot be read, or has none.
+    """
+    return OverlayConfig(
+        seed=identity.seed,
+        listen=settings.listen,
+        agent=agent,
+        validators=VALIDATORS,
+        swarm_key=read_swarm_key(settings.swarm_key),
+        relay=relay,
+        announce=settings.announce,
+        port_mapping=settings.port_mapping,
+    )
 
 
 async def stay_joined(

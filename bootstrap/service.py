@@ -10,13 +10,11 @@ import trio
 
 from azu.config import BootstrapSettings
 from azu.datadir import open_data_dir
-from azu.joining import stay_joined
+from azu.joining import overlay_config, stay_joined
 from azu.logs import log
 from azu.metrics import serve_metrics
-from azu.overlay import Overlay, OverlayConfig, RelayLimits, open_overlay
+from azu.overlay import Overlay, RelayLimits, open_overlay
 from azu.peerbook import PeerBook
-from azu.records import VALIDATORS
-from azu.swarm_key import read_swarm_key
 
 __all__ = ["serve"]
 
@@ -29,16 +27,7 @@ _REMEMBER_S = 5.0
 async def serve(settings: BootstrapSettings) -> None:
     """Answer DHT queries and relay until cancelled; prints the addresses to join through on stdout."""
     with open_data_dir(settings.data_dir) as identity:
-        config = OverlayConfig(
-            seed=identity.seed,
-            listen=settings.listen,
-            agent=AGENT,
-            validators=VALIDATORS,
-            swarm_key=read_swarm_key(settings.swarm_key),
-            relay=RelayLimits(),
-            announce=settings.announce,
-            port_mapping=settings.port_mapping,
-        )
+        config = overlay_config(settings, identity, AGENT, relay=RelayLimits())
         async with open_overlay(config) as overlay, trio.open_nursery() as nursery:
             log(logger, logging.INFO, "bootstrap node ready", peer=identity.peer_id, addrs=overlay.addrs)
             click.echo("Join through one of these addresses:")

@@ -17,24 +17,22 @@ from azu.distribution import LayerServer, Library
 from azu.economics import PRICES
 from azu.errors import AzuError, InputError, NetworkError
 from azu.identity import Identity
-from azu.joining import stay_joined
+from azu.joining import overlay_config, stay_joined
 from azu.ledger import Ledger
 from azu.logs import log
 from azu.models.manifest import Manifest
-from azu.overlay import ANNOUNCE_SECONDS, Overlay, OverlayConfig, open_overlay
+from azu.overlay import ANNOUNCE_SECONDS, Overlay, open_overlay
 from azu.payments import PaymentProvider, open_provider
 from azu.peerbook import PeerBook
 from azu.planning import shape_of
 from azu.records import (
     COORDINATORS_KEY,
-    VALIDATORS,
     CoordinatorRecord,
     ModelOffer,
     WorkerRecord,
     coordinator_key,
     sign_coordinator_record,
 )
-from azu.swarm_key import read_swarm_key
 from azu.tickets import JobTicket
 from azu.wire.messages import ACCOUNT_PROTOCOL, LAYERS_PROTOCOL
 from azu.wire.tensors import WEIGHT_FORMATS, WeightFormat
@@ -177,16 +175,7 @@ async def _serve(
     stop: trio.Event,
 ) -> None:
     """Everything that needs the network, until `stop` is set and the running answers have ended."""
-    config = OverlayConfig(
-        seed=identity.seed,
-        listen=settings.listen,
-        agent=AGENT,
-        validators=VALIDATORS,
-        swarm_key=read_swarm_key(settings.swarm_key),
-        announce=settings.announce,
-        port_mapping=settings.port_mapping,
-    )
-    async with open_overlay(config) as overlay, trio.open_nursery() as nursery:
+    async with open_overlay(overlay_config(settings, identity, AGENT)) as overlay, trio.open_nursery() as nursery:
         log(logger, logging.INFO, "coordinator starting", peer=identity.peer_id, addrs=overlay.addrs)
         layers = LayerServer(library, slots=settings.uploads, rate=settings.upload_limit)
         overlay.handle(LAYERS_PROTOCOL, layers.handle)

@@ -12,13 +12,11 @@ from azu.config import NodeSettings
 from azu.datadir import open_data_dir
 from azu.distribution import LayerServer, Library
 from azu.errors import InputError
-from azu.joining import stay_joined
+from azu.joining import overlay_config, stay_joined
 from azu.logs import log
-from azu.overlay import OverlayConfig, RelayLimits, open_overlay
+from azu.overlay import RelayLimits, open_overlay
 from azu.peerbook import PeerBook
-from azu.records import VALIDATORS
 from azu.sizes import format_size
-from azu.swarm_key import read_swarm_key
 from node.book import Book
 from node.engine.device import open_device_thread
 from node.engine.stage import find_device, require_packages
@@ -54,16 +52,7 @@ async def serve(settings: NodeSettings, leave: trio.Event) -> None:
     require_packages(dtype, device)  # now, and not at the first stage
     with open_data_dir(settings.data_dir) as identity:
         library = Library(settings.data_dir, cache_limit=settings.cache_limit)
-        config = OverlayConfig(
-            seed=identity.seed,
-            listen=settings.listen,
-            agent=AGENT,
-            validators=VALIDATORS,
-            swarm_key=read_swarm_key(settings.swarm_key),
-            relay=RelayLimits() if settings.relay else None,
-            announce=settings.announce,
-            port_mapping=settings.port_mapping,
-        )
+        config = overlay_config(settings, identity, AGENT, relay=RelayLimits() if settings.relay else None)
         async with open_overlay(config) as overlay, open_device_thread() as thread, trio.open_nursery() as nursery:
             log(
                 logger,
