@@ -107,14 +107,17 @@ class Worker:
         self._changed = trio.Event()
         self._orders_in, self._orders = trio.open_memory_channel[Assignment](1)
         self._alone = Alone(overlay, library, trust, self._record, self._take_up)
+        self._is_ready = trio.Event()
+        # Before the event loop's next turn: who is connected by then must not find a peer that speaks none of these.
+        overlay.handle(CONTROL_PROTOCOL, self._handle_control)
+        overlay.handle(LAYERS_PROTOCOL, layers.handle)
+        overlay.handle(JOB_PROTOCOL, self.jobs.handle_job)
+        overlay.handle(RING_PROTOCOL, self.jobs.handle_ring)
 
     async def run(self) -> None:
         """Serve until cancelled, then withdraw the record."""
         await self._note_cached()
-        self._overlay.handle(CONTROL_PROTOCOL, self._handle_control)
-        self._overlay.handle(LAYERS_PROTOCOL, self.layers.handle)
-        self._overlay.handle(JOB_PROTOCOL, self.jobs.handle_job)
-        self._overlay.handle(RING_PROTOCOL, self.jobs.handle_ring)
+        self._is_ready.set()
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self.instruments.run)
@@ -229,6 +232,7 @@ class Worker:
 
     async def _handle_control(self, stream: OverlayStream) -> None:
         channel = Channel(stream, CONTROL)
+        await self._is_ready.wait()  # before, its record would not tell what lies on its disk
         while (received := await channel.receive(IDLE_S)) is not None:
             message, body = received
             self._alone.heard(stream.peer_id)

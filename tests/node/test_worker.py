@@ -107,10 +107,10 @@ async def _scene(tmp_path: Path, trust: tuple[str, ...]) -> AsyncIterator[Scene]
             loader = LoaderTwin()
             worker._loader = loader  # type: ignore[assignment]
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(worker.run)
                 for coordinator in (one, other):
                     await coordinator.connect(overlay.peer_id, overlay.addrs)
-                await trio.sleep(0.1)
+                async with await one.open_stream(overlay.peer_id, CONTROL_PROTOCOL):  # it speaks that from the first
+                    nursery.start_soon(worker.run)
                 yield Scene(worker, loader, overlay, {99: one, 98: other})
                 nursery.cancel_scope.cancel()
 
