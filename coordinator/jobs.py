@@ -17,6 +17,7 @@ from azu.errors import CapacityError
 from azu.identity import Identity
 from azu.logs import log
 from azu.models.manifest import Manifest
+from azu.models.memory import first_positions
 from azu.overlay import Overlay
 from azu.planning import Demand, Placement, Range, links_of, views_for
 from azu.records import WorkerRecord
@@ -96,7 +97,7 @@ class JobRunner:
         """Go on with a job; see `coordinator.generation.GenerationService.take_up`."""
         await self._until_known(frozenset(stage.peer_id for stage in ticket.stages))
         chain = tuple(Placement(stage.peer_id, stage.start, stage.end) for stage in ticket.stages)
-        grant = Grant(chain, ticket.dtype, len(request.prompt) + 1, ticket.manifest)
+        grant = Grant(chain, ticket.dtype, first_positions(ticket.prompt_tokens), ticket.manifest)
         self._count(grant, 1)
         try:
             async with self._run(request, ticket, grant, is_back=True, handovers=handovers) as job:
@@ -172,7 +173,7 @@ class JobRunner:
         if found is None:
             return None
         route, dtype = found
-        grant = Grant(route.stages, dtype, len(request.prompt) + 1, request.model.manifest.digest)
+        grant = Grant(route.stages, dtype, first_positions(len(request.prompt)), request.model.manifest.digest)
         self._count(grant, 1)
         self._note_granted({stage.peer_id for stage in grant.chain}, grant.tokens)
         return grant
@@ -225,7 +226,7 @@ class JobRunner:
         Args:
             when_empty: as if no job were running.
         """
-        first = len(request.prompt) + 1
+        first = first_positions(len(request.prompt))
         demand = Demand(len(request.prompt), min(request.max_tokens, _EXPECTED_TOKENS))
         manifest = request.model.manifest
         workers = self._able(len(request.prompt) + request.max_tokens, when_empty=when_empty)

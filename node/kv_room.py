@@ -7,6 +7,7 @@ from math import inf
 
 import trio
 
+from azu.models.memory import first_positions
 from azu.tickets import JobTicket
 from node.engine.blocks import BLOCK, KvBlocks
 
@@ -40,11 +41,11 @@ class KvRoom:
 
     def can_enter(self, ticket: JobTicket) -> bool:
         """Whether there is room for a job to begin."""
-        return self._blocks.can_enter(_age(ticket), _first(ticket), ticket.total_tokens)
+        return self._blocks.can_enter(_age(ticket), first_positions(ticket.prompt_tokens), ticket.total_tokens)
 
     def enter(self, ticket: JobTicket) -> None:
         """Let a job begin for which there is room."""
-        self._blocks.enter(ticket.job_id, _age(ticket), _first(ticket), ticket.total_tokens)
+        self._blocks.enter(ticket.job_id, _age(ticket), first_positions(ticket.prompt_tokens), ticket.total_tokens)
 
     def leave(self, ticket: JobTicket) -> None:
         """Take back what a job has."""
@@ -66,7 +67,3 @@ class KvRoom:
 
 def _age(ticket: JobTicket) -> tuple[int, bytes]:
     return ticket.begun_at, ticket.job_id
-
-
-def _first(ticket: JobTicket) -> int:
-    return ticket.prompt_tokens + 1

@@ -37,6 +37,7 @@ __all__ = [
     "MAX_JOBS",
     "StageMemory",
     "chunk_rows",
+    "first_positions",
     "kv_bytes",
     "kv_room",
     "layer_bytes",
@@ -184,6 +185,11 @@ def kv_bytes(manifest: Manifest, start: int, end: int, tokens: int, dtype: Weigh
         held = min(tokens, jobs * (cache.window + rows)) if cache.window else tokens
         total += cache.per_token * held * _item(dtype) + cache.state_bytes * jobs
     return total
+
+
+def first_positions(prompt_tokens: int) -> int:
+    """Positions of KV cache that a job begins with: its prompt's and the first token's."""
+    return prompt_tokens + 1
 
 
 def chunk_rows(hidden_size: int, dtype: WeightFormat) -> int:

@@ -159,14 +159,18 @@ async def test_a_job_waits_for_room(tmp_path: Path) -> None:
 async def test_rooms_that_others_hold_are_not_ours(tmp_path: Path) -> None:
     async with swarm_of(tmp_path, (0, 4, idle)) as swarm:
         worker = swarm.workers[0]
-        worker.claims = {"kv_tokens_free": 100}
+        worker.claims = {"kv_tokens_free": 100, "sequence": 1}
         while swarm.view.workers()[0].kv_tokens_free != 100:
             await trio.sleep(0.01)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(swarm.ask, 60)
             while not worker.tickets:
                 await trio.sleep(0.01)
-            while swarm.runner._route(request(4, 99)) is None:  # the record may be older than our job
+            # Its record is older than our job, which began with 5 positions.
+            assert swarm.runner._route(request(4, 95)) is None
+            assert swarm.runner._route(request(4, 94)) is not None
+            worker.claims["sequence"] = 2
+            while swarm.runner._route(request(4, 99)) is None:
                 await trio.sleep(0.01)
             assert swarm.runner._route(request(4, 100)) is None
             nursery.cancel_scope.cancel()
