@@ -146,7 +146,7 @@ class LocalSwarm:
         running = [program for program in self._programs if program.process.poll() is None]
         for program in running:
             program.process.terminate()
-        for program in running:
+        for program in self._programs:  # those that a test has ended too: their pipes are open
             program.wait()
 
     def start(self, name: str, *command: str) -> Program:

@@ -126,11 +126,14 @@ class Endpoint:
     async def _exchange(self, question: dict[str, Any]) -> tuple[int, httpx.Headers, bytes]:
         body = bytearray()
         async with self._client.stream("POST", self._url, json=question) as response:
-            async for piece in response.aiter_raw():
-                body += piece
-                if len(body) > _MAX_ANSWER_BYTES:
-                    raise self._failed(f"answers with more than {_MAX_ANSWER_BYTES} bytes", "rpc_bad_answer")
-            return response.status_code, response.headers, bytes(body)
+            with trio.CancelScope() as reading:  # which ends the generators in httpx too; leaving the loop does not
+                async for piece in response.aiter_raw():
+                    body += piece
+                    if len(body) > _MAX_ANSWER_BYTES:
+                        reading.cancel()
+        if len(body) > _MAX_ANSWER_BYTES:
+            raise self._failed(f"answers with more than {_MAX_ANSWER_BYTES} bytes", "rpc_bad_answer")
+        return response.status_code, response.headers, bytes(body)
 
     def _result(self, body: bytes, number: int) -> Any:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -54,7 +55,7 @@ FAULTS: dict[str, tuple[Callable[[Proxy], None], str]] = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 async def test_the_next_url_steps_in_and_without_one_the_reason_is_told(
-    proxy: Proxy, second: Proxy, chain: Chain, fault: str
+    proxy: Proxy, second: Proxy, chain: Chain, fault: str, recwarn: pytest.WarningsRecorder
 ) -> None:
     break_it, code = FAULTS[fault]
     break_it(proxy)
@@ -67,6 +68,9 @@ async def test_the_next_url_steps_in_and_without_one_the_reason_is_told(
     assert "127.0.0.1" in caught.value.message
     assert "secret" not in str(caught.value)
     assert "hidden" not in str(caught.value)
+    gc.collect()
+    left_open = [str(warning.message) for warning in recwarn if warning.category is ResourceWarning]
+    assert not left_open
 
 
 async def test_an_rpc_that_failed_is_left_alone_and_then_asked_again(proxy: Proxy, second: Proxy) -> None:
