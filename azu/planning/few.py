@@ -1,7 +1,7 @@
 """Small swarms: which layers to give to free workers, so that the model outlives a worker and gives the most tokens.
 
-Stages and their halves (see `stages`) even out where there are many workers. With a few of them other ranges are often
-better, so here any are tried. What counts is, in this order:
+What workers choose one by one (see `levels`) comes out even where there are many of them. With a few, other ranges are
+often better, so here any are tried. What counts is, in this order:
 
 **Safety.** Every layer is held by somebody, by two workers, by workers of two networks.
 **Tokens per second.** The largest flow through all ranges, where a stage costs its layers and a hop (see `Power`).

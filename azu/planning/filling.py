@@ -1,4 +1,4 @@
-"""The chain of a plan: what is loaded and stays where it is, and who fills the holes.
+"""What is loaded and stays where it is, and who fills the holes between.
 
 Holes are filled one by one, the largest first: by idle workers; where these do not suffice, also by those that run no
 job and only repeat what another one holds; and where they do not either, all is planned anew around the workers that
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from azu.planning.chain import cover
-from azu.planning.coverage import best_chain, holes
+from azu.planning.coverage import holes
 from azu.planning.snapshot import ModelShape, Placement, Power, Range, WorkerView
 
 __all__ = ["find_chain"]
@@ -18,8 +18,8 @@ __all__ = ["find_chain"]
 
 def find_chain(
     shape: ModelShape, workers: Sequence[WorkerView], power: Mapping[str, Power], cuts: Sequence[Range] = ()
-) -> tuple[list[Range], list[Placement]] | None:
-    """The ranges of the chain and what has to be loaded for it, or None where the model cannot be covered.
+) -> list[Placement] | None:
+    """What has to be loaded so that all layers are held, or None where the model cannot be covered.
 
     Args:
         cuts: the stages of running jobs, those that matter most first.
@@ -29,13 +29,11 @@ def find_chain(
     busy = [worker for worker in workers if worker.held and (worker.jobs or worker.is_fixed)]
     jobless = [worker for worker in workers if not (worker.held and worker.jobs) and not worker.is_fixed]
     for staying, able in (workers, idle), (workers, [*idle, *_spares(workers)]), (busy, jobless):
-        kept = [worker.held for worker in best_chain(shape.n_layers, staying) if worker.held]
-        missing = holes(shape.n_layers, kept)
+        missing = holes(shape.n_layers, [worker.held for worker in staying if worker.held])
         for gaps in list(_along(missing, cuts)), missing:
             taken = _fill(shape, gaps, able, power)
             if taken is not None:
-                changes = [p for p in taken if held[p.peer_id] != (p.start, p.end)]
-                return sorted([*kept, *((p.start, p.end) for p in taken)]), changes
+                return [p for p in taken if held[p.peer_id] != (p.start, p.end)]
     return None
 
 

@@ -1,12 +1,13 @@
 """Who should hold which layers. Pure: a snapshot goes in, assignments come out; for one snapshot always the same.
 
-**The chain.** Layers 0..L are covered by a chain (see `chain`). What is loaded stays where it is as long as its holes
-can be filled (see `filling`): where jobs run, along the cuts of these, since one that has lost a stage needs a worker
-for exactly that.
+**The chain.** Layers 0..L are covered by a chain (see `chain`), and all other workers go where they are worth most (see
+`replicas`). What is loaded stays where it is as long as its holes can be filled (see `filling`): where jobs run, along
+the cuts of these, since one that has lost a stage needs workers for exactly that.
 
-**How many stages.** The fewest are tried first, and then some more, as long as there are not too many workers for that:
-the safest plan is taken, and of these the one with the most tokens per second, hops counted (see `Power`). In swarms of
-`FEW` workers those plans are only where a search begins (see `few`).
+**How many stages.** Chains of the fewest are tried first, and then of some more, and other prices for what the rest may
+hold, as long as there are not too many workers for that: the safest plan is taken, and of these the one with the most
+tokens per second, hops counted (see `Power`). In swarms of `FEW` workers those plans are only where a search begins
+(see `few`).
 
 **Disks.** What idle workers have cached is loaded again where that gives nearly as much as the best plan and is as
 safe. In larger swarms that is asked where nobody holds anything, as after a restart of all, and else stage by stage.
@@ -23,15 +24,18 @@ from azu.planning.chain import CACHED_IS_WORTH, cover
 from azu.planning.coverage import holes
 from azu.planning.few import Held, Rater, Score, refine
 from azu.planning.filling import find_chain
-from azu.planning.replicas import Plan, Replicas
+from azu.planning.levels import Pricing
+from azu.planning.replicas import Plan, plan_around
 from azu.planning.snapshot import Links, ModelShape, Placement, Power, Range, WorkerView, is_range, powers
 
 __all__ = ["FEW", "place"]
 
 FEW = 12
-# Chains with so many stages more than the fewest are tried, and no more than for so many workers in all.
+# Chains with so many stages more than the fewest are tried, and no more plans than for so many workers in all.
 _MORE_STAGES = 5
-_MOST_TRIED = 1_200
+_MOST_TRIED = 600
+# Best in most swarms of 13 to 40 workers was one of these, and of those that were tried besides none was much better.
+_PRICINGS = Pricing(), Pricing(0.6, 0.1), Pricing(0.6, 0.4)
 _ROUNDS = 8  # of a small swarm, until nothing changes
 
 
@@ -146,11 +150,13 @@ def _plans(
     found = find_chain(shape, workers, power, cuts)
     if found is None:
         return
-    yield Replicas(shape, found[0], workers, found[1], power).plan()
-    fewest = len(found[0])
+    yield plan_around(shape, workers, found, power)
     if any(worker.held for worker in workers):
         return
-    for stages in range(fewest + 1, fewest + 1 + min(_MORE_STAGES, _MOST_TRIED // len(workers) - 1)):
+    pricings = _PRICINGS[: max(1, _MOST_TRIED // len(workers))] if len(workers) > FEW else _PRICINGS[:1]
+    yield from (plan_around(shape, workers, found, power, each) for each in pricings[1:])
+    more = min(_MORE_STAGES, _MOST_TRIED // (len(workers) * len(pricings)) - 1)
+    for stages in range(len(found) + 1, len(found) + 1 + more):
         taken = cover(shape, workers, power, 0, shape.n_layers, stages)
         if taken is not None and len(taken) == stages:
-            yield Replicas(shape, [(p.start, p.end) for p in taken], workers, taken, power).plan()
+            yield from (plan_around(shape, workers, taken, power, each) for each in pricings)

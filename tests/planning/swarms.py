@@ -52,6 +52,19 @@ def flow(n_layers: int, workers: Sequence[WorkerView]) -> float:
     return largest_flow(n_layers, held)
 
 
+def weakest(n_layers: int, workers: Sequence[WorkerView]) -> float:
+    """Tokens per second of all workers that hold the weakest layer, where each runs all that it holds."""
+    power = powers(workers, Links())
+    return min(
+        sum(
+            power[w.peer_id].rate(w.held[1] - w.held[0], n_layers)
+            for w in workers
+            if w.held and w.held[0] <= layer < w.held[1]
+        )
+        for layer in range(n_layers)
+    )
+
+
 def ranges(plan: Sequence[Placement]) -> list[Range]:
     return sorted((placement.start, placement.end) for placement in plan)
 
@@ -73,7 +86,7 @@ def assert_fits(shape: ModelShape, workers: Sequence[WorkerView], plan: Sequence
 def primary(shape: ModelShape, workers: Sequence[WorkerView]) -> list[Placement]:
     """The chain that a plan begins with, where nobody holds anything yet."""
     found = find_chain(shape, sorted(workers, key=lambda worker: worker.peer_id), powers(workers, Links()))
-    return sorted(found[1], key=lambda placement: placement.start) if found else []
+    return sorted(found or (), key=lambda placement: placement.start)
 
 
 def assert_covers_once(n_layers: int, chain: Sequence[Placement]) -> None:

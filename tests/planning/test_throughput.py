@@ -12,10 +12,8 @@ from hypothesis import strategies as st
 
 from azu.planning import Link, Links, ModelShape, Placement, WorkerView, holes, layered, place
 from azu.planning.chain import slowest
-from azu.planning.flow import largest_flow
 from azu.planning.placement import FEW
-from azu.planning.snapshot import Power, powers, speeds
-from azu.planning.stages import Stage
+from azu.planning.snapshot import powers, speeds
 from benchmarks.machines import large_model, machines
 from tests.planning.swarms import (
     LAYER,
@@ -144,21 +142,6 @@ def test_no_plan_makes_a_covered_model_slower(snapshot: tuple[ModelShape, list[W
     assert flow(shape.n_layers, after(workers, place(shape, workers))) >= flow(shape.n_layers, workers) * (1 - 1e-9)
 
 
-@given(st.data())
-def test_what_a_stage_gives_is_the_largest_flow_through_it(data: st.DataObject) -> None:
-    n_layers = data.draw(st.integers(1, 9))
-    stage = Stage(uniform(n_layers), 0, n_layers)
-    workers: list[WorkerView] = []
-    for index in range(data.draw(st.integers(0, 8))):
-        worker = WorkerView(f"w{index}", data.draw(st.integers(LAYER, n_layers * LAYER)))  # of speed 1
-        found = stage.spot(worker, Power(1.0, 0.0))
-        assert found is not None
-        found[1].add(worker, Power(1.0, 0.0))
-        workers.append(replace(worker, held=found[1].range))
-    rates = [(worker.held, 1 / (worker.held[1] - worker.held[0])) for worker in workers if worker.held]
-    assert stage.rate == pytest.approx(largest_flow(n_layers, rates))
-
-
 @pytest.mark.parametrize(
     ("count", "n_layers", "share"), [(12, 12, 0.9), (12, 40, 0.9), (40, 32, 0.75), (100, 80, 0.8), (200, 126, 0.8)]
 )
@@ -222,9 +205,9 @@ def test_what_is_cached_is_preferred_until_it_is_clearly_slower() -> None:
         assert place(uniform(20), workers) == (Placement("w", start, start + 10),)
 
 
-def test_small_workers_hold_halves_of_a_stage_together() -> None:
+def test_small_workers_hold_a_stage_together() -> None:
     running = [loaded("a", 0, 10)]
-    assert place(uniform(10), [*running, measured("w1", 60, 0.01)]) == ()  # alone it would help nobody
+    assert place(uniform(10), [*running, measured("w1", 60, 0.01)]), "jobs may leave it within the range of the other"
     assert ranges(place(uniform(10), [*running, *(measured(f"w{n}", 60, 0.01) for n in (1, 2))])) == [(0, 5), (5, 10)]
     plan = place(uniform(10), [*running, measured("w1", 60, 0.01), measured("w2", 60, 0.02)])
     assert {(p.peer_id, p.end - p.start) for p in plan} == {("w1", 6), ("w2", 4)}
