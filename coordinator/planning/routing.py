@@ -1,11 +1,11 @@
 """Which workers run a job: the chain with the least expected time for it under the present load. Pure.
 
 A token costs each stage's layers, in a pass with the jobs that the worker has already, and a hop from stage to stage
-and from the last to the first (see docs/design.md, the ring). The prompt costs each stage's layers for each of its
-positions, and one longer hop from stage to stage; that chunks of it overlap is left out. That is a shortest path over
-the borders between layers, found by dynamic programming; of equal ones the path with the fewest stages, then with the
-fewest jobs. The hop that closes the ring joins both ends of the path, so paths are searched for one first worker after
-the other, and only while what the rest takes at least is less than what was found.
+and from the last to the first (see docs/design.md, the ring): the line, and handling at its ends. The prompt costs each
+stage's layers for each of its positions, and one longer hop from stage to stage; that chunks of it overlap is left out.
+That is a shortest path over the borders between layers, found by dynamic programming; of equal ones the path with the
+fewest stages, then with the fewest jobs. The hop that closes the ring joins both ends of the path, so paths are
+searched for one first worker after the other, and only while what the rest takes at least is less than what was found.
 
 **Parts.** Workers that can run a part of what they hold are entered and left at any border. A path could then come back
 to a worker, and a job has one stage for each peer: such a path is no route, and the search goes on in three smaller
@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -38,6 +38,9 @@ __all__ = ["Route", "find_route", "stand_in"]
 
 _MOST_SPLITS = 64
 _MOST_FIRSTS = 16
+# What a hop costs beside its line: frames, and waking the next process (docs/performance.md). Without it, lines that
+# were measured a little too short would lead jobs through workers that they do not need, and that could stand in.
+HANDLING_S = 0.002
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,17 +124,28 @@ def stand_in(
     *,
     without: Collection[str] = (),
     parts: bool = False,
+    away_s: Callable[[WorkerView], float] = lambda _: 0.0,
 ) -> WorkerView | None:
-    """The worker that could best run exactly layers [start, end) of a job now: with the fewest faults, then fastest."""
+    """The worker that could best run exactly layers [start, end) of a job now: with the fewest faults, then fastest.
+
+    Args:
+        away_s: seconds of a step that it costs beside its layers.
+    """
     timed = zip(workers, layer_seconds(workers, Demand()), strict=True)
     able = [(w, layer_s) for w, layer_s in timed if w.peer_id not in without and _has_room(w, tokens)]
-    return _best_for(able, start, end, parts)
+    return _best_for(able, start, end, parts, away_s)
 
 
-def _best_for(able: Iterable[tuple[WorkerView, float]], start: int, end: int, parts: bool) -> WorkerView | None:
+def _best_for(
+    able: Iterable[tuple[WorkerView, float]],
+    start: int,
+    end: int,
+    parts: bool,
+    away_s: Callable[[WorkerView], float] = lambda _: 0.0,
+) -> WorkerView | None:
     """Of workers with their seconds per layer, the best for exactly these layers."""
     fitting = [
-        (worker.faults, layer_s, worker.jobs, worker.peer_id, worker)
+        (worker.faults, (end - start) * layer_s + away_s(worker), worker.jobs, worker.peer_id, worker)
         for worker, layer_s in able
         if worker.held == (start, end) or (parts and worker.held and worker.held[0] <= start and end <= worker.held[1])
     ]
@@ -159,7 +173,7 @@ class _Lines:
         self._bytes = links.hop_bytes
         self.relayed = [worker.relayed for worker in workers]
         ends = [Link(links.away_s(worker), math.inf) for worker in workers]
-        wires = [Link(0.0, line.bandwidth) for line in (links.direct, links.relayed)]
+        wires = [Link(2 * HANDLING_S, line.bandwidth) for line in (links.direct, links.relayed)]
         self.ends, self._ends_back = [self._cost(each) for each in ends], [self._back(each) for each in ends]
         self.wires, self._wires_back = [self._cost(each) for each in wires], [self._back(each) for each in wires]
         self.into: list[dict[int, int]] = [{} for _ in workers]
@@ -169,6 +183,7 @@ class _Lines:
         for (one, other), link in links.measured.items():
             if one in places and other in places and one != other:
                 start, end = places[one], places[other]
+                link = Link(link.rtt_s + 2 * HANDLING_S, link.bandwidth)
                 self.into[end][start] = self.out_of[start][end] = self._cost(link)
                 self._into_back[end][start] = self._back(link)
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from azu.models.memory import MAX_JOBS
 from azu.planning import Demand, Link, Links, Placement, WorkerView
 from coordinator.planning import find_route, stand_in
+from coordinator.planning.routing import HANDLING_S
 from tests.planning.swarms import Range, assert_covers_once, cuts, holding, route
 
 
@@ -122,9 +123,9 @@ def seconds_of(
         total += (end - start) * (demand.tokens * token + demand.prompt * (worker.prefill_s or usual))
     if len(chain) > 1:
         ring = [*chain, chain[0]]
-        total += sum(demand.tokens * links.hop_s(one[0], other[0]) for one, other in pairwise(ring))
+        total += sum(demand.tokens * (links.hop_s(one[0], other[0]) + HANDLING_S) for one, other in pairwise(ring))
         if demand.prompt:
-            total += sum(links.hop_s(one[0], other[0], demand.prompt) for one, other in pairwise(chain))
+            total += sum(links.hop_s(one[0], other[0], demand.prompt) + HANDLING_S for one, other in pairwise(chain))
     return total
 
 
@@ -225,6 +226,19 @@ def test_a_worker_may_be_joined_in_the_middle_of_its_range() -> None:
     assert found is not None
     assert found.stages == (Placement("a", 0, 4), Placement("b", 4, 14), Placement("c", 14, 20))
     assert find_route(20, workers, 10) is None
+
+
+def test_a_job_does_not_go_through_its_stages_stand_in_for_a_line_that_was_measured_a_little_shorter() -> None:
+    """It would have a hop more and save nothing, and nobody could take the stage over."""
+    common = {"ready": True, "kv_tokens_free": 10, "decode_s": 0.001}
+    workers = [WorkerView("a", 0, held=(0, 6), **common)]  # type: ignore[arg-type]
+    workers += [WorkerView(name, 0, held=(6, 12), **common) for name in ("b", "c")]  # type: ignore[arg-type]
+    rtts = {("a", "b"): 0.0005, ("b", "a"): 0.004, ("b", "c"): 0.0005, ("c", "a"): 0.0005, ("a", "c"): 0.004}
+    links = Links({pair: Link(rtt_s, 1e9) for pair, rtt_s in rtts.items()})
+    found = find_route(12, workers, 10, links=links, parts=True)
+    assert found is not None
+    assert len(found.stages) == 2
+    assert found.runners_up[1] is not None
 
 
 def test_no_worker_has_two_stages_where_that_would_be_fastest() -> None:
