@@ -169,6 +169,7 @@ class Leg:
         channel = part.channel
         while (received := await channel.receive()) is not None:
             message, body = received
+            self._around.meter.links.note_heard(channel.peer_id, trio.current_time())
             if isinstance(message, Moved):
                 await self._intake.follow(message)
                 return

@@ -1,14 +1,18 @@
 """How far other peers are, as measured: round trips by pings, and bandwidth by the ring's large messages.
 
 `Links` is pure and holds MAX_LINKS peers at most: a new one takes the place of the one that was measured longest ago,
-and peers that a ring goes to stay before all others. What has not been measured for ten minutes is not told any more.
+and neighbours in a ring stay before all others. What has not been measured for ten minutes is not told any more. The
+neighbours in a running job's ring are pinged every few seconds: where their line becomes slow, the job may leave it
+(`coordinator/hedging.py`). A round trip counts as the shortest of the last three, the first of which follow each other
+soon: one that took long tells of a busy machine, not of a line.
 """
 
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import trio
 
@@ -23,9 +27,12 @@ __all__ = ["Links", "keep_pinging"]
 logger = logging.getLogger(__name__)
 
 _LIFE_S = 600.0
-_PING_S = 60.0  # between two pings of one peer
-_ROUND_S, _ROUND_PEERS = 15.0, 4  # so many are pinged at once, and then none for so long
-_SMOOTH = 0.3  # weight of a new measurement
+_PING_S = 60.0  # between two pings of one peer, ...
+_SOON_S = 3.0  # ... that is new, or a neighbour that a ring has used within _RING_S
+_RING_S = 10.0
+_ROUND_S, _ROUND_NEIGHBOURS, _ROUND_OTHERS = 3.0, 4, 2  # so many are pinged at once, and then none for so long
+_PINGS = 3  # of which the shortest counts
+_SMOOTH = 0.3  # weight of a new measurement of bandwidth
 # A frame of this size does not vanish in the system's buffers: the time to send it is the line's.
 _LARGE_BYTES = 256 << 10
 _LEAST_S, _LONGEST_S = 1e-6, 1e3  # clocks may jump; a record has to hold what was measured
@@ -34,12 +41,20 @@ _NEVER = float("-inf")
 
 @dataclass(slots=True)
 class _Peer:
-    rtt_s: float = 0.0
+    rtts: deque[float] = field(default_factory=lambda: deque(maxlen=_PINGS))  # seconds
     bytes_per_s: float = 0.0
     is_relayed: bool = False
     measured_at: float = _NEVER
     pinged_at: float = _NEVER  # or tried to
     used_at: float = _NEVER  # by a ring
+
+    @property
+    def rtt_s(self) -> float:
+        return min(self.rtts, default=0.0)
+
+    @property
+    def is_new(self) -> bool:
+        return 0 < len(self.rtts) < _PINGS
 
 
 class Links:
@@ -59,8 +74,8 @@ class Links:
         peer.pinged_at = now
         if rtt_s is not None:
             if peer.is_relayed != is_relayed:
-                peer.rtt_s = 0.0  # another way, so another time
-            peer.rtt_s += (rtt_s - peer.rtt_s) * (_SMOOTH if peer.rtt_s else 1.0)
+                peer.rtts.clear()  # another way, so another time
+            peer.rtts.append(rtt_s)
             peer.is_relayed, peer.measured_at = is_relayed, now
         self._drop()
 
@@ -76,12 +91,24 @@ class Links:
             peer.is_relayed, peer.measured_at = is_relayed, now
         self._drop()
 
+    def note_heard(self, peer_id: str, now: float) -> None:
+        """A message of a ring came from a peer."""
+        self._peer(peer_id).used_at = now
+        self._drop()
+
     def due(self, connected: Iterable[str], now: float) -> list[str]:
-        """The connected peers to be pinged now: those that a ring goes to first, then those that waited for longest."""
+        """The connected peers to be pinged now, neighbours in running rings first, and each before those that waited
+        less.
+        """
         known = {peer_id: self._peers.get(peer_id, _Peer()) for peer_id in connected}
-        waiting = [peer_id for peer_id, peer in known.items() if now - peer.pinged_at >= _PING_S]
-        order = {peer_id: (now - known[peer_id].used_at >= _LIFE_S, known[peer_id].pinged_at) for peer_id in waiting}
-        return sorted(waiting, key=order.__getitem__)[:_ROUND_PEERS]
+        near = {peer_id for peer_id, peer in known.items() if now - peer.used_at < _RING_S}
+        order = sorted(known, key=lambda peer_id: known[peer_id].pinged_at)
+        waits = {peer_id: now - known[peer_id].pinged_at for peer_id in order}
+        soon = near | {peer_id for peer_id, peer in known.items() if peer.is_new}
+        due = [peer_id for peer_id in order if waits[peer_id] >= (_SOON_S if peer_id in soon else _PING_S)]
+        neighbours = [peer_id for peer_id in due if peer_id in near]
+        others = [peer_id for peer_id in due if peer_id not in near]
+        return neighbours[:_ROUND_NEIGHBOURS] + others[:_ROUND_OTHERS]
 
     def told(self, now: float) -> tuple[Link, ...]:
         """What a record says of them."""
