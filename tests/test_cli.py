@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -12,7 +13,7 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
-from azu.cli import program, report, run_program, settings_options
+from azu.cli import begin_logging, program, report, run_program, settings_options
 from azu.config import CoordinatorSettings, DhtSettings, NodeSettings, ShardSettings
 from azu.errors import CapacityError, InputError, NetworkError
 
@@ -48,6 +49,14 @@ def cut(settings: ShardSettings) -> None:
     A second paragraph.
     """
     click.echo(settings.model_dump_json(exclude_unset=True))
+
+
+@main.command()
+@settings_options(DhtSettings)
+def collect(settings: DhtSettings) -> None:
+    before = gc.isenabled(), gc.get_freeze_count()
+    begin_logging(settings)
+    click.echo(f"{before} {gc.isenabled()} {gc.get_freeze_count() > 1_000}")
 
 
 @main.command()
@@ -237,6 +246,14 @@ def test_it_returns_what_the_main_task_returned() -> None:
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     assert run_program(answer) == 42
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_garbage_is_collected_once_a_command_has_its_imports() -> None:
+    result = run("collect", "--bootstrap", BOOTSTRAP)
+    assert result.stdout == "(False, 0) True True\n", result.output
+    assert (gc.isenabled(), gc.get_freeze_count()) == (True, 0)
+    assert run("fail", "bug").exit_code == 1
+    assert gc.isenabled()
 
 
 PROGRAM = """
