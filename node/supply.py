@@ -93,7 +93,7 @@ class Supply:
             peers=[assignment.coordinator],
             offenders=self._library.offenders,
             find_more=partial(self._providers, manifest.digest),
-            fallback=hub_fallback(manifest, store) if self._use_hub else None,
+            fallback=hub_fallback(manifest, store, progress) if self._use_hub else None,
             progress=progress,
         )
 

@@ -34,7 +34,7 @@ __all__ = ["Fetch", "fetch_blobs"]
 logger = logging.getLogger(__name__)
 
 FindHolders = Callable[[], Awaitable[Sequence[str]]]
-Fallback = Callable[[Blob], Awaitable[None]]
+Fallback = Callable[[Blob], Awaitable[int]]
 
 _STORERS = 2  # pieces being hashed and written at once
 _QUEUED = 2  # pieces that wait for that
@@ -64,7 +64,8 @@ async def fetch_blobs(
         peers: whom to ask, to begin with.
         offenders: whom not to ask; who sends wrong bytes is added.
         find_more: asked again and again while it lasts for peers that may have joined.
-        fallback: brings a file that no peer has into the store, or raises an AzuError.
+        fallback: brings a file that no peer has into the store, and says how large it is, or raises an AzuError. Asked
+            for a piece list, it may bring the file that it belongs to, too.
         progress: kept up to date.
 
     Raises:
@@ -72,26 +73,26 @@ async def fetch_blobs(
         ModelError: the manifest contradicts itself.
         InternalError: the disk is full.
     """
-    wanted = list({blob.digest: blob for blob in blobs}.values())
+    wanted = {blob.digest: blob for blob in blobs}
     progress = progress or FetchProgress()
-    lists = [blob.piece_list for blob in wanted if blob.piece_list is not None]
-    for group, shown in ((lists, FetchProgress()), (wanted, progress)):
-        missing = await _missing(store, group, shown)
-        if missing:
-            fetch = Fetch(overlay, store, missing, offenders, fallback, shown, patience)
+    missing = await _missing(store, wanted.values())
+    lists = await _missing(store, filter(None, (blob.piece_list for blob in wanted.values())))
+    progress.total += _size(wanted.values())
+    progress.done += _size(wanted.values()) - _size(missing.values())
+    for group, counts in ((lists, False), (missing, True)):
+        left = {digest: blob for digest, blob in group.items() if not store.has(digest)}  # lists may bring their files
+        if left:
+            fetch = Fetch(overlay, store, left, offenders, fallback, progress, patience, counts=counts)
             await fetch.run(peers, find_more)
 
 
-async def _missing(store: LayerStore, blobs: Sequence[Blob], progress: FetchProgress) -> dict[str, Blob]:
+async def _missing(store: LayerStore, blobs: Iterable[Blob]) -> dict[str, Blob]:
     """Those that are not here, or not what they should be."""
-    missing: dict[str, Blob] = {}
-    for blob in blobs:
-        progress.total += blob.size
-        if await trio.to_thread.run_sync(store.check, blob.digest):
-            progress.done += blob.size
-        else:
-            missing[blob.digest] = blob
-    return missing
+    return {blob.digest: blob for blob in blobs if not await trio.to_thread.run_sync(store.check, blob.digest)}
+
+
+def _size(blobs: Iterable[Blob]) -> int:
+    return sum(blob.size for blob in blobs)
 
 
 class Fetch:
@@ -106,11 +107,14 @@ class Fetch:
         fallback: Fallback | None,
         progress: FetchProgress,
         patience: Patience,
+        *,
+        counts: bool,
     ) -> None:
         self.overlay = overlay
         self.blobs = blobs
         self.patience = patience
         self.progress = progress
+        self._counts = counts  # whether what peers send is part of the progress
         self.changed = trio.Event()  # set when there may be something new to ask for, and then replaced
         self.sending: set[str] = set()  # peers that pieces are asked of now
         self._store = store
@@ -210,7 +214,7 @@ class Fetch:
                 incoming = await self._open(self.blobs[piece.digest])
                 await trio.to_thread.run_sync(incoming.write, piece.index, data)
                 self._last_piece = trio.current_time()
-                if self.schedule.needs(piece):
+                if self._counts and self.schedule.needs(piece):
                     self.progress.add(peer_id, len(data))
                 if self.schedule.stored(piece):
                     await self._commit(piece.digest)
@@ -228,7 +232,7 @@ class Fetch:
         if not self._store.has_unfinished(blob.digest):
             return range(piece_count(blob.size))
         incoming = await self._open(blob)
-        self.progress.done += blob.size - incoming.missing_bytes
+        self.progress.done += blob.size - incoming.missing_bytes if self._counts else 0
         return sorted(incoming.missing)
 
     async def _open(self, blob: Blob) -> PartialBlob:
@@ -288,7 +292,7 @@ class Fetch:
     async def _fall_back(self, digest: str, fallback: Fallback) -> None:
         self.schedule.claim(digest, True)
         try:
-            await fallback(self.blobs[digest])
+            size = await fallback(self.blobs[digest])
         except AzuError as error:
             log(logger, logging.WARNING, "cannot fetch what no peer has", reason=str(error))
             self.faults["the hub"] = str(error)
@@ -296,18 +300,19 @@ class Fetch:
             self.schedule.claim(digest, False)
         else:
             unfinished = self._incoming.get(digest)
-            self.progress.add("the hub", unfinished[1].missing_bytes if unfinished else self.blobs[digest].size)
+            counted = self.blobs[digest].size - unfinished[1].missing_bytes if unfinished else 0
+            self.progress.add("the hub", size - counted)
             self.schedule.completed(digest)
             self._convict(digest)
             self._news()
 
     async def _report(self) -> None:
-        done = self.progress.done
+        here = self.progress.here
         while True:
             await trio.sleep(_REPORT_S)
-            rate, done = (self.progress.done - done) / _REPORT_S, self.progress.done
+            rate, here = (self.progress.here - here) / _REPORT_S, self.progress.here
             log(
-                logger, logging.INFO, "fetching", percent=self.progress.percent, done=format_size(done),
+                logger, logging.INFO, "fetching", percent=self.progress.percent, done=format_size(here),
                 of=format_size(self.progress.total), per_second=format_size(int(rate)), peers=len(self.sending),
             )  # fmt: skip
 

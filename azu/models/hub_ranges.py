@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 
 import httpx2  # what huggingface_hub 2 speaks HTTP with
 from huggingface_hub import hf_raise_for_status
@@ -48,42 +48,70 @@ class HubRanges:
 
     Args:
         manifest: with an `origin`.
-        check: called between two chunks; what it raises ends the transfer.
+        check: called between two chunks, and told how many bytes have come; what it raises ends the transfer.
     """
 
-    def __init__(self, manifest: Manifest, store: LayerStore, check: Callable[[], None]) -> None:
+    def __init__(self, manifest: Manifest, store: LayerStore, check: Callable[[int], None]) -> None:
         self._manifest = manifest
         self._store = store
         self._check = check
         self._headers: dict[str, Mapping[str, TensorInfo]] = {}
+        self._came = 0  # bytes of the file at hand
 
-    def fetch(self, blob: Blob) -> None:
-        """Brings one of the manifest's files into the store, with its piece list.
+    def owner(self, blob: Blob) -> Blob:
+        """The file that a piece list belongs to, which alone gives it; any other file is its own."""
+        return next((each for each in self._manifest.blobs() if blob.digest == each.pieces), blob)
+
+    def fetch(self, blob: Blob) -> Blob:
+        """Brings one of the manifest's files into the store, with its piece list; asked for the list, it brings both.
+
+        What an earlier transfer left, that was ended or killed, is not fetched again.
+
+        Returns:
+            the file that came, `owner(blob)`.
 
         Raises:
             TrustError: the hub sends other bytes than were published, or more or fewer; nothing is stored.
             ModelError: what it sends is malformed, or the file is none of this model's.
             InputError, NetworkError: as `azu.models.hub`. InternalError: code "storage".
         """
-        stored = self._store.put_chunks(self._chunks(blob), expected=blob)
+        blob = self.owner(blob)
+        stored = self._store.put_resumed(blob, partial(self._chunks, blob))
         if stored.pieces != blob.pieces:
             problem = f"the piece list of blob {blob.digest} belongs to other bytes"
             raise ModelError(problem, code="bad_manifest", remedy="The model has to be published again.")
+        return blob
 
-    def _chunks(self, blob: Blob) -> Iterator[bytes]:
+    def _chunks(self, blob: Blob, offset: int) -> Iterator[bytes]:
         # Mapped in here: to whoever consumes this, the HTTP client's errors, being OSErrors, would be the disk's.
         try:
             with hub_errors(self._manifest.origin, self._manifest.revision):
-                yield from self._content(blob)
+                yield from self._content(blob, offset)
         except InputError as error:
             remedy = "Without a peer that has the files, only public repositories help: no token is sent here."
             raise InputError(error.message, code=error.code, remedy=remedy) from error
 
-    def _content(self, blob: Blob) -> Iterator[bytes]:
+    def _content(self, blob: Blob, offset: int) -> Iterator[bytes]:
+        """A file's bytes from `offset` on."""
+        self._came = 0
+        header, runs = self._made_of(blob)
+        for part in self._from(offset, header, runs):
+            self._came += len(part)
+            yield part
+
+    def _from(self, offset: int, header: bytes, runs: Iterable[_Run]) -> Iterator[bytes]:
+        yield header[offset:]
+        skipped = max(0, offset - len(header))
+        for run in runs:
+            yield from self._stream(replace(run, start=min(run.start + skipped, run.end)))
+            skipped = max(0, skipped - (run.end - run.start))
+
+    def _made_of(self, blob: Blob) -> tuple[bytes, Iterable[_Run]]:
+        """A file as bytes of our own, and what follows them from the hub."""
         texts = {self._manifest.config.digest: "config.json"}
         texts |= {text.digest: name for name, text in self._manifest.tokenizer.items()}
         if blob.digest in texts:
-            return self._stream(_Run(texts[blob.digest], 0, blob.size))
+            return b"", [_Run(texts[blob.digest], 0, blob.size)]
         return self._tensors(self._names(blob))
 
     def _names(self, blob: Blob) -> tuple[str, ...]:
@@ -95,13 +123,11 @@ class HubRanges:
                 return (name,)
         raise ModelError(f"blob {blob.digest} cannot be had from the hub", code="missing_blob")
 
-    def _tensors(self, names: tuple[str, ...]) -> Iterator[bytes]:
-        """A file with these tensors, as `serialize` lays it out."""
+    def _tensors(self, names: tuple[str, ...]) -> tuple[bytes, Iterable[_Run]]:
+        """A file with these tensors, as `serialize` lays it out: its header, which comes before it reads a tensor."""
         found = {name: self._find(name) for name in sorted(names)}
         specs = [TensorSpec(info.name, info.dtype, info.shape) for _, info in found.values()]
-        yield bytes(next(serialize(specs, lambda _: ())))  # its header comes before it reads a tensor
-        for run in _runs(found):
-            yield from self._stream(run)
+        return bytes(next(serialize(specs, lambda _: ()))), _runs(found)
 
     def _find(self, tensor: str) -> tuple[str, TensorInfo]:
         for name, tensors in self._shards.items():
@@ -157,11 +183,11 @@ class HubRanges:
             try:
                 with self._open(rest) as (response, _):
                     for chunk in _exactly(response, rest):
-                        self._check()
+                        self._check(self._came)
                         at += len(chunk)
                         yield chunk
             except (HfHubHTTPError, httpx2.TransportError) as error:
-                self._check()
+                self._check(self._came)
                 retries.pause(error, moved=at > rest.start)
 
     @contextmanager

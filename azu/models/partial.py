@@ -15,7 +15,7 @@ from azu.errors import InternalError, TrustError
 from azu.models.manifest import Blob
 from azu.models.pieces import piece_span
 
-__all__ = ["PartialBlob", "storage_errors"]
+__all__ = ["PartialBlob", "storage_errors", "write_all"]
 
 Buffer = bytes | bytearray | memoryview
 
@@ -70,7 +70,7 @@ class PartialBlob:
             )
         # One writer at a time: the file system lets in no more, and lets the others spin.
         with storage_errors(self._folder), self._lock:
-            self._write(data, piece_span(self.blob.size, index)[0])
+            write_all(self._descriptor, data, piece_span(self.blob.size, index)[0])
             self.missing.discard(index)
 
     def commit(self) -> None:
@@ -95,11 +95,13 @@ class PartialBlob:
             if hashlib.sha256(data).digest() == self._digests[index]:
                 self.missing.discard(index)
 
-    def _write(self, data: Buffer, offset: int) -> None:
-        view = memoryview(data)
-        while view:  # a disk that fills up, or a signal, may stop it in between
-            written = os.pwrite(self._descriptor, view, offset)
-            view, offset = view[written:], offset + written
+
+def write_all(descriptor: int, data: Buffer, offset: int) -> None:
+    """Writes all of `data` from `offset` on."""
+    view = memoryview(data)
+    while view:  # a disk that fills up, or a signal, may stop it in between
+        written = os.pwrite(descriptor, view, offset)
+        view, offset = view[written:], offset + written
 
 
 @contextmanager

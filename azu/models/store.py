@@ -21,7 +21,7 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,7 @@ from azu.durable import make_folder, replace_synced
 from azu.errors import CapacityError, InputError, ModelError, TrustError
 from azu.models.disk import check_space
 from azu.models.manifest import PIECE_BYTES, Blob, is_digest
-from azu.models.partial import PartialBlob, storage_errors
+from azu.models.partial import PartialBlob, storage_errors, write_all
 from azu.models.pieces import PieceHasher
 from azu.sizes import format_size
 
@@ -116,13 +116,50 @@ class LayerStore:
                         break
                     file.write(chunk)
                 if expected is not None and (hasher.size, hasher.digest) != (expected.size, expected.digest):
-                    raise _unexpected(expected, hasher)
+                    raise _unexpected(expected, hasher.size)
                 if not self.has(hasher.digest):
                     self._publish(file, temporary, hasher.digest)
         finally:
             temporary.unlink(missing_ok=True)
-        pieces = self.put_bytes(hasher.piece_list).digest if hasher.size > PIECE_BYTES else ""
-        return Blob(hasher.digest, hasher.size, pieces)
+        return self._with_pieces(hasher)
+
+    def put_resumed(self, blob: Blob, chunks_from: Callable[[int], Iterable[bytes]]) -> Blob:
+        """Stores a blob whose pieces are not known yet, from where an earlier attempt or a killed process stopped.
+
+        Its piece list is stored with it. What is left of it is hashed again; where all of it together turns out not to
+        be `blob`, none of it is kept.
+
+        Args:
+            chunks_from: yields its bytes from an offset on, in order.
+
+        Raises:
+            TrustError: code "digest_mismatch" or "size_mismatch", where it is not `blob`.
+        """
+        with storage_errors(self.root):
+            file, temporary = self._open_partial(blob.digest)
+        hasher = PieceHasher()
+        try:
+            with storage_errors(self.root):
+                while hasher.size < blob.size and (left := file.read(min(PIECE_BYTES, blob.size - hasher.size))):
+                    hasher.update(left)
+                file.truncate(hasher.size)
+            for chunk in chunks_from(hasher.size):
+                if hasher.size + len(chunk) > blob.size:
+                    raise _unexpected(blob, hasher.size + len(chunk))
+                with storage_errors(self.root):
+                    write_all(file.fileno(), chunk, hasher.size)
+                hasher.update(chunk)
+            if (hasher.size, hasher.digest) != (blob.size, blob.digest):
+                raise _unexpected(blob, hasher.size)
+            with storage_errors(self.root):
+                self._publish(file, temporary, blob.digest)
+        except TrustError:
+            file.truncate(0)
+            raise
+        finally:
+            with storage_errors(self.root), file:
+                self._tidy(file, temporary, resumable=temporary.name == blob.digest and not self.has(blob.digest))
+        return self._with_pieces(hasher)
 
     @contextmanager
     def incoming(self, blob: Blob, digests: Sequence[bytes]) -> Iterator[PartialBlob]:
@@ -140,6 +177,11 @@ class LayerStore:
         finally:
             with storage_errors(self.root), file:
                 self._tidy(file, temporary, resumable=temporary.name == blob.digest and not self.has(blob.digest))
+
+    def _with_pieces(self, hasher: PieceHasher) -> Blob:
+        """The blob that was stored, and its piece list stored too."""
+        pieces = self.put_bytes(hasher.piece_list).digest if hasher.size > PIECE_BYTES else ""
+        return Blob(hasher.digest, hasher.size, pieces)
 
     def has_unfinished(self, digest: str) -> bool:
         """Returns whether an earlier download of this blob has left something to resume."""
@@ -335,7 +377,7 @@ def _delete_abandoned(place: Path) -> bool:
     return False
 
 
-def _unexpected(expected: Blob, hasher: PieceHasher) -> TrustError:
-    code = "digest_mismatch" if hasher.size == expected.size else "size_mismatch"
-    what = "other bytes" if hasher.size == expected.size else f"not {expected.size} bytes"
+def _unexpected(expected: Blob, size: int) -> TrustError:
+    code = "digest_mismatch" if size == expected.size else "size_mismatch"
+    what = "other bytes" if size == expected.size else f"not {expected.size} bytes"
     return TrustError(f"blob {expected.digest} is refused: {what} came", code=code, remedy="Fetch it from elsewhere.")

@@ -117,9 +117,9 @@ async def test_what_nobody_has_comes_from_the_fallback(nodes: Nodes) -> None:
     lost = {data: blob_of(data) for data in (b"lost one", b"lost two")}
     brought: list[Blob] = []
 
-    async def fallback(blob: Blob) -> None:
+    async def fallback(blob: Blob) -> int:
         brought.append(blob)
-        me.library.store.put_bytes(next(data for data, known in lost.items() if known == blob))
+        return me.library.store.put_bytes(next(data for data, known in lost.items() if known == blob)).size
 
     progress = await fetch(me, [first], SMALL, *lost, fallback=fallback)
     assert first.peer_id in progress.sources
@@ -133,8 +133,8 @@ async def test_the_fallback_counts_what_was_missing_and_leaves_nothing_unfinishe
     me.library.store.put_bytes(piece_list_of(BIG))
     (me.store_root / "partial" / blob_of(BIG).digest).write_bytes(BIG[: 2 * PIECE_BYTES])
 
-    async def fallback(_: Blob) -> None:
-        me.library.store.put_bytes(BIG)
+    async def fallback(_: Blob) -> int:
+        return me.library.store.put_bytes(BIG).size
 
     progress = await fetch(me, [], BIG, fallback=fallback)
     assert_has(me, BIG, piece_list_of(BIG))
@@ -149,8 +149,8 @@ async def test_a_peer_that_is_always_busy_is_not_waited_for_for_ever(nodes: Node
     async def answer(channel: Channel, _: GetBlob) -> None:
         await channel.send(Refused(code="busy", message="come again"))
 
-    async def fallback(_: Blob) -> None:
-        me.library.store.put_bytes(SMALL)
+    async def fallback(_: Blob) -> int:
+        return me.library.store.put_bytes(SMALL).size
 
     served_by(first, answer)
     patience = replace(SOON, stuck=1.0)
@@ -165,7 +165,7 @@ async def test_a_peer_that_is_always_busy_is_not_waited_for_for_ever(nodes: Node
 async def test_a_fallback_that_fails_is_named(nodes: Nodes) -> None:
     me, first, _ = nodes
 
-    async def fallback(blob: Blob) -> None:
+    async def fallback(blob: Blob) -> int:
         raise NetworkError("the hub is down")
 
     with pytest.raises(NetworkError, match="the hub is down"):

@@ -16,7 +16,7 @@ from azu.models.hub_ranges import HubRanges
 from azu.models.manifest import Blob, Manifest
 from azu.models.publish import publish
 from azu.models.store import LayerStore
-from tests.loopback_hub import LoopbackHub
+from tests.loopback_hub import LoopbackHub, sharded_llama
 
 REPO = "me/tiny"
 CONFIG = (
@@ -69,9 +69,11 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub
         yield hub
 
 
-def published(hub: LoopbackHub, tmp_path: Path, shards: int = 1) -> tuple[Manifest, LayerStore]:
+def published(
+    hub: LoopbackHub, tmp_path: Path, shards: int = 1, files: dict[str, bytes] | None = None
+) -> tuple[Manifest, LayerStore]:
     """A repository on the hub, and what publishing it gave."""
-    files = repository(shards)
+    files = files or repository(shards)
     commit = hub.add(REPO, files)
     folder = tmp_path / "source"
     folder.mkdir()
@@ -84,7 +86,7 @@ def published(hub: LoopbackHub, tmp_path: Path, shards: int = 1) -> tuple[Manife
 
 
 def ranges(manifest: Manifest, store: LayerStore) -> HubRanges:
-    return HubRanges(manifest, store, lambda: None)
+    return HubRanges(manifest, store, lambda _: None)
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -181,13 +183,33 @@ def test_a_file_of_another_model(hub: LoopbackHub, tmp_path: Path) -> None:
     assert refused(manifest, tmp_path, Blob("0" * 64, 5), ModelError) == "missing_blob"
 
 
-def test_what_the_watcher_raises_ends_the_transfer(hub: LoopbackHub, tmp_path: Path) -> None:
-    manifest, _ = published(hub, tmp_path)
-
-    def stop() -> None:
-        raise NetworkError("stopped", code="cancelled")
-
+@pytest.mark.parametrize("is_damaged", [False, True])
+def test_a_large_file_comes_with_its_piece_list_and_goes_on_where_a_transfer_ended(
+    hub: LoopbackHub, tmp_path: Path, is_damaged: bool
+) -> None:
+    """Of a piece list the hub knows nothing: it comes out of the file that it belongs to."""
+    manifest, publisher = published(hub, tmp_path, files=sharded_llama(n_layers=1, hidden=512, shards=2))
+    (layer,) = manifest.layers
+    assert layer.piece_list is not None
     store = LayerStore(tmp_path / "worker")
+
+    def stop(came: int) -> None:
+        if came > layer.size - 500_000:
+            raise NetworkError("stopped", code="cancelled")
+
     with pytest.raises(NetworkError, match="stopped"):
-        HubRanges(manifest, store, stop).fetch(manifest.layers[0])
+        HubRanges(manifest, store, stop).fetch(layer)
+    (left,) = (store.root / "partial").iterdir()
+    before = sum(asked.sent for asked in hub.asked)
+    if is_damaged:
+        left.write_bytes(bytes(left.stat().st_size))
+        with pytest.raises(TrustError):
+            ranges(manifest, store).fetch(layer)
+        assert store.digests() == set()
+        ranges(manifest, store).fetch(layer)
+    else:
+        assert ranges(manifest, store).fetch(layer.piece_list) == layer
+        assert sum(asked.sent for asked in hub.asked) - before < 1_000_000
+    for digest in (layer.digest, layer.pieces):
+        assert store.path(digest).read_bytes() == publisher.path(digest).read_bytes()
     assert not list((store.root / "partial").iterdir())
