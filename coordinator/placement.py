@@ -35,6 +35,8 @@ _ASSIGNMENT_LIFE_S = 60
 _AFTER_ASSIGNMENT_S = 2 * _TICK_S
 # A worker that refused or did not answer is given no assignment for this long.
 _AFTER_REFUSAL_S = 15.0
+# One that could not load a model gets others first for so long: what it cannot load at all must not keep it from those.
+_AFTER_FAILURE_S = 600.0
 
 
 def _is_anothers(worker: WorkerRecord, me: str) -> bool:
@@ -128,6 +130,7 @@ class Placer:
         self._sequence = 0
         self._assigned: dict[str, tuple[HeldRange, float]] = {}  # what was taken, and until when that is news
         self._left_out: dict[str, float] = {}  # by peer id: until when
+        self._unable: dict[tuple[str, str], float] = {}  # by peer id and manifest: until when
         self._reported: dict[str, tuple[tuple[int, int], ...]] = {}  # by manifest: the missing layers last logged
 
     async def run(self) -> None:
@@ -141,6 +144,7 @@ class Placer:
         now = trio.current_time()
         self._assigned = {peer: held for peer, held in self._assigned.items() if now < held[1]}
         self._left_out = {peer: until for peer, until in self._left_out.items() if now < until}
+        self._unable = {pair: until for pair, until in self._unable.items() if now < until}
         manifests, retired = self._manifests(), self._retired()
         me = self._identity.peer_id
         workers = [
@@ -152,11 +156,23 @@ class Placer:
         # Who refuses to change what it holds still holds it: leaving it out would tear a hole to be filled.
         workers = [w for w in workers if w.peer_id not in self._left_out or _active(w)]
         async with trio.open_nursery() as nursery:
+            again: list[Manifest] = []
             for manifest in manifests:
-                placed = self._place(nursery, manifest, workers)
-                if not placed and _is_missing(manifest, workers):
-                    placed = self._place(nursery, manifest, with_spares_free(workers, me))
+                able = [w for w in workers if (w.peer_id, manifest.digest) not in self._unable or _active(w)]
+                placed = self._cover(nursery, manifest, able)
+                if not placed and len(able) < len(workers):
+                    again.append(manifest)
                 workers = [worker for worker in workers if worker.peer_id not in placed]
+            for manifest in again:  # whoever is left may try once more what it could not load
+                placed = self._cover(nursery, manifest, workers)
+                workers = [worker for worker in workers if worker.peer_id not in placed]
+
+    def _cover(self, nursery: trio.Nursery, manifest: Manifest, workers: Sequence[WorkerRecord]) -> set[str]:
+        """Fill a model's holes; who got something."""
+        placed = self._place(nursery, manifest, workers)
+        if not placed and _is_missing(manifest, workers):
+            placed = self._place(nursery, manifest, with_spares_free(workers, self._identity.peer_id))
+        return placed
 
     def _place(self, nursery: trio.Nursery, manifest: Manifest, workers: Sequence[WorkerRecord]) -> set[str]:
         """Plan for one model and hand out what follows; who got something."""
@@ -213,5 +229,7 @@ class Placer:
             tell(logging.INFO, "layers assigned", model=manifest.model_id)
         except (AzuError, trio.TooSlowError) as error:
             self._left_out[placement.peer_id] = trio.current_time() + _AFTER_REFUSAL_S
+            if isinstance(error, RefusedError) and error.code == "load_failed":
+                self._unable[placement.peer_id, manifest.digest] = trio.current_time() + _AFTER_FAILURE_S
             level = logging.INFO if isinstance(error, RefusedError) else logging.WARNING
             tell(level, "assignment not taken", reason=str(error) or "no answer")

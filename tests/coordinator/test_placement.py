@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import trio
 import trio.testing
@@ -14,6 +16,8 @@ from azu.tickets import open_assignment
 from azu.wire.messages import Refused
 from coordinator.placement import Placer, missing_layers
 from tests.worker_records import MANIFEST, OTHER, OURS, room_for, worker
+
+OTHER_MODEL = replace(MANIFEST, model_id="owner/other")
 
 
 def test_missing_layers_are_those_that_nobody_has_loaded() -> None:
@@ -51,6 +55,7 @@ class SwarmTwin:
     def __init__(self, *workers: WorkerRecord) -> None:
         self._workers = workers
         self.refusing: set[str] = set()
+        self.unloadable = ""  # a manifest that no worker can load
         self.taken: list[tuple[str, int, int]] = []
         self.asked = 0
 
@@ -62,6 +67,8 @@ class SwarmTwin:
         if peer_id in self.refusing:
             raise RefusedError(peer_id, Refused(code="busy", message="no"))
         assignment = open_assignment(envelope)[1]
+        if assignment.manifest == self.unloadable:
+            raise RefusedError(peer_id, Refused(code="load_failed", message="these could not be loaded"))
         self.taken.append((peer_id, assignment.start, assignment.end))
 
 
@@ -92,6 +99,21 @@ async def test_a_worker_that_refuses_is_left_alone_and_still_holds_its_layers(
     with trio.move_on_after(10):
         await placer(swarm).run()
     assert (swarm.asked, swarm.taken) == (1, [])
+
+
+async def test_a_model_that_cannot_be_loaded_keeps_no_worker_from_others(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    swarm = SwarmTwin(worker(1, vram_total=room_for(12)))
+    swarm.unloadable = OTHER_MODEL.digest
+    with trio.move_on_after(60):
+        await Placer(Identity(bytes(32)), swarm, lambda: [OTHER_MODEL, MANIFEST], kv_tokens=1).run()  # type: ignore[arg-type]
+    assert swarm.taken[0][1:] == (0, 12)
+    alone = SwarmTwin(worker(1, vram_total=room_for(12)))
+    alone.unloadable = MANIFEST.digest
+    with trio.move_on_after(60):
+        await placer(alone).run()
+    assert alone.asked > 2, "it may have been the network's fault"
 
 
 async def test_layers_of_a_model_that_is_not_served_any_more_make_room(autojump_clock: trio.testing.MockClock) -> None:
