@@ -19,10 +19,10 @@ from azu.logs import log
 from azu.models.manifest import Manifest
 from azu.models.memory import first_positions
 from azu.overlay import Overlay
-from azu.planning import Demand, Placement, Range, links_of, views_for
+from azu.planning import Demand, Placement, Range, WorkerView, links_of, views_for
 from azu.records import WorkerRecord
 from azu.tickets import JobTicket
-from azu.wire.tensors import ACTIVATIONS, ITEMSIZE, WeightFormat
+from azu.wire.tensors import WeightFormat
 from coordinator.admission import Admission, Grant
 from coordinator.agreement import Handover
 from coordinator.disputes import Disputes
@@ -70,7 +70,7 @@ class JobRunner:
         self._disputes = Disputes(identity.peer_id)
         self._running: Counter[str] = Counter()
         self._cuts: Counter[tuple[str, Range]] = Counter()  # running jobs' stages, by model
-        self._relief = Relief(swarm.worker, self._running.__getitem__)
+        self._relief = Relief(swarm.worker, swarm.usual, self._running.__getitem__)
         self._admission = Admission(self._find_room, self._refusal, self._free_room)
 
     @asynccontextmanager
@@ -146,7 +146,7 @@ class JobRunner:
             reserves=Reserves(
                 substitutes=partial(self._substitutes, manifest, grant),
                 relief=partial(self._relieve, manifest, grant),
-                steps=self._relief.steps,
+                parts=self._relief.parts,
                 cache_s=partial(cache_seconds, manifest, self._swarm.record),
             ),
             note=request.note,
@@ -271,9 +271,9 @@ class JobRunner:
         index = ticket.stage_of(slow.peer_id)
         if index is None:
             return None
-        row_bytes = manifest.hidden_size * ITEMSIZE[ACTIVATIONS[ticket.dtype]]
-        accepts = partial(self._relief.accepts, ticket, slow, done, row_bytes)
-        found = self._substitutes(manifest, grant, ticket, [index], {*unwanted, slow.peer_id}, accepts)
+        accepts = partial(self._relief.accepts, manifest, ticket, slow, done)
+        away_s = self._relief.away_s(manifest, ticket, index)
+        found = self._substitutes(manifest, grant, ticket, [index], {*unwanted, slow.peer_id}, accepts, away_s)
         if found is not None:
             self._relief.moved(slow.peer_id, *found.values())
         return found
@@ -286,11 +286,13 @@ class JobRunner:
         lost: Collection[int],
         unwanted: Collection[str],
         accepts: Callable[[str], bool] = lambda _: True,
+        away_s: Callable[[WorkerView], float] = lambda _: 0.0,
     ) -> dict[int, str] | None:
         """Peers that take the lost stages over, and count as running the job from then on, or None.
 
         Args:
             accepts: asked about the best peer for a stage, and for no other if that one will not do.
+            away_s: seconds of a step that a worker costs beside its layers.
         """
         alike = [worker for worker in self._able(ticket.total_tokens) if worker.dtype == ticket.dtype]
         views = views_for(manifest, alike, self._swarm.faults)
@@ -298,7 +300,7 @@ class JobRunner:
         found: dict[int, str] = {}
         for index in lost:
             stage = ticket.stages[index]
-            chosen = stand_in(views, stage.start, stage.end, grant.tokens, without=without, parts=True)
+            chosen = stand_in(views, stage.start, stage.end, grant.tokens, without=without, parts=True, away_s=away_s)
             if chosen is None or not accepts(chosen.peer_id):
                 return None
             found[index] = chosen.peer_id

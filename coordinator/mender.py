@@ -31,7 +31,7 @@ from coordinator.answer import Answer
 from coordinator.attendance import Attendance
 from coordinator.crew import Crew
 from coordinator.generation import known_as
-from coordinator.hedging import Hedging, Slow
+from coordinator.hedging import Hedging, Part, Reading, Slow
 from coordinator.mending import settle, work_of
 
 __all__ = ["Mender", "OnLeaving", "OnLost", "Reserves"]
@@ -76,14 +76,14 @@ class Reserves:
         substitutes: for the stages of these indices, for which those given last are not wanted; None while there are
             none.
         relief: for a stage that is slow, after so many tokens, in the same way; None where a move is not worth it.
-        steps: seconds that a step takes in each stage by its worker's own word, by peer id.
+        parts: what a step costs in each stage.
         cache_s: seconds that it takes to send the KV cache of so many positions of this stage to that peer, where
             this is faster than to have the peer compute it; else None.
     """
 
     substitutes: Callable[[JobTicket, Collection[int], Collection[str]], Mapping[int, str] | None]
     relief: Callable[[JobTicket, Slow, int, Collection[str]], Mapping[int, str] | None]
-    steps: Callable[[JobTicket], Mapping[str, float]]
+    parts: Callable[[JobTicket], Mapping[Part, Reading]]
     cache_s: Callable[[JobTicket, int, str, int], float | None]
 
 
@@ -252,15 +252,14 @@ class Mender:
         done, ticket = len(self._answer.tokens), self._crew.ticket
         if not done or self._is_mended:
             return None
-        slow = self._hedging.look(done, self._answer.told_at, self._reserves.steps(ticket))
-        if slow is None:
-            return None
-        peers = self._reserves.relief(ticket, slow, done, {*self._unwanted(), *self._hedging.left})
-        if peers is not None:
-            self._hedging.moved(slow.peer_id)
-            times = {"step_s": round(slow.step_s, 3), "usual_s": round(slow.usual_s, 3)}
-            log(logger, logging.INFO, "stage is slow", job=self._job, peer=slow.peer_id, **times)
-        return peers
+        for slow in self._hedging.look(done, self._answer.told_at, self._reserves.parts(ticket)):
+            peers = self._reserves.relief(ticket, slow, done, {*self._unwanted(), *self._hedging.left})
+            if peers is not None:
+                self._hedging.moved(slow.peer_id)
+                times = {"step_s": round(slow.step_s, 3), "usual_s": round(slow.usual_s, 3)}
+                log(logger, logging.INFO, "stage is slow", job=self._job, peer=slow.peer_id, part=slow.kind, **times)
+                return peers
+        return None
 
     async def _amend(self, nursery: trio.Nursery) -> None:
         """Bring the job to a ring that runs; it is over afterwards where there is none to be had."""

@@ -10,10 +10,13 @@ from collections.abc import Callable
 
 import trio
 
-from azu.planning import DIRECT
+from azu.models.manifest import Manifest
+from azu.planning import DIRECT, WorkerView, links_of, views_for
 from azu.records import WorkerRecord
 from azu.tickets import JobTicket, StageEntry
-from coordinator.hedging import Offer, Slow, is_worth_it
+from azu.wire.tensors import ACTIVATIONS, ITEMSIZE
+from coordinator.hedging import Offer, Part, Reading, Slow, is_worth_it
+from coordinator.usual import Usual
 
 __all__ = ["Relief"]
 
@@ -25,33 +28,49 @@ class Relief:
     """Answers out of workers' newest records.
 
     Args:
-        record: a worker's, by peer id, or None.
+        record: a worker's, by peer id, or None. usual: what is usual with it, or None.
         jobs: how many of our own jobs run at a worker.
     """
 
-    def __init__(self, record: Callable[[str], WorkerRecord | None], jobs: Callable[[str], int]) -> None:
+    def __init__(
+        self,
+        record: Callable[[str], WorkerRecord | None],
+        usual: Callable[[str], Usual | None],
+        jobs: Callable[[str], int],
+    ) -> None:
         self._record = record
+        self._usual = usual
         self._jobs = jobs
         self._rests: dict[str, float] = {}  # until when
 
-    def steps(self, ticket: JobTicket) -> dict[str, float]:
-        """Seconds that a token takes in each stage's pass, with the jobs that are there; where that was measured."""
-        found = {stage.peer_id: self._step_s(stage, stage.peer_id) for stage in ticket.stages}
-        return {peer_id: step_s for peer_id, step_s in found.items() if step_s}
+    def parts(self, ticket: JobTicket) -> dict[Part, Reading]:
+        """What a step costs in each stage, with the jobs that are there; as far as it was measured."""
+        found: dict[Part, Reading] = {}
+        for index, stage in enumerate(ticket.stages):
+            if step_s := self._step_s(stage, stage.peer_id):
+                found[Part(stage.peer_id, "pass")] = Reading(step_s, self._usual_step_s(stage))
+            if (usual := self._usual(stage.peer_id)) is not None and usual.answer_s:
+                # A question and its answer take two messages there, a token takes one.
+                found[Part(stage.peer_id, "answer")] = Reading(usual.answer_s / 2, usual.usual_answer_s / 2)
+            for neighbour, line_s in self._lines(ticket, index).items():
+                found[Part(stage.peer_id, "line", neighbour)] = Reading(line_s)
+        return found
 
-    def accepts(self, ticket: JobTicket, slow: Slow, done: int, row_bytes: int, peer_id: str) -> bool:
-        """Whether a job that has so many tokens is to leave a slow worker for this one.
-
-        Args:
-            row_bytes: of a position's hidden states.
-        """
+    def accepts(self, manifest: Manifest, ticket: JobTicket, slow: Slow, done: int, peer_id: str) -> bool:
+        """Whether a job that has so many tokens is to leave a slow worker for this one."""
         record, stage = self._record(peer_id), ticket.stages[ticket.stage_of(slow.peer_id) or 0]
         step_s = self._step_s(stage, peer_id, more=1)
         if record is None or not step_s or self._is_resting(slow.peer_id) or self._is_resting(peer_id):
             return False
         prefill_s = (stage.end - stage.start) * record.speed.prefill_ns / 1e9 or step_s
+        row_bytes = manifest.hidden_size * ITEMSIZE[ACTIVATIONS[ticket.dtype]]
         replay_s = ticket.positions(done) * (prefill_s + row_bytes / DIRECT.bandwidth)
+        step_s += self._way_s(manifest, ticket, slow.peer_id, peer_id) + self._answer_s(slow.peer_id, peer_id)
         return is_worth_it(slow, Offer(step_s, replay_s), done=done, left=ticket.max_tokens - done)
+
+    def away_s(self, manifest: Manifest, ticket: JobTicket, index: int) -> Callable[[WorkerView], float]:
+        """What the lines to a stage's neighbours cost another worker for a step, in seconds."""
+        return lambda view: self._way_s(manifest, ticket, ticket.stages[index].peer_id, view.peer_id)
 
     def moved(self, *peer_ids: str) -> None:
         """These had a part in a move just now."""
@@ -66,6 +85,43 @@ class Relief:
         record = self._record(peer_id)
         if record is None:
             return 0.0
-        jobs = max(record.jobs, self._jobs(peer_id)) + more
-        speed = record.speed
+        jobs, speed = self._jobs_at(record) + more, record.speed
         return (stage.end - stage.start) * (speed.decode_base_ns + max(jobs, 1) * speed.decode_token_ns) / 1e9
+
+    def _usual_step_s(self, stage: StageEntry) -> float:
+        record, usual = self._record(stage.peer_id), self._usual(stage.peer_id)
+        if record is None or usual is None:
+            return 0.0
+        return usual.step_s(stage.end - stage.start, max(self._jobs_at(record), 1))
+
+    def _jobs_at(self, record: WorkerRecord) -> int:
+        return max(record.jobs, self._jobs(record.peer_id))
+
+    def _lines(self, ticket: JobTicket, index: int) -> dict[str, float]:
+        """Seconds that a step is on a stage's lines, by its own word; by neighbour, of those that it has measured."""
+        count, record = len(ticket.stages), self._record(ticket.stages[index].peer_id)
+        if record is None or count == 1:
+            return {}
+        rtts = {link.peer_id: link.rtt_us / 1e6 for link in record.links if link.rtt_us}
+        around = [ticket.stages[(index + step) % count].peer_id for step in (-1, 1)]
+        return {peer: around.count(peer) * rtts[peer] / 2 for peer in around if peer in rtts}
+
+    def _way_s(self, manifest: Manifest, ticket: JobTicket, slow: str, peer_id: str) -> float:
+        """What another worker's lines would cost, to those neighbours to which the slow one has measured its own."""
+        neighbours = self._lines(ticket, ticket.stage_of(slow) or 0)
+        records = [record for peer in {*neighbours, peer_id} if (record := self._record(peer)) is not None]
+        views = {view.peer_id: view for view in views_for(manifest, records)}
+        links = links_of(manifest, ticket.dtype, records)
+        if peer_id not in views:
+            return 0.0
+        count = 2 if len(ticket.stages) == 2 else 1  # there and back on the same line
+        return sum(count * links.link(views[peer_id], views[peer]).rtt_s / 2 for peer in neighbours if peer in views)
+
+    def _answer_s(self, slow: str, peer_id: str) -> float:
+        """What its answers add: as much as with the slow one usually, and by what they take longer than usually."""
+        left, taken = self._usual(slow), self._usual(peer_id)
+        usual_s = left.usual_answer_s or left.answer_s if left is not None else 0.0
+        excess_s = (
+            max(0.0, taken.answer_s - taken.usual_answer_s) if taken is not None and taken.usual_answer_s else 0.0
+        )
+        return (usual_s + excess_s) / 2

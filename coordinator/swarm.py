@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 
 import trio
@@ -16,6 +16,7 @@ from azu.logs import log
 from azu.overlay import PROVIDER_SECONDS, Overlay
 from azu.records import WORKERS_KEY, WorkerRecord, is_live, open_worker_record
 from azu.wire.messages import CONTROL, CONTROL_PROTOCOL, LEAVING, Accepted, Assign, GetStatus, Message, Status
+from coordinator.usual import Usual
 
 __all__ = ["SwarmView"]
 
@@ -51,6 +52,7 @@ class _Contact:
     asking: bool = False
     faults: int = 0
     forgiven_at: float = 0.0
+    usual: Usual = field(default_factory=Usual)
 
 
 class SwarmView:
@@ -82,6 +84,11 @@ class SwarmView:
         contact = self._contacts.get(peer_id)
         record = contact.record if contact is not None else None
         return record if record is not None and is_live(record, time.time()) else None
+
+    def usual(self, peer_id: str) -> Usual | None:
+        """What is usual with one worker, if it is known at all."""
+        contact = self._contacts.get(peer_id)
+        return contact.usual if contact is not None else None
 
     def blame(self, peer_id: str, weight: int, error: AzuError) -> None:
         """Note a worker's part in a failed job: while there are others with fewer faults, they are preferred."""
@@ -169,6 +176,7 @@ class SwarmView:
                 del self._contacts[peer_id]
 
     async def _poll(self, peer_id: str, contact: _Contact) -> None:
+        asked_at = trio.current_time()
         try:
             record = open_worker_record(bytes(await self._ask(peer_id, GetStatus(), b"", Status)))
             if record.peer_id != peer_id:
@@ -176,7 +184,9 @@ class SwarmView:
             if contact.record is None:
                 log(logger, logging.INFO, "worker found", peer=peer_id, device=record.device)
             contact.record, contact.has_answered, contact.pause = record, True, 0.0
-            contact.next_try = trio.current_time() + self._turn_s()
+            now = trio.current_time()
+            contact.usual.note(record, now - asked_at, now)
+            contact.next_try = now + self._turn_s()
         except (AzuError, trio.TooSlowError) as error:
             if isinstance(error, ProtocolError | TrustError):
                 self._overlay.count_violation(peer_id)

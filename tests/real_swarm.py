@@ -5,10 +5,11 @@ step, and counts of what each computed.
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import outcome
@@ -26,11 +27,14 @@ from coordinator.jobs import JobRunner
 from coordinator.meter import Meter
 from coordinator.swarm import SwarmView
 from node.engine.stage import Step
+from node.links import keep_pinging
+from tests.forwarders import Forwarders
 from tests.node.real_stages import LIMIT, Stage, TinyModel, identity, peer, real_stage
 
 COORDINATOR = 99
 
 Results = list[outcome.Outcome[Any]]
+NO_LINES: Mapping[int, Forwarders] = MappingProxyType({})
 
 
 # A model of four layers in three stages, and where these begin.
@@ -52,7 +56,7 @@ class Worker:
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     rows: list[int] = field(default_factory=list)
     prefill_ns: int = 0  # that it claims
-    tells_speed: bool = False  # else all are taken for equally fast
+    tells_speed: bool = False  # and how far others are; else all are taken for equally fast
     dies_after: int | None = None  # steps, the last of which is computed but never sent on
     hook: Callable[[Worker], None] = lambda worker: None  # on the device thread, after each step
     stage: Stage | None = None
@@ -81,7 +85,7 @@ class Worker:
                 self.stage.overlay.handle(CONTROL_PROTOCOL, self._control)
                 self._count()
                 task_status.started()
-                await trio.sleep_forever()
+                await keep_pinging(self.stage.overlay, self.stage.jobs.meter.links)
 
     def _count(self) -> None:
         """Count, and die on time: the kill is there before the step's result."""
@@ -116,6 +120,7 @@ class Worker:
         }  # fmt: skip
         if self.tells_speed and jobs.loaded is not None:
             fields["speed"] = jobs.loaded.stage.pace.speed()
+            fields["links"] = jobs.meter.links.told(trio.current_time())
         return sign_worker_record(self.real.identity, WorkerRecord.model_validate(fields))
 
 
@@ -152,13 +157,19 @@ class RealSwarm:
         while any(record.jobs for record in self.view.workers()):
             await trio.sleep(0.01)
 
-    async def join(self, start: int, end: int) -> None:
-        """Let a worker join, known to its peers."""
+    async def join(self, start: int, end: int, lines: Mapping[int, Forwarders] = NO_LINES) -> None:
+        """Let a worker join, known to its peers.
+
+        Args:
+            lines: to workers of these numbers.
+        """
         worker = Worker(self.model, len(self.workers) + 1, start, end)
         await self.nursery.start(worker.run)
-        overlay = worker.real.overlay
-        for other in (self.overlay, *(w.real.overlay for w in self.workers if not w.scope.cancel_called)):
-            await other.connect(worker.peer_id, overlay.addrs)
+        addrs = worker.real.overlay.addrs
+        await self.overlay.connect(worker.peer_id, addrs)
+        for other in (each for each in self.workers if not each.scope.cancel_called):
+            line = lines.get(other.number)
+            await other.real.overlay.connect(worker.peer_id, addrs if line is None else [through(line, addrs[0])])
         self.workers.append(worker)
         self.view._meet(worker.peer_id)
 
@@ -184,6 +195,13 @@ def pair(swarm: RealSwarm, start: int) -> tuple[Worker, Worker]:
     """Who runs jobs from layer `start` on, and who takes them over."""
     first, second = sorted(swarm.at(start), key=lambda worker: worker.peer_id)
     return first, second
+
+
+def through(line: Forwarders, address: str) -> str:
+    """A multiaddr that leads to this one on a line."""
+    parts = address.split("/")
+    parts[4] = str(line.to(int(parts[4])))
+    return "/".join(parts)
 
 
 @asynccontextmanager
