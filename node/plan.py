@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from azu.errors import InputError
 from azu.models.inventory import outline
+from azu.models.judged import check_architecture
 from azu.models.manifest import Manifest, is_digest
 from azu.models.memory import kv_room, layer_bytes, max_layers, stage_memory, weights_bytes
 from azu.models.publish import means_path, open_path
+from azu.models.safetensors_file import TensorSpec
 from azu.models.source import load_json
 from azu.sizes import format_size
 from azu.wire.tensors import ACTIVATIONS, ITEMSIZE, WEIGHT_FORMATS, WeightFormat
@@ -105,10 +107,16 @@ def describe(model: str, data_dir: Path) -> Manifest:
     if not (path.exists() or means_path(model)):
         from azu.models.hub_headers import read_hub  # huggingface_hub and its HTTP client: only where needed
 
-        model_id, config, tensors = read_hub(model)
-        return outline(model_id, load_json(config, "config.json"), tensors)
+        return _outline(*read_hub(model))
     with open_path(path, unhashed=True) as source:
-        return outline(source.model_id, load_json(source.config, "config.json"), source.tensors)
+        return _outline(source.model_id, source.config, source.tensors)
+
+
+def _outline(model_id: str, config_json: bytes, tensors: Mapping[str, TensorSpec]) -> Manifest:
+    config = load_json(config_json, "config.json")
+    drawn = outline(model_id, config, tensors)
+    check_architecture(config)
+    return drawn
 
 
 def _published(model: str, data_dir: Path) -> Manifest | None:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import httpx2  # what huggingface_hub 2 speaks HTTP with
 from huggingface_hub import HfApi, constants
@@ -62,6 +62,7 @@ class Plan:
 
     repo: HubRepo
     cache: RepoCache
+    config: dict[str, Any]
     files: tuple[HubFile, ...]
     weights: tuple[HubFile, ...]
 
@@ -159,14 +160,15 @@ def plan(repo: HubRepo) -> Plan:
     judged = [repo.files[name] for name in (_CONFIG, INDEX) if name == _CONFIG or is_sharded]
     _bring(repo, cache, judged, silent)
     snapshot = cache.snapshot(repo.commit)
-    read_facts(load_json((snapshot / _CONFIG).read_bytes(), _CONFIG))
+    config = load_json((snapshot / _CONFIG).read_bytes(), _CONFIG)
+    read_facts(config)
     shards = [*read_index((snapshot / INDEX).read_bytes())] if is_sharded else [choose_weights(repo.repo_id, names)]
     for name in shards:
         if name not in repo.files:
             raise bad_index(f"names {name}, which {repo.repo_id} does not have")
     weights = tuple(repo.files[name] for name in shards)
     texts = tuple(repo.files[name] for name in TOKENIZER_FILES if name in repo.files)
-    return Plan(repo, cache, (*judged, *texts, *weights), weights)
+    return Plan(repo, cache, config, (*judged, *texts, *weights), weights)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from azu.errors import InputError, ModelError
 from azu.models.directory_source import UNSAFE_SUFFIXES, open_directory
 from azu.models.disk import check_space
 from azu.models.inventory import outline, take_inventory, weights_of
+from azu.models.judged import check_architecture
 from azu.models.manifest import Blob, Manifest
 from azu.models.progress import Progress, Report, silent
 from azu.models.published import CutJournal, known_manifest, source_key
@@ -54,8 +55,11 @@ def publish(
     with open_path(path) as opened:
         opened = _named(opened, model_id)
         admit(opened.model_id)
-        key = source_key(opened.model_id, opened.origin, opened.revision)
-        return known_manifest(store, key) or _cut(opened, store, report)
+        known = known_manifest(store, source_key(opened.model_id, opened.origin, opened.revision))
+        if known is not None:
+            return known
+        check_architecture(load_json(opened.config, "config.json"))
+        return _cut(opened, store, report)
 
 
 def publish_from_hub(
@@ -75,6 +79,7 @@ def publish_from_hub(
     if known is not None:
         return known
     plan = hub.plan(repo)
+    check_architecture(plan.config)
     check_space({plan.cache.folder: plan.missing_bytes, store.root: plan.weight_bytes if plan.missing_bytes else 0})
     with hub.open_plan(plan, report) as opened:
         return _cut(_named(opened, model_id), store, report)

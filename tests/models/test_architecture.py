@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import resource
 import time
@@ -14,7 +15,7 @@ import torch
 import transformers
 
 from azu.errors import ModelError
-from azu.models import architecture
+from azu.models import architecture, judge_process
 from azu.models.publish import publish
 from azu.models.splice import StageSpec, build_stage, stage_tensor_names
 from azu.models.store import LayerStore
@@ -183,6 +184,16 @@ def test_a_class_that_auto_classes_do_not_know() -> None:
     assert transformers.Mistral4Config not in transformers.AutoModelForCausalLM._model_mapping
     config = config_of("GPT2Config", "GPT2DoubleHeadsModel", **GPT)
     assert refused(config).code == "unsupported_architecture"
+
+
+@pytest.mark.parametrize("family", ["Llama", "Mamba"])
+def test_the_process_that_judges_says_the_same(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], family: str
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps(config_of(f"{family}Config", f"{family}ForCausalLM"))))
+    judge_process.main()
+    refusal = json.loads(capsys.readouterr().out)
+    assert refusal.get("code") == (None if family == "Llama" else "unsupported_architecture")
 
 
 def test_a_config_cannot_choose_code(save_tiny: SaveTiny, store: LayerStore) -> None:

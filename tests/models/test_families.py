@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from azu.models.judged import PROVEN
 from azu.models.prepacked import PrepackedLinear, can_prepack
 from azu.models.publish import publish
 from azu.models.quantize import held_weights
 from azu.models.splice import Stage, StageSpec, build_stage, stage_tensor_names
 from azu.models.store import LayerStore
 from tests.models.conftest import Published
-from tests.models.families import FAMILIES, OTHERS, Family, save, table
+from tests.models.families import FAMILIES, OTHERS, Family, architecture, save, table
 from tests.models.running import build, in_stages, one_by_one, step_by_step, tensors_of, unsplit
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
@@ -181,3 +182,7 @@ def test_the_document_has_the_tables() -> None:
     text = DOCUMENT.read_text()
     for families in (FAMILIES, OTHERS):
         assert table(families) in text, "run python -m tests.models.families and paste its tables into docs/models.md"
+
+
+def test_what_is_published_without_a_look_at_its_forward_is_what_runs_here() -> None:
+    assert {architecture(family.build_config()).__name__ for family in FAMILIES + OTHERS} == PROVEN

@@ -228,6 +228,7 @@ def index(shard: str) -> dict[str, bytes]:
         ({"config.json": FILES["config.json"], "README.md": b""}, "no_weights"),
         (config(architectures=["T5ForConditionalGeneration"]), "unsupported_architecture"),
         (config(architectures=["BertModel"]), "unsupported_architecture"),
+        (config(architectures=["MambaForCausalLM"], model_type="mamba"), "unsupported_architecture"),
         (config(is_encoder_decoder=True), "unsupported_architecture"),
         (config(quantization_config={"quant_method": "gptq"}), "unsupported_quantization"),
         (config(num_hidden_layers=10**9), "bad_config"),

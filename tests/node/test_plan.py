@@ -148,6 +148,7 @@ def test_it_needs_neither_torch_nor_the_network_for_a_folder(folder: Path) -> No
         ({"architectures": ["T5ForConditionalGeneration"]}, "unsupported_architecture"),
         ({"quantization_config": {"quant_method": "gptq"}}, "unsupported_quantization"),
         ({"num_hidden_layers": 9}, "unknown_layout"),
+        ({"architectures": ["FooForCausalLM"]}, "unsupported_architecture"),
     ],
 )
 def test_what_cannot_be_served_is_refused_by_name(folder: Path, changes: dict[str, Any], code: str) -> None:
