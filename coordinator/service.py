@@ -199,7 +199,7 @@ async def _serve(
         app = create_app(
             service,
             ApiSettings(default_max_tokens=settings.default_max_tokens),
-            ShardRoutes(shards, serving.models, token),
+            ShardRoutes(shards, serving.models, serving.is_listed, token),
             money,
             Journal(settings.data_dir),
             unfinished,

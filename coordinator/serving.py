@@ -6,11 +6,12 @@ import json
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 
 import trio
 
 from azu.distribution import Library
-from azu.errors import AzuError, ModelError
+from azu.errors import AzuError, InputError, ModelError
 from azu.logs import log
 from azu.models.manifest import Manifest
 from azu.models.published import is_whole
@@ -43,6 +44,13 @@ class Serving:
     def manifests(self) -> Sequence[Manifest]:
         """The same, as their manifests."""
         return tuple(model.manifest for model in self.models())
+
+    def is_listed(self, digest: str) -> bool:
+        """Whether the catalogue, as it is now, or the command line has the model with this manifest."""
+        with suppress(InputError):  # a damaged catalogue lists nothing
+            if any(model.manifest == digest for model in self._catalogue.models()):
+                return True
+        return any(model.manifest.digest == digest for model in self._pinned.values())
 
     def retired(self) -> frozenset[str]:
         """Digests of the models that this coordinator published and does not serve any more."""

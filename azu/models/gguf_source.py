@@ -61,7 +61,8 @@ def open_gguf(path: Path) -> Iterator[ModelSource]:
     try:
         source = _read(path)
     except _READ_ERRORS as error:
-        raise ModelError(f"{path.name} is not a readable GGUF file ({error})", code="bad_gguf") from error
+        problem = f"{path.name} is not a readable GGUF file ({error})"
+        raise ModelError(problem, code="bad_gguf", remedy="Fetch or convert it again.") from error
     yield source
 
 

@@ -193,11 +193,11 @@ def open_plan(plan: Plan, report: Report) -> Iterator[ModelSource]:
 class _Counter:
     """Bytes over several files."""
 
-    def __init__(self, stage: Literal["downloading", "verifying"], total: int, report: Report) -> None:
+    def __init__(self, stage: Literal["downloading", "verifying"], total: int, report: Report, done: int = 0) -> None:
         self._stage = stage
         self._total = total
         self._report = report
-        self._done = 0
+        self._done = done
 
     def of(self, file: HubFile) -> Callable[[int], None]:
         def advance(nbytes: int) -> None:
@@ -211,9 +211,10 @@ def _bring(repo: HubRepo, cache: RepoCache, files: Sequence[HubFile], report: Re
     """Fetch and verify files; their SHA-256 by name."""
     total = sum(file.size for file in files)
     with hub_errors(repo.repo_id, repo.commit):
-        counter = _Counter("downloading", total, report)
+        here = {file.name: file.size - cache.missing_bytes(file) for file in files}  # from the start: no rate counts it
+        counter = _Counter("downloading", total, report, sum(here.values()))
         for file in files:
-            cache.fetch(repo, file, counter.of(file))
+            cache.fetch(repo, file, counter.of(file), here[file.name])
         counter = _Counter("verifying", total, report)
         return {file.name: cache.verify(repo, file, counter.of(file)) for file in files}
 

@@ -107,12 +107,13 @@ class RepoCache:
             return max(0, file.size - self._partial(file).stat().st_size)
         return file.size
 
-    def fetch(self, repo: HubRepo, file: HubFile, advance: Callable[[int], None]) -> Path:
+    def fetch(self, repo: HubRepo, file: HubFile, advance: Callable[[int], None], counted: int = 0) -> Path:
         """Bring a file here, from where an earlier attempt stopped, and return where it lies; it is not verified yet.
 
         Args:
             advance: told how many bytes more are here, as they come; bytes given up count as negative. It may raise to
                 end the transfer.
+            counted: bytes of the file that whoever counts knows of already.
 
         Raises:
             TrustError: code "size_mismatch", where the hub has not as many bytes as it lists; they are deleted.
@@ -122,11 +123,13 @@ class RepoCache:
         blob = self._blob(file)
         blob.parent.mkdir(parents=True, exist_ok=True)
         if blob.exists():
-            advance(file.size)
+            advance(file.size - counted)
         else:
             with _locked(self._partial(file), advance) as partial:
-                if not blob.exists():  # another process may have completed it meanwhile
-                    _complete(partial, repo, file, advance)
+                if blob.exists():  # another process has completed it meanwhile
+                    advance(file.size - counted)
+                else:
+                    _complete(partial, repo, file, advance, counted)
                     replace_synced(partial, self._partial(file), blob)
         return self._link(repo.commit, file)
 
@@ -182,12 +185,12 @@ def _write(path: Path, text: str) -> None:
     write_file(path, text.encode())
 
 
-def _complete(partial: IO[bytes], repo: HubRepo, file: HubFile, advance: Callable[[int], None]) -> None:
+def _complete(partial: IO[bytes], repo: HubRepo, file: HubFile, advance: Callable[[int], None], counted: int) -> None:
     """Append to a partial file until it has its size."""
     if partial.tell() > file.size:
         partial.truncate(0)
         partial.seek(0)
-    advance(partial.tell())
+    advance(partial.tell() - counted)
     retries = Retries(_PAUSES)
     while (offset := partial.tell()) < file.size:
         try:
@@ -232,7 +235,11 @@ def _locked(path: Path, advance: Callable[[int], None]) -> Iterator[IO[bytes]]:
         advance(0)
         time.sleep(_LOCK_POLL_S)
     with file:
-        yield file
+        try:
+            yield file
+        finally:
+            if not os.fstat(file.fileno()).st_size:  # as after a refusal
+                path.unlink(missing_ok=True)
 
 
 def _try_to_lock(path: Path) -> IO[bytes] | None:

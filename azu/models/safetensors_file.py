@@ -268,6 +268,8 @@ def open_foreign(path: Path) -> Iterator[ForeignFile]:
             opened = ForeignFile(path, stack.enter_context(path.open("rb")))
         except OSError as error:
             raise _bad(f"{path.name} cannot be read ({error})") from error
+        except ModelError as error:
+            raise ModelError(f"{path.name}: {error.message}", code=error.code, remedy=error.remedy) from error
         yield opened
 
 

@@ -32,12 +32,20 @@ class ShardRoutes:
 
     Args:
         models: what is served now.
+        is_listed: whether the model with this manifest's digest is served, or is about to be.
         token: what a client has to show.
     """
 
-    def __init__(self, queue: ShardQueue, models: Callable[[], Sequence[ServedModel]], token: str) -> None:
+    def __init__(
+        self,
+        queue: ShardQueue,
+        models: Callable[[], Sequence[ServedModel]],
+        is_listed: Callable[[str], bool],
+        token: str,
+    ) -> None:
         self._queue = queue
         self._models = models
+        self._is_listed = is_listed
         self._token = token.encode()
         self._bodies = Bodies(replace(ApiSettings(), max_body_bytes=_MAX_BODY_BYTES))
 
@@ -54,7 +62,7 @@ class ShardRoutes:
         return shard_object(self._queue.submit(_hub_id(body)))
 
     def status(self, model_id: str) -> dict[str, Any]:
-        """Where a model's cutting stands; one that is served counts as ready.
+        """Where a model's cutting stands; one that is served counts as ready, and one that was removed as unknown.
 
         Raises:
             ApiError: status 400 without a model id, 404 where there is no such model.
@@ -62,6 +70,8 @@ class ShardRoutes:
         if not model_id:
             raise _missing()
         found = self._queue.status(model_id)
+        if found is not None and found.manifest is not None and not self._is_listed(found.manifest.digest):
+            found = None  # it was removed since, or another revision took its place
         if found is None:
             served = (model.manifest for model in self._models() if model.model_id == model_id)
             found = next((ShardStatus(model_id, "ready", manifest=manifest) for manifest in served), None)

@@ -155,9 +155,11 @@ def test_what_is_served(published: Published) -> None:
     assert published.serving.refresh() == [pinned]
     assert published.serving.manifests() == (newer, other)
     assert published.serving.retired() == {pinned.digest}
+    assert [published.serving.is_listed(each.digest) for each in (pinned, newer, other)] == [True] * 3
     (one, two) = published.serving.models()
     assert two.tokenizer_files["tokenizer.json"].read_bytes() == b"[]"
     published.catalogue.remove("one")
+    assert not published.serving.is_listed(newer.digest)
     assert published.serving.refresh() == [newer]
     assert published.serving.manifests() == (pinned, other)
     assert published.serving.models()[1] is two  # what did not change is not read again

@@ -111,10 +111,14 @@ def test_what_came_before_an_end_is_not_fetched_again(hub: LoopbackHub, store: L
     with pytest.raises(KeyboardInterrupt):
         publish("me/tiny", store, report=stop)
     before = len(hub.asked)
-    publish("me/tiny", store)
+    steps: list[Progress] = []
+    publish("me/tiny", store, report=steps.append)
     again = [asked for asked in hub.asked[before:] if asked.name]
     assert [asked.name for asked in again] == SHARDS[1:]
     assert (again[0].range_start or 0) > 0
+    downloading = [step for step in steps if step.stage == "downloading" and step.total > 500_000]
+    assert downloading[0].done >= len(FILES[SHARDS[0]]), "what was here is no news, and would count into the rate"
+    assert downloading[-1].done == downloading[-1].total
 
 
 def test_a_hub_that_goes_away(hub: LoopbackHub, store: LayerStore, tmp_path: Path) -> None:
@@ -188,6 +192,7 @@ def test_access(hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert refused("me/private", store, InputError).code == "unknown_model"
     monkeypatch.setenv("HF_TOKEN", "bad-token")
     assert refused("me/gated", store, InputError).code == "gated_model"
+    assert list(cache(tmp_path).rglob("*.incomplete")) == []
     hub.status = 403
     assert refused("me/tiny", store, InputError).code == "hub_refused"
     hub.status = None

@@ -196,5 +196,5 @@ def test_files_that_cannot_be_opened(tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
     for name in ("empty", "absent"):
         for opened in (open_tensors, open_foreign):
-            with pytest.raises(ModelError), opened(tmp_path / name):
+            with pytest.raises(ModelError, match=name), opened(tmp_path / name):
                 pass

@@ -32,6 +32,7 @@ class Cutter:
         self.error: AzuError | None = None
         self.go_on = False
         self.asked: list[str] = []
+        self.removed: set[str] = set()
 
     def __call__(self, model_id: str, report: Report) -> Manifest:
         self.asked.append(model_id)
@@ -73,7 +74,9 @@ def cutter(tmp_path: Path) -> Cutter:
 async def client(nursery: trio.Nursery, twin: Twin, cutter: Cutter) -> Client:
     queue = ShardQueue(cutter)
     nursery.start_soon(queue.run)
-    app = create_app(twin, ApiSettings(), ShardRoutes(queue, twin.models, TOKEN))
+    app = create_app(
+        twin, ApiSettings(), ShardRoutes(queue, twin.models, lambda digest: digest not in cutter.removed, TOKEN)
+    )
     return Client(await nursery.start(partial(serve_http, app, "127.0.0.1", 0)))
 
 
@@ -167,6 +170,17 @@ async def test_too_many_at_once(client: Client, cutter: Cutter) -> None:
 
 
 async def test_what_is_served_is_ready(client: Client, twin: Twin) -> None:
+    found = (await client.status(model_id=MODEL_ID)).json()
+    assert (found["state"], found["manifest"]) == ("ready", twin.served[0].manifest.digest)
+
+
+async def test_what_was_removed_or_replaced_since_is_not_ready(client: Client, cutter: Cutter, twin: Twin) -> None:
+    cutter.go_on = True
+    for model_id in ("me/tiny", MODEL_ID):
+        await client.shard({"model_id": model_id})
+        await client.wait_for(model_id, lambda found: found["state"] == "ready")
+    cutter.removed.add(cutter.manifest.digest)
+    assert error_of(await client.status(model_id="me/tiny")) == (404, "model_not_found")
     found = (await client.status(model_id=MODEL_ID)).json()
     assert (found["state"], found["manifest"]) == ("ready", twin.served[0].manifest.digest)
 
