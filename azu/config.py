@@ -13,7 +13,7 @@
     │   └── PlanSettings         azu-node plan (node.settings)
     ├── StatusSettings           azu-node status, leave and earnings (node.settings)
     ├── LedgerPlace              where the money is written down
-    ├── CatalogueSettings        azu-coordinator models
+    ├── CatalogueSettings        azu-coordinator models, prune
     │   ├── ShardSettings        azu-coordinator shard
     │   └── RemoveSettings       azu-coordinator remove
     └── DemoSettings             azu-demo (azu.demo.settings)

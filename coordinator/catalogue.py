@@ -17,6 +17,7 @@ from azu.distribution import Library
 from azu.durable import write_file
 from azu.errors import CapacityError, InputError, InternalError
 from azu.models.manifest import Manifest, is_digest
+from azu.models.published import forget_unfinished, published_digests
 
 __all__ = ["MAX_MODELS", "Catalogue", "Listed"]
 
@@ -109,6 +110,16 @@ class Catalogue:
                     freed += library.store.size(digest)
                     library.store.path(digest).unlink(missing_ok=True)
         return freed
+
+    def prune(self, library: Library) -> int:
+        """Delete what is no file of any model, as cuts leave it that were interrupted; returns the bytes freed.
+
+        None may be at work.
+        """
+        with self._locked():
+            forget_unfinished(library.store)
+            models = {digest for _, manifest in library.manifests() for digest in _digests(manifest)}
+            return library.store.prune(models | published_digests(library.store))
 
     @contextmanager
     def _changing(self) -> Iterator[dict[str, Listed]]:

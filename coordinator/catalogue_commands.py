@@ -1,4 +1,4 @@
-"""`azu-coordinator shard`, `models` and `remove`: a data folder's models, whether or not a coordinator runs on it.
+"""`azu-coordinator shard`, `models`, `remove` and `prune`: a data folder's models, whether a coordinator runs or not.
 
 The running one takes up what these commands change within a second or two (`coordinator.serving`).
 """
@@ -18,16 +18,16 @@ from rich.table import Table
 from azu.config import CatalogueSettings, RemoveSettings, ShardSettings
 from azu.datadir import open_data_dir, share_data_dir
 from azu.distribution import Library
-from azu.errors import InputError
+from azu.errors import CapacityError, InputError
 from azu.models.manifest import Manifest
 from azu.models.progress import Progress
 from azu.models.published import is_whole
 from azu.sizes import format_size
 from coordinator.catalogue import Catalogue, Listed
 from coordinator.shard_screen import ShardScreen
-from coordinator.shards import Sharder, run_shard
+from coordinator.shards import Sharder, hold_lock, run_shard
 
-__all__ = ["list_models", "remove", "shard"]
+__all__ = ["list_models", "prune", "remove", "shard"]
 
 
 async def shard(settings: ShardSettings) -> None:
@@ -92,6 +92,23 @@ def remove(settings: RemoveSettings) -> None:
         click.echo(f"removed {model.model_id}; the running coordinator stops serving it and deletes its files")
     else:
         click.echo(f"removed {model.model_id}, {format_size(freed)} freed")
+
+
+def prune(settings: CatalogueSettings) -> None:
+    """Delete what interrupted cuts left.
+
+    Raises:
+        CapacityError: code "cut_at_work", while a model is being cut.
+    """
+    library = Library(settings.data_dir)
+    with hold_lock(settings.data_dir / "shard.lock", _refuse_to_wait):
+        freed = Catalogue(settings.data_dir).prune(library)
+    click.echo(json.dumps({"freed_bytes": freed}) if settings.as_json else f"{format_size(freed)} freed")
+
+
+def _refuse_to_wait(_: Progress) -> None:
+    remedy = "Run it again when that has ended."
+    raise CapacityError("a model is being cut into this data folder", code="cut_at_work", remedy=remedy)
 
 
 def _free(settings: CatalogueSettings, library: Library, model_id: str) -> int | None:

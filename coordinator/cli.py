@@ -73,6 +73,16 @@ def remove(settings: RemoveSettings) -> None:
     remove_model(settings)
 
 
+@main.command()
+@settings_options(CatalogueSettings)
+def prune(settings: CatalogueSettings) -> None:
+    """Delete what interrupted cuts left that are not to be gone on with; no file of any model."""
+    from coordinator.catalogue_commands import prune as prune_files
+
+    begin_logging(settings)
+    prune_files(settings)
+
+
 @main.group()
 def ledger() -> None:
     """Check and read the ledger, whether or not coordinators write to it."""

@@ -20,7 +20,7 @@ from azu.models.partial import storage_errors
 from azu.models.source import ModelSource
 from azu.models.store import LayerStore
 
-__all__ = ["CutJournal", "is_whole", "known_manifest", "source_key"]
+__all__ = ["CutJournal", "forget_unfinished", "is_whole", "known_manifest", "published_digests", "source_key"]
 
 _CUT = 4  # raise it when the way a source is cut changes: everything is then cut anew
 
@@ -34,6 +34,12 @@ def source_key(model_id: str, origin: str, revision: str) -> str:
     return hashlib.sha256(json.dumps([_CUT, model_id, origin, revision]).encode()).hexdigest()
 
 
+def published_digests(store: LayerStore) -> set[str]:
+    """Returns the digests of the manifests that sources gave before, which are blobs."""
+    with storage_errors(store.root):
+        return {record.read_text().strip() for record in (store.root / "published").glob("*")}
+
+
 def known_manifest(store: LayerStore, key: str) -> Manifest | None:
     """Returns the manifest that a source gave before, provided that all its files are still here."""
     try:
@@ -44,6 +50,13 @@ def known_manifest(store: LayerStore, key: str) -> Manifest | None:
     except (OSError, ValueError, ModelError):  # absent or damaged
         return None
     return manifest if is_whole(store, manifest) else None
+
+
+def forget_unfinished(store: LayerStore) -> None:
+    """Drops the journals of all cuts that were not finished; none may be at work."""
+    with storage_errors(store.root):
+        for journal in (store.root / "cutting").glob("*"):
+            journal.unlink(missing_ok=True)
 
 
 def is_whole(store: LayerStore, manifest: Manifest) -> bool:

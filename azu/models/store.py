@@ -37,7 +37,7 @@ from azu.sizes import format_size
 
 __all__ = ["LayerStore"]
 
-_STALE_SECONDS = 86_400.0  # no single blob takes a day to write
+_STALE_SECONDS = 60.0  # between the making of a file and its lock
 _SPARE_BYTES = 256 << 20  # of the disk, left to everything else
 _SMALL_BYTES = 1 << 20  # configs, tokenizers, piece lists: evicted last, since that frees next to nothing
 
@@ -110,6 +110,7 @@ class LayerStore:
         hasher = PieceHasher()
         try:
             with storage_errors(self.root), temporary.open("xb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)  # it is no crash's leftover
                 for chunk in chunks:
                     hasher.update(chunk)
                     if expected is not None and hasher.size > expected.size:
@@ -281,6 +282,11 @@ class LayerStore:
         check_space({self.root: missing})
         return freed
 
+    def prune(self, keep: Collection[str]) -> int:
+        """Deletes all blobs but those in `keep`, and unfinished ones that nobody writes; returns the bytes freed."""
+        with storage_errors(self.root):
+            return self._evict((item for item in self._stats() if item[0].name not in keep), 1 << 62)
+
     def _evict(self, candidates: Iterable[tuple[Path, os.stat_result]], excess: int) -> int:
         def order(item: tuple[Path, os.stat_result]) -> tuple[bool, int]:
             return item[1].st_size < _SMALL_BYTES, item[1].st_atime_ns
@@ -325,7 +331,9 @@ class LayerStore:
             return file, temporary
         file.close()
         private = self._partial / f"{digest}.{secrets.token_hex(8)}"
-        return private.open("x+b", buffering=0), private
+        file = private.open("x+b", buffering=0)
+        fcntl.flock(file, fcntl.LOCK_EX)
+        return file, private
 
     def _tidy(self, file: IO[bytes], temporary: Path, *, resumable: bool) -> None:
         """Deletes what nobody would resume, while we hold its lock; a committed file is no longer there."""
@@ -340,7 +348,7 @@ class LayerStore:
         for place in self._partial.glob("*.*"):
             with suppress(FileNotFoundError):
                 if place.stat().st_mtime < oldest:
-                    place.unlink()
+                    _delete_abandoned(place)
 
     def _publish(self, file: IO[bytes], temporary: Path, digest: str) -> None:
         """Makes a written, verified temporary file the blob `digest`."""

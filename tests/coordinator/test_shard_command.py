@@ -19,6 +19,7 @@ from azu.distribution import Library
 from azu.models.store import LayerStore
 from coordinator.catalogue import MAX_MODELS, Catalogue, Listed
 from coordinator.cli import main
+from coordinator.shards import hold_lock
 from tests.loopback_hub import LoopbackHub, sharded_llama
 
 PROGRAM = Path(sys.executable).with_name("azu-coordinator")
@@ -85,6 +86,7 @@ def test_what_the_operator_sees(hub: LoopbackHub, operator: Operator) -> None:
         "cutting",
     ]
 
+    check_prune(operator)
     before = len(hub.asked)
     again = operator.shard("me/tiny")
     assert (again["unchanged"], again["manifest"]) == (True, first.digest)
@@ -111,6 +113,20 @@ def test_what_the_operator_sees(hub: LoopbackHub, operator: Operator) -> None:
     result = operator.here("remove", "me/tiny")
     assert result.exit_code == 2
     assert result.stderr.startswith("azu-coordinator: error: me/tiny is not listed\n  remedy: Listed are: none.")
+
+
+def check_prune(operator: Operator) -> None:
+    """What a killed cut left goes, and nothing else."""
+    store = Library(operator.data_dir).store
+    before = {path: path.stat().st_ino for path in store.root.rglob("*") if path.is_file()}
+    orphan = store.put_bytes(b"a layer of a cut that was killed")
+    (store.root / "cutting" / ("a" * 64)).write_text("[]")
+    with hold_lock(operator.data_dir / "shard.lock", lambda _: None):
+        refused = operator.here("prune")
+    assert (refused.exit_code, store.has(orphan.digest)) == (1, True)
+    assert "a model is being cut into this data folder" in refused.stderr
+    assert json.loads(operator.here("prune", "--json").stdout) == {"freed_bytes": 32}
+    assert {path: path.stat().st_ino for path in store.root.rglob("*") if path.is_file()} == before
 
 
 def test_errors_name_a_remedy(hub: LoopbackHub, operator: Operator) -> None:
