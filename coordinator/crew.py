@@ -49,13 +49,14 @@ class Crew:
         self._noting = -1  # the epoch at whose beginning stages say what was before the last handover
         self._heirs: dict[int, Attendance] = {}  # of stages that are about to be left
         self._left: list[tuple[Handover, Attendance]] = []
-        self.note: Note = lambda ticket, handovers: None
+        self.note: Note = _note_nothing
         self._keep_s = keep_s
         self._identity = identity
         self._overlay = overlay
         self._prompt = prompt
         self._audience = audience
         self._attending = 0
+        self._is_over = False
         self._news = trio.Event()  # set when what somebody waits for may have come, and then replaced
 
     def attend(self, nursery: trio.Nursery) -> None:
@@ -83,16 +84,18 @@ class Crew:
             stage.leave()
         self._heirs = {}
 
-    def come_back(self, nursery: trio.Nursery) -> None:
+    async def come_back(self, nursery: trio.Nursery) -> None:
         """Attend stages that have kept the job while this coordinator was away, and pause them."""
         self.stages = [
             self._attend(nursery, index, b"", self.ticket, is_kept=True) for index in range(len(self.ticket.stages))
         ]
-        self.amend(nursery, {}, 0)
+        await self.amend(nursery, {}, 0)
 
-    def amend(self, nursery: trio.Nursery, peers: Mapping[int, str], known: int, left: tuple[int, ...] = ()) -> None:
+    async def amend(
+        self, nursery: trio.Nursery, peers: Mapping[int, str], known: int, left: tuple[int, ...] = ()
+    ) -> bool:
         """Give all stages the ticket of the next epoch, in which these peers have the stages of these indices, heirs
-        among them.
+        among them; False where the job has ended meanwhile, or is led elsewhere now.
 
         Args:
             known: tokens that have come.
@@ -101,13 +104,16 @@ class Crew:
         if left:
             self.handovers.append(Handover(self.ticket, known, left))
             self._noting = self._epoch + 1
-            for index in left:
-                self._left.append((self.handovers[-1], self.stages[index]))
-                self.stages[index].end(known)
         paid_from = dict.fromkeys(left, self.ticket.positions(known))
         self._epoch += 1
-        self.ticket = self.ticket.amended(peers, int(time.time()), paid_from, epoch=self._epoch)
-        self.note(self.ticket, self.handovers)
+        ticket = self.ticket.amended(peers, int(time.time()), paid_from, epoch=self._epoch)
+        if not await self.note(ticket, self.handovers) or self._is_over:
+            del self.handovers[-1 if left else len(self.handovers) :]
+            return False
+        for index in left:
+            self._left.append((self.handovers[-1], self.stages[index]))
+            self.stages[index].end(known)
+        self.ticket = ticket
         envelope = sign_ticket(self._identity, self.ticket)
         for index, stage in enumerate(self.stages):
             if index not in peers:
@@ -117,6 +123,7 @@ class Crew:
                 self.stages[index] = heir
             else:
                 self.stages[index] = self._attend(nursery, index, envelope, self.ticket)
+        return True
 
     def note_word(self, stage: Attendance) -> None:
         """Keep what a stage that is paused says of the epoch in which others left, if any did."""
@@ -126,16 +133,17 @@ class Crew:
         if stage.word is not None:
             last.words[stage.index] = stage.word
 
-    def resume(self, starts: Sequence[Start], known: Sequence[int]) -> None:
+    async def resume(self, starts: Sequence[Start], known: Sequence[int]) -> None:
         """Tell all stages, which are paused, where to go on."""
         if self.handovers:
-            self.note(self.ticket, self.handovers)
+            await self.note(self.ticket, self.handovers)
         for stage, start in zip(self.stages, starts, strict=True):
             stage.resume(start, known)
 
     async def end(self, tokens: int, patience: float) -> dict[int, tuple[bytes, Receipt]]:
         """End the job, of which so many tokens came, in every stage; the receipts that come within so many seconds."""
         self.disinherit()
+        self._is_over = True
         for stage in self.stages:
             stage.end(tokens)
         with trio.move_on_after(patience):
@@ -177,14 +185,20 @@ class Crew:
     async def _attended(self, stage: Attendance) -> None:
         try:
             await stage.run(self._audience)
-            self._note_receipt(stage)
+            with trio.CancelScope(shield=True):
+                await self._note_receipt(stage)
         finally:
             self._attending -= 1
             self.tell_news()
 
-    def _note_receipt(self, stage: Attendance) -> None:
+    async def _note_receipt(self, stage: Attendance) -> None:
         """Keep the receipt of a stage that was left."""
         for handover, left in self._left:
             if left is stage and stage.receipt is not None:
                 handover.receipts[stage.index] = stage.receipt
-                self.note(self.ticket, self.handovers)
+                await self.note(self.ticket, self.handovers)
+
+
+async def _note_nothing(_ticket: JobTicket, _handovers: Sequence[Handover]) -> bool:
+    await trio.lowlevel.checkpoint()
+    return True

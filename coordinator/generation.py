@@ -7,7 +7,7 @@ hands back token ids and, at the end, who did what.
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,8 +32,8 @@ __all__ = [
 ]
 
 
-# Told the ticket in force, and of the stages that were left properly before.
-Note = Callable[[JobTicket, Sequence[Handover]], None]
+# Told the ticket in force, and of the stages that were left properly before; False where the job is led elsewhere now.
+Note = Callable[[JobTicket, Sequence[Handover]], Awaitable[bool]]
 
 
 def new_job_id() -> bytes:
@@ -81,6 +81,7 @@ class GenerationRequest:
         job_id: under which the ledger knows it, see `new_job_id`.
         note: told by what the job can be taken up, after its first token and before each amendment. Where there is one,
             stages keep the job for a while when this coordinator goes away.
+        first_chain: the number of the first chain of workers that is tried: each has a job id of its own.
     """
 
     model: ServedModel
@@ -93,6 +94,7 @@ class GenerationRequest:
     key_id: str | None = None
     job_id: bytes = field(default_factory=new_job_id)
     note: Note | None = field(default=None, compare=False, repr=False)
+    first_chain: int = 0
 
 
 @dataclass(frozen=True, slots=True)

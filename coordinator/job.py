@@ -120,7 +120,7 @@ class RunningJob:
         """Have the job run in all stages for as long as the context lasts."""
         async with trio.open_nursery() as nursery:
             if self._is_back:
-                self._crew.come_back(nursery)
+                await self._crew.come_back(nursery)
             else:
                 self._crew.attend(nursery)
             nursery.start_soon(self._mender.watch)
@@ -137,11 +137,11 @@ class RunningJob:
                     self._crew.let_go()
                     nursery.cancel_scope.cancel()
 
-    def note_tickets(self) -> None:
+    async def note_tickets(self) -> None:
         """Have it noted by what the job can be taken up, now and from now on."""
         if self._note is not None:
             self._crew.note = self._note
-            self._note(self.ticket, self._crew.handovers)
+            await self._note(self.ticket, self._crew.handovers)
 
     def let_go(self) -> None:
         """Leave the job to its stages; see `Generation.let_go`."""

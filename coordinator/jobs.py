@@ -78,17 +78,19 @@ class JobRunner:
         """Run a job; see `coordinator.generation.GenerationService.generate`."""
         deadline = trio.current_time() + _WAIT_S
         tries = _TRIES
-        for number in count():
+        for number in count(request.first_chain):
             async with self._started(request, number, deadline) as job:
-                # Before its first token nobody has seen anything of a job, and another chain can run it as well.
+                # Before its first token nobody has seen anything of a job, and another chain can run it as well; or,
+                # where the coordinator stops now, its next life.
+                job.is_abandoned = True
                 begun = await job.begins()
                 tries -= not job.is_turned_away
                 if begun or not tries:
+                    job.is_abandoned = False
                     if begun:
-                        job.note_tickets()
+                        await job.note_tickets()
                     yield job
                     return
-                job.is_abandoned = True
 
     @asynccontextmanager
     async def take_up(
@@ -101,7 +103,7 @@ class JobRunner:
         self._count(grant, 1)
         try:
             async with self._run(request, ticket, grant, is_back=True, handovers=handovers) as job:
-                await job.begins()
+                job.is_abandoned = not await job.begins()
                 yield job
         finally:
             self._admission.release(grant)

@@ -1,34 +1,36 @@
-"""Streamed answers that are not complete, in the data folder: a coordinator that restarts goes on with them.
+"""What is noted of requests that outlive the coordinator's process (`azu.accounts.kept`): what was asked, and how its
+jobs stand. Pure.
 
-One file each, from the first token to the end of the job. Files are renamed into place, but not synced: they have to
-outlive the process. After a crash of the machine the workers would have let go of the jobs before it is up again.
+A stream, or a whole answer, is noted from its first token on, what is fetched later from when it is submitted, each to
+the end of the last of its jobs.
 """
 
 from __future__ import annotations
 
-import logging
+import json
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated
+from dataclasses import asdict, dataclass
+from typing import Annotated, Literal
 
 from pydantic import Field
 
+from azu.accounts.kept import Claimed, KeptRow, Lead
 from azu.crossings import Crossing
-from azu.errors import AzuError
-from azu.logs import log
-from azu.tickets import JobTicket, UnixTime, open_receipt
+from azu.tickets import JobTicket, Sampling, UnixTime, open_receipt
 from azu.wire.document import Digest, Document, Tuple
-from azu.wire.fields import MAX_TOKENS, Count
+from azu.wire.fields import MAX_TOKENS, Count, JobId, TokenId
 from coordinator.agreement import Handover, Word
-from coordinator.generation import known_as
+from coordinator.generation import JobReport, StageReport
 
-__all__ = ["Journal", "Left", "StreamId", "Unfinished"]
+__all__ = ["Asked", "Ended", "Kind", "Left", "Standing", "Unfinished", "row_of"]
 
-logger = logging.getLogger(__name__)
+# Bytes: token ids, and all the rest.
+_MAX_ASKED = 4 * MAX_TOKENS + 2**20
+_MAX_STANDING = 4 * MAX_TOKENS + 16 * 2**20
 
-_MAX_FILE_BYTES = 4 * MAX_TOKENS + 16 * 2**20  # the prompt, and all the rest
-
-StreamId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+# stream: its client may come back. whole: nobody can get it any more. submitted, once: it is fetched when it is done,
+# by the job's id or by the key that its client gave it.
+Kind = Literal["stream", "whole", "submitted", "once"]
 
 
 class StageWord(Document):
@@ -74,68 +76,80 @@ class Left(Document):
         return Handover(JobTicket.from_cbor(self.ticket), self.tokens, self.stages, receipts, words)
 
 
-class Unfinished(Document):
-    """One streamed answer. prompt: token ids (`azu.wire.tokens`). ticket: the last that was signed, without envelope.
-    left: what was left properly before, the earliest first.
+class Ended(Document):
+    """A job that is complete while others of its request are not. tokens: all of it (`azu.wire.tokens`)."""
 
-    `stream` is what its client names it by, and told nobody else.
+    tokens: bytes
+    is_last_special: bool  # the last one stopped it, and is no text
+    report: str  # JSON
+
+    @classmethod
+    def of(cls, tokens: bytes, report: JobReport, *, is_last_special: bool) -> Ended:
+        """As it is noted."""
+        return cls(tokens=tokens, is_last_special=is_last_special, report=json.dumps(asdict(report)))
+
+    def job_report(self) -> JobReport:
+        """As it was."""
+        fields = json.loads(self.report)
+        stages = [StageReport(**{**each, "against": tuple(each["against"])}) for each in fields["stages"]]
+        return JobReport(**{**fields, "stages": tuple(stages)})
+
+
+class Standing(Document):
+    """How one job stands. ticket: the last that was signed, without envelope; empty before the first token.
+    left: what was left properly before, the earliest first.
     """
 
-    stream: StreamId
+    ticket: bytes = b""
+    left: Tuple[Left] = ()
+    ended: Ended | None = None
+
+    def job_ticket(self) -> JobTicket | None:
+        """The ticket; raises ProtocolError where it is damaged."""
+        return JobTicket.from_cbor(self.ticket) if self.ticket else None
+
+
+class Asked(Document):
+    """What was asked: one job for each choice. prompt: token ids (`azu.wire.tokens`).
+
+    `request_id` is what the client of a stream names it by, and told nobody else.
+    """
+
+    request_id: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+    kind: Kind
     created: UnixTime
     model_id: str
     manifest: Digest
     prompt: bytes
-    ticket: bytes
-    left: Tuple[Left] = ()
+    max_tokens: Count
+    stop_tokens: Tuple[TokenId]
+    job_ids: Tuple[JobId]
+    samplings: Tuple[Sampling]
     stops: Tuple[str]
     include_usage: bool
     account: str
     wallet: str
     key_id: str | None
 
-    @property
-    def job_id(self) -> str:
-        """As the ledger knows it; raises ProtocolError where the ticket is none."""
-        return known_as(JobTicket.from_cbor(self.ticket).job_id)
+
+def row_of(asked: Asked, standings: Sequence[Standing]) -> KeptRow:
+    """A request as it is noted."""
+    ids = (job_id.hex() for job_id in asked.job_ids)
+    jobs = tuple((job_id, standing.to_cbor()) for job_id, standing in zip(ids, standings, strict=True))
+    return KeptRow(asked.request_id, asked.kind, asked.manifest, asked.wallet, asked.to_cbor(), jobs)
 
 
-class Journal:
-    """The files. Methods block for the writing of a small one."""
+@dataclass(frozen=True, slots=True)
+class Unfinished:
+    """A request as it was claimed; `standings` by choice."""
 
-    def __init__(self, data_dir: Path) -> None:
-        self._folder = data_dir / "streams"
+    lead: Lead
+    asked: Asked
+    standings: tuple[Standing, ...]
 
-    def write(self, unfinished: Unfinished) -> None:
-        """Note an answer, in the place of what was noted of it before. Without a disk it does not outlive a restart."""
-        place = self._place(unfinished.stream)
-        try:
-            self._folder.mkdir(mode=0o700, exist_ok=True)
-            temporary = place.with_suffix(".tmp")
-            temporary.write_bytes(unfinished.to_cbor())
-            temporary.replace(place)
-        except OSError as error:
-            log(logger, logging.WARNING, "stream not noted", file=str(place), reason=str(error))
-
-    def forget(self, stream: str) -> None:
-        """An answer is complete."""
-        try:
-            self._place(stream).unlink(missing_ok=True)
-        except OSError as error:
-            log(logger, logging.WARNING, "stream not forgotten", stream=stream, reason=str(error))
-
-    def read(self) -> Sequence[Unfinished]:
-        """What was noted and not forgotten; what cannot be read is deleted."""
-        found: list[Unfinished] = []
-        for path in sorted(self._folder.glob("*.cbor")):
-            try:
-                unfinished = Unfinished.from_cbor(path.read_bytes(), limit=_MAX_FILE_BYTES)
-                log(logger, logging.INFO, "stream of before the restart", job=unfinished.job_id)
-                found.append(unfinished)
-            except (AzuError, OSError) as error:
-                log(logger, logging.WARNING, "noted stream is damaged", file=str(path), reason=str(error))
-                self.forget(path.stem)
-        return found
-
-    def _place(self, stream: str) -> Path:
-        return self._folder / f"{stream}.cbor"
+    @classmethod
+    def of(cls, claimed: Claimed) -> Unfinished:
+        """Out of its documents; raises ProtocolError where one is damaged."""
+        asked = Asked.from_cbor(claimed.asked, limit=_MAX_ASKED)
+        standings = (Standing.from_cbor(each, limit=_MAX_STANDING) for each in claimed.standings)
+        return cls(claimed.lead, asked, tuple(standings))

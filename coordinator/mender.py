@@ -283,11 +283,11 @@ class Mender:
     async def _change(self, nursery: trio.Nursery, peers: Mapping[int, str]) -> bool:
         """Have these peers take stages over; whether the ring runs then, or nobody needs it any more."""
         left = tuple(index for index in sorted(peers) if index not in self._lost)
-        self._lost.clear()
-        self._begin_epoch(nursery, peers, left)
+        if not await self._begin_epoch(nursery, peers, left):
+            return True
         await self._until_paused()
         if not self._lost:
-            self._resume()
+            await self._resume()
         return not self._lost
 
     def _leaving(self) -> list[int]:
@@ -346,13 +346,19 @@ class Mender:
         shunned = {peer_id for peer_id, until in self._shunned.items() if until > now}
         return shunned | {stage.peer_id for stage in self._crew.stages if stage.is_leaving}
 
-    def _begin_epoch(self, nursery: trio.Nursery, peers: Mapping[int, str], left: tuple[int, ...]) -> None:
+    async def _begin_epoch(self, nursery: trio.Nursery, peers: Mapping[int, str], left: tuple[int, ...]) -> bool:
         self.amendments += 1
         self._in_vain += 1
         self._known = len(self._answer.tokens)
-        self._crew.amend(nursery, peers, self._known, left)
+        if not await self._crew.amend(nursery, peers, self._known, left):
+            if not self._answer.is_over:
+                self._answer.give_up(NetworkError("another coordinator has taken this job over", code="led_elsewhere"))
+            return False
+        for index in peers:
+            self._lost.pop(index, None)
         epoch = self._crew.ticket.epoch
         log(logger, logging.INFO, "job amended", job=self._job, epoch=epoch, peers=list(peers.values()))
+        return True
 
     async def _until_paused(self) -> None:
         """Wait until all stages are paused, or one is lost; those that take too long are."""
@@ -365,7 +371,7 @@ class Mender:
                 if stage.held is None:
                     self.lose(stage, NetworkError("it did not pause in time", code="stage_stalled"))
 
-    def _resume(self) -> None:
+    async def _resume(self) -> None:
         """Tell all stages where to go on, now that they are paused."""
         if self._answer.is_over:
             return
@@ -388,4 +394,4 @@ class Mender:
         layers = [stage.end - stage.start for stage in ticket.stages]
         anew, again = work_of(layers, ticket.prompt_tokens + len(self._answer.tokens), held, starts)
         self._work.update(anew=anew, again=again)
-        self._crew.resume(starts, self._answer.tokens)
+        await self._crew.resume(starts, self._answer.tokens)

@@ -42,7 +42,6 @@ from coordinator.api import ApiSettings, AuthMode, Money, ShardRoutes, auth_mode
 from coordinator.catalogue import MAX_MODELS, Catalogue, Listed
 from coordinator.generation import Generation, GenerationRequest, ModelHealth, ServedModel
 from coordinator.jobs import JobRunner
-from coordinator.journal import Journal, Unfinished
 from coordinator.ledger_settings import ledger_place
 from coordinator.meter import Meter
 from coordinator.old_meter import take_over_meter
@@ -122,11 +121,10 @@ async def _publish_and_serve(
         nursery.start_soon(_set_when_cancelled, stop)
         # From here on a cancel means: let the running answers end first.
         with trio.CancelScope(shield=True):
-            unfinished = _unfinished(Journal(settings.data_dir), serving)
-            async with _opened_ledger(settings, identity, provider, unfinished) as ledger:
+            async with _opened_ledger(settings, identity, provider) as ledger:
                 price = settings.price_per_token_layer or PRICES[settings.payment_provider]
                 money = Money(ledger, provider, mode, price, settings.public_url)
-                await _serve(settings, identity, library, sharder, serving, money, unfinished, token, stop)
+                await _serve(settings, identity, library, sharder, serving, money, token, stop)
         nursery.cancel_scope.cancel()
 
 
@@ -137,20 +135,9 @@ async def _set_when_cancelled(stop: trio.Event) -> None:
         stop.set()
 
 
-def _unfinished(journal: Journal, serving: Serving) -> Sequence[Unfinished]:
-    """The streams of before the restart whose models are still served; the others are forgotten."""
-    served = {manifest.digest for manifest in serving.manifests()}
-    found = journal.read()
-    for each in found:
-        if each.manifest not in served:
-            log(logger, logging.WARNING, "stream of a model that is not served any more", job=each.job_id)
-            journal.forget(each.stream)
-    return [each for each in found if each.manifest in served]
-
-
 @asynccontextmanager
 async def _opened_ledger(
-    settings: CoordinatorSettings, identity: Identity, provider: PaymentProvider, unfinished: Sequence[Unfinished]
+    settings: CoordinatorSettings, identity: Identity, provider: PaymentProvider
 ) -> AsyncIterator[Ledger]:
     """The ledger, with nothing left in it of this coordinator's earlier life but what it goes on with."""
     currency = provider.coin.unit if provider.address else _FREE_CURRENCY
@@ -158,7 +145,7 @@ async def _opened_ledger(
     async with Ledger.open(place, currency=currency, owner=identity.peer_id, key_limits=key_limits) as ledger:
         await take_over_meter(settings.data_dir / "meter.sqlite", ledger)
         await Unsettled(settings.data_dir).settle(Meter(ledger, is_free=not provider.address).settle_ended)
-        if released := await ledger.release_abandoned([each.job_id for each in unfinished]):
+        if released := await ledger.release_abandoned():
             log(logger, logging.WARNING, "reservations of jobs that never ended released", jobs=len(released))
         yield ledger
 
@@ -170,7 +157,6 @@ async def _serve(
     sharder: Sharder,
     serving: Serving,
     money: Money,
-    unfinished: Sequence[Unfinished],
     token: str,
     stop: trio.Event,
 ) -> None:
@@ -201,8 +187,6 @@ async def _serve(
             ApiSettings(default_max_tokens=settings.default_max_tokens),
             ShardRoutes(shards, serving.models, serving.is_listed, token),
             money,
-            Journal(settings.data_dir),
-            unfinished,
         )
         async with trio.open_nursery() as serving_http:
             url = await serving_http.start(partial(serve_http, app, settings.host, settings.port, stop=stop))

@@ -123,6 +123,7 @@ class LocalSwarm:
         self._kv_tokens = kv_tokens
         self._env = env
         self._options = options
+        self._ports: dict[str, str] = {}  # of coordinators, by name
         self._programs: list[Program] = []
 
     def __enter__(self) -> Self:
@@ -157,12 +158,14 @@ class LocalSwarm:
         return program
 
     def start_coordinator(self, name: str = "coordinator") -> tuple[Program, str]:
-        """Start a coordinator, and wait for its URL; it goes on where one of that name ended."""
+        """Start a coordinator, and wait for its URL; it goes on where one of that name ended, at the same port."""
         program = self.start(
             name, "azu-coordinator", "serve", "--bootstrap", self.multiaddr, "--model", self._model,
-            "--port", "0", "--kv-tokens", str(self._kv_tokens), *self._options,
+            "--port", self._ports.get(name, "0"), "--kv-tokens", str(self._kv_tokens), *self._options,
         )  # fmt: skip
-        return program, str(program.wait_for("answering OpenAI clients")["url"]).removesuffix("/v1")
+        url = str(program.wait_for("answering OpenAI clients")["url"]).removesuffix("/v1")
+        self._ports[name] = url.rpartition(":")[2]
+        return program, url
 
     def add_worker(self, vram: str, *options: str, name: str | None = None) -> Program:
         """Start a worker with one compute thread, since all share these cores; `name` also names its data folder."""

@@ -122,18 +122,17 @@ class Ledger:
         """Give a job's whole reservation back, unless it was settled."""
         return await self._writer.do(Release(job_id))
 
-    async def release_abandoned(self, kept: Collection[str] = ()) -> list[Closed | Refusal]:
-        """Release what this coordinator's jobs of an earlier life hold, and what others gave up a day ago.
+    async def release_abandoned(self) -> list[Closed | Refusal]:
+        """Release what this coordinator's jobs of an earlier life hold, and what others gave up a day ago; but for jobs
+        that are gone on with.
 
         For use before the first job is reserved.
-
-        Args:
-            kept: ids of jobs that it goes on with.
         """
         before = int(time.time()) - _ABANDONED_S
         mine = await self.read(partial(reading.open_reservations, owner=self.owner))
         lost = await self.read(partial(reading.open_reservations, expired_before=before))
-        return [await self.release(job_id) for job_id in {each.job_id for each in (*mine, *lost)}.difference(kept)]
+        kept = await self.read(reading.kept_jobs)
+        return [await self.release(job_id) for job_id in {each.job_id for each in (*mine, *lost)} - kept]
 
     async def balance(self, account: str) -> int:
         """What an account has, by its name (see `azu.ledger.accounts`)."""

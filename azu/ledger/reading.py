@@ -18,6 +18,7 @@ __all__ = [
     "balances",
     "Head",
     "entries",
+    "kept_jobs",
     "head",
     "open_reservations",
     "payouts",
@@ -86,6 +87,11 @@ def open_reservations(
     if expired_before is not None:
         query = query.where(table.c.expires_at < expired_before)
     return [reservation_of(row) for row in connection.execute(query).mappings()]
+
+
+def kept_jobs(connection: Connection) -> set[str]:
+    """The ids of jobs that outlive their coordinator's process."""
+    return set(connection.execute(select(schema.kept_jobs.c.job_id)).scalars())
 
 
 def payouts(

@@ -10,6 +10,7 @@ balances      what the postings add up to, by account
 key_spending  what the reservations add up to, by API key
 api_keys      who may spend; challenges that were redeemed for one; sign_in, the secret that they are made with
 submitted     jobs that nobody waits for on the line, and what came of them, for an hour
+kept ── kept_jobs   requests that outlive their coordinator's process, while they run
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ __all__ = [
     "deposits",
     "head",
     "jobs",
+    "kept",
+    "kept_jobs",
     "key_spending",
     "payout_transactions",
     "payouts",
@@ -254,4 +257,27 @@ submitted = Table(
     Column("ended_at", BigInteger, index=True),
     Column("outcome", Text, nullable=False),  # JSON
     Column("chars", BigInteger, nullable=False),  # of the outcome
+    Column("idempotency", Text, nullable=False, index=True),  # digest of the client's key, or empty
+    Column("asked", Text, nullable=False),  # digest of what was asked with that key
+)
+
+kept = Table(
+    "kept",
+    METADATA,
+    Column("request_id", Text, primary_key=True),
+    Column("kind", String(16), nullable=False),
+    Column("leader", Text, index=True),  # the coordinator that has its jobs run; null while none has
+    Column("term", BigInteger, nullable=False),  # grows with each that takes it over
+    Column("manifest", Text, nullable=False),
+    Column("wallet", Text, nullable=False),
+    Column("asked", LargeBinary, nullable=False),  # CBOR, see coordinator/journal.py
+)
+
+kept_jobs = Table(
+    "kept_jobs",
+    METADATA,
+    Column("job_id", Text, primary_key=True),
+    Column("request_id", Text, ForeignKey("kept.request_id"), nullable=False, index=True),
+    Column("number", BigInteger, nullable=False),
+    Column("standing", LargeBinary, nullable=False),  # CBOR
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
 from contextvars import ContextVar
 from http import HTTPStatus
 from typing import Any
@@ -16,6 +15,7 @@ from quart_trio import QuartTrio
 from quart_trio.asgi import TrioASGIHTTPConnection
 from werkzeug.exceptions import HTTPException
 
+from azu.accounts.kept import KeptRequests
 from coordinator.api.auth import Gate
 from coordinator.api.completions import Completions, find_model
 from coordinator.api.errors import ApiError, from_exception, from_http_exception
@@ -27,7 +27,6 @@ from coordinator.api.settings import ApiSettings
 from coordinator.api.shards import ShardRoutes
 from coordinator.api.submit import Submissions
 from coordinator.generation import GenerationService
-from coordinator.journal import Journal, Unfinished
 
 __all__ = ["ApiApp", "create_app"]
 
@@ -85,25 +84,24 @@ def create_app(
     settings: ApiSettings,
     shards: ShardRoutes | None = None,
     money: Money | None = None,
-    journal: Journal | None = None,
-    unfinished: Sequence[Unfinished] = (),
 ) -> ApiApp:
     """The application over a generation service; serve it with `serve_http`.
 
-    Without `shards` it cuts no models. Without `money` there are no accounts, and use is free and not counted. Without
-    `journal` no stream outlives a restart; `unfinished` are those that it had noted before.
+    Without `shards` it cuts no models. Without `money` there are no accounts, use is free and not counted, and nothing
+    outlives a restart.
     """
     app = ApiApp(__name__)
     gate = Gate() if money is None else money.gate()
     till = None if money is None else money.till()
-    completions = Completions(service, settings, app.in_flight, gate, till, journal, unfinished)
+    journal = None if money is None else KeptRequests(money.ledger)
+    completions = Completions(service, settings, app.in_flight, gate, till, journal)
     app.unclaimed = completions.unclaimed
     _add_error_handlers(app, settings)
     _add_routes(app, service, completions, gate)
     if shards is not None:
         _add_shard_routes(app, shards)
-    if money is not None:
-        app.submissions = add_money_routes(app, money, gate, completions, service, lambda: app.url)
+    if money is not None and journal is not None:
+        app.submissions = add_money_routes(app, money, gate, completions, service, journal, lambda: app.url)
 
     @app.after_request
     async def add_request_id(response: Response) -> Response:

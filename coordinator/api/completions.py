@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Sequence
-from contextlib import AbstractAsyncContextManager, nullcontext
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import TypeVar
@@ -12,23 +12,24 @@ from typing import TypeVar
 import trio
 from quart import Request, Response
 
-from azu.tickets import JobTicket
+from azu.accounts.kept import KeptRequests
 from azu.wire.messages import MAX_TOKENS
-from azu.wire.tokens import pack_tokens, unpack_tokens
 from coordinator.api.auth import Caller, Gate
 from coordinator.api.bodies import Bodies
 from coordinator.api.errors import ApiError, from_exception
-from coordinator.api.jobs import ChatJob, Delta, Emit, Event, Finished, InFlight, generation_of, run_job
-from coordinator.api.kept import Kept, Unclaimed, no_such_stream
+from coordinator.api.jobs import ChatJob, Emit, Event, InFlight, generation_of, run_job
+from coordinator.api.kept import Unclaimed, no_such_stream
+from coordinator.api.noting import kept_job, taken_up_job
 from coordinator.api.place import Place, parse_place
 from coordinator.api.requests import ChatRequest, parse_chat_request
 from coordinator.api.responses import Answer
+from coordinator.api.results import Collected
 from coordinator.api.settings import ApiSettings
 from coordinator.api.stream import BUFFERED_EVENTS, EventBody, EventEncoder, produce, wait_for_first
 from coordinator.api.till import Till
 from coordinator.chat import ChatFormat
 from coordinator.generation import GenerationRequest, GenerationService, ServedModel, new_job_id
-from coordinator.journal import Journal, Unfinished
+from coordinator.journal import Asked, Kind, Unfinished
 
 __all__ = ["Completions", "find_model"]
 
@@ -47,8 +48,12 @@ class Completions:
     Args:
         gate: who may ask.
         till: takes what answers cost; None where nobody keeps count.
-        journal: where streams are noted that outlive a restart.
-        unfinished: those of before the last one.
+        journal: where requests are noted that outlive a restart.
+
+    Attributes:
+        unclaimed: those of before the last one.
+        answer_once: gives the whole answer to a request that its client names by a key, however often it asks; None
+            where nobody does.
     """
 
     def __init__(
@@ -58,16 +63,16 @@ class Completions:
         in_flight: InFlight,
         gate: Gate,
         till: Till | None = None,
-        journal: Journal | None = None,
-        unfinished: Sequence[Unfinished] = (),
+        journal: KeptRequests | None = None,
     ) -> None:
         self._service = service
         self._settings = settings
-        self._in_flight = in_flight
+        self.in_flight = in_flight
         self._gate = gate
         self._till = till
         self._journal = journal
-        self.unclaimed = None if journal is None else Unclaimed(unfinished, partial(self._end, journal))
+        self.unclaimed = None if journal is None else self._unclaimed(journal)
+        self.answer_once: Callable[[ChatJob, ChatRequest, str], Awaitable[dict[str, object]]] | None = None
         self._bodies = Bodies(settings)
         # Big prompts take seconds to parse and tokenise: not on the event loop, and not on every core either.
         self._limiter = trio.CapacityLimiter(settings.cpu_threads)
@@ -82,15 +87,15 @@ class Completions:
         if last_event_id := request.headers.get("Last-Event-ID"):
             return await self._go_on(request, parse_place(last_event_id), nursery)
         job, asked = await self.asked_for(request)
+        answer = Answer(job.model)
         if asked.stream:
             include_usage = asked.stream_options is not None and asked.stream_options.include_usage
-            answer = Answer(job.model)
-            job = self._kept(job, answer, include_usage=include_usage)
-            encoder = EventEncoder(
-                answer, len(job.requests), include_usage=include_usage, stream=job.kept.stream if job.kept else ""
-            )
-            return await self._stream(job, nursery, encoder)
-        return await self._whole(job)
+            job = self.kept(job, "stream", answer, include_usage=include_usage)
+            return await self._stream(job, nursery, answer, include_usage=include_usage)
+        key = request.headers.get("Idempotency-Key")
+        if key and self.answer_once is not None:
+            return await self.answer_once(job, asked, key)
+        return await self._whole(self.kept(job, "whole", answer), answer)
 
     async def _go_on(self, request: Request, place: Place, nursery: trio.Nursery) -> Response:
         """A stream of before a restart from there on. The request's body, if any, is not looked at.
@@ -100,65 +105,61 @@ class Completions:
         """
         caller = self._gate.claim(await self.identify(request), None)
         await self.read(request)
-        if self._journal is None or self.unclaimed is None:
+        if self.unclaimed is None:
             raise no_such_stream()
-        unfinished = self.unclaimed.claim(place.stream, caller.wallet)
-        job = await self._taken_up(self._journal, unfinished)
-        encoder = EventEncoder(
-            Answer(job.model, unfinished.created),
-            1,
-            include_usage=unfinished.include_usage,
-            stream=place.stream,
-            read=place,
-        )
-        return await self._stream(job, nursery, encoder)
+        unfinished = await self.unclaimed.claim(place.stream, caller.wallet)
+        job, asked = await self.taken_up(unfinished), unfinished.asked
+        answer = Answer(job.model, asked.created)
+        return await self._stream(job, nursery, answer, include_usage=asked.include_usage, read=place)
 
-    def _kept(self, job: ChatJob, answer: Answer, *, include_usage: bool) -> ChatJob:
-        """The job, noted while it runs; one of several choices is not."""
-        if self._journal is None or len(job.requests) > 1:
+    def kept(self, job: ChatJob, kind: Kind, answer: Answer, *, include_usage: bool = False) -> ChatJob:
+        """The job, to be noted while it runs, where there is a journal."""
+        if self._journal is None:
             return job
-        request = job.requests[0]
-        unfinished = Unfinished(
-            stream=secrets.token_hex(16),
-            created=answer.created,
-            model_id=job.model.model_id,
-            manifest=job.model.manifest.digest,
-            prompt=pack_tokens(request.prompt),
-            ticket=b"",
-            stops=job.stops,
-            include_usage=include_usage,
-            account=request.account,
-            wallet=request.wallet,
-            key_id=request.key_id,
-        )
-        kept = Kept(self._journal, unfinished)
-        return replace(job, requests=(replace(request, note=kept.note),), kept=kept)
+        return kept_job(self._journal, job, kind, created=answer.created, include_usage=include_usage)
 
-    async def _taken_up(self, journal: Journal, unfinished: Unfinished) -> ChatJob:
-        """The job of a stream of before the restart."""
-        model = find_model(self._service, unfinished.model_id)
-        ticket = JobTicket.from_cbor(unfinished.ticket)
-        kept = Kept(journal, unfinished, ticket)
-        request = GenerationRequest(
-            model=model,
-            prompt=unpack_tokens(unfinished.prompt),
-            max_tokens=ticket.max_tokens,
-            sampling=ticket.sampling,
-            stop_tokens=ticket.stop_tokens,
-            account=unfinished.account,
-            wallet=unfinished.wallet,
-            key_id=unfinished.key_id,
-            job_id=bytes.fromhex(unfinished.job_id),
-            note=kept.note,
-        )
-        return ChatJob(model, await self._format(model), (request,), unfinished.stops, kept)
+    async def taken_up(self, unfinished: Unfinished) -> ChatJob:
+        """The job of a request of before the restart.
 
-    async def _end(self, journal: Journal, unfinished: Unfinished) -> None:
-        """End a job whose stream nobody claimed, and settle it for the tokens that its stages know."""
-        job = await self._taken_up(journal, unfinished)
-        async with self.reserved(job), generation_of(self._service, job, 0) as generation:
-            await generation.finish()
-        journal.forget(unfinished.stream)
+        Raises:
+            ApiError: its model is not served any more.
+        """
+        asked, model = unfinished.asked, find_model(self._service, unfinished.asked.model_id)
+        if self._journal is None or model.manifest.digest != asked.manifest:
+            raise no_such_stream()
+        return taken_up_job(self._journal, unfinished, model, await self._format(model))
+
+    def _unclaimed(self, journal: KeptRequests) -> Unclaimed:
+        def is_served(manifest: str) -> bool:
+            return any(model.manifest.digest == manifest for model in self._service.models())
+
+        give_up = partial(self._give_up, journal)
+        unclaimed = Unclaimed(journal, is_served, give_up, lambda: self.in_flight.is_cut)
+        unclaimed.handlers |= {"stream": self._end, "whole": self._end}
+        return unclaimed
+
+    async def _end(self, unfinished: Unfinished) -> None:
+        """End the jobs of a request that nobody gets an answer to, and settle them for the tokens that their stages
+        know.
+        """
+        job = await self.taken_up(unfinished)
+        for number, standing in enumerate(unfinished.standings):
+            if standing.ticket and standing.ended is None:
+                async with generation_of(self._service, job, number) as generation:
+                    await generation.finish()
+        await self.release(unfinished.asked)
+        if job.kept is not None:
+            await job.kept.close()
+
+    async def _give_up(self, journal: KeptRequests, unfinished: Unfinished) -> None:
+        """Forget a request whose jobs cannot be had any more; nothing of them is charged."""
+        await self.release(unfinished.asked)
+        await journal.forget(unfinished.lead)
+
+    async def release(self, asked: Asked) -> None:
+        """Give back what is still put aside for the jobs of a request."""
+        if self._till is not None:
+            await self._till.release(asked.job_ids)
 
     async def asked_for(self, request: Request) -> tuple[ChatJob, ChatRequest]:
         """What a chat completion request asks of the swarm.
@@ -197,13 +198,20 @@ class Completions:
         prompt = await self._in_thread(lambda: chat.encode(asked.template_messages()))
         return plan_job(asked, model, chat, prompt, self._settings, caller)
 
-    def reserved(self, job: ChatJob) -> AbstractAsyncContextManager[None]:
-        """Have the jobs' highest cost put aside; see `Till.reserved`."""
-        return nullcontext() if self._till is None else self._till.reserved(job.requests, job.kept)
+    @asynccontextmanager
+    async def reserved(self, job: ChatJob) -> AsyncIterator[None]:
+        """Have the jobs' highest cost put aside (see `Till.reserved`), and close the journal on them afterwards."""
+        try:
+            async with nullcontext() if self._till is None else self._till.reserved(job.requests, job.kept):
+                yield
+        finally:
+            if job.kept is not None:
+                with trio.CancelScope(shield=True):
+                    await job.kept.close()
 
     async def run(self, job: ChatJob, emit: Emit) -> None:
         """Run jobs whose cost is put aside; see `run_job`."""
-        await run_job(self._service, job, self._settings, self._in_flight, emit)
+        await run_job(self._service, job, self._settings, self.in_flight, emit)
 
     async def _run_paid(self, job: ChatJob, emit: Emit) -> None:
         try:
@@ -212,22 +220,22 @@ class Completions:
         except Exception as error:  # the border, as in run_job: the ledger too may fail
             raise from_exception(error, self._settings) from error
 
-    async def _whole(self, job: ChatJob) -> dict[str, object]:
-        texts = [""] * len(job.requests)
-        finished: dict[int, Finished] = {}
+    async def _whole(self, job: ChatJob, answer: Answer) -> dict[str, object]:
+        collected = Collected(len(job.requests))
+        await self._run_paid(job, collected.take)
+        return collected.completion(answer)
 
-        async def collect(event: Event) -> None:
-            if isinstance(event, Delta):
-                texts[event.index] += event.text
-            elif isinstance(event, Finished):
-                finished[event.index] = event
-
-        await self._run_paid(job, collect)
-        ends = [finished[index] for index in range(len(texts))]
-        choices = [(text, end.reason) for text, end in zip(texts, ends, strict=True)]
-        return Answer(job.model).completion(choices, [end.report for end in ends])
-
-    async def _stream(self, job: ChatJob, nursery: trio.Nursery, encoder: EventEncoder) -> Response:
+    async def _stream(
+        self, job: ChatJob, nursery: trio.Nursery, answer: Answer, *, include_usage: bool, read: Place | None = None
+    ) -> Response:
+        encoder = EventEncoder(
+            answer,
+            job.requests[0].job_id.hex(),
+            len(job.requests),
+            include_usage=include_usage,
+            stream=job.kept.asked.request_id if job.kept is not None else "",
+            read=read,
+        )
         send, receive = trio.open_memory_channel[Event](BUFFERED_EVENTS)
         nursery.start_soon(produce, partial(self._run_paid, job), send)
         head = await wait_for_first(receive, self._settings.keep_alive_s)

@@ -111,13 +111,14 @@ def shutting_down() -> ApiError:
     )
 
 
-def restarting() -> ApiError:
-    """What a stream ends with that can be gone on with."""
+def restarting(remedy: str = "Send the request again with the id of the last event as Last-Event-ID.") -> ApiError:
+    """What a stream, or an answer with a key, ends with that can be gone on with."""
     return ApiError(
-        "The coordinator is shutting down, and the stream can be gone on with when it is back",
+        "The coordinator is shutting down, and the answer can be gone on with when it is back",
         status=503,
         code="restarting",
-        remedy="Send the request again with the id of the last event as Last-Event-ID.",
+        remedy=remedy,
+        headers={"Retry-After": "5"},
     )
 
 

@@ -6,7 +6,7 @@ leaves every job's context at once, which ends it in all stages.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -15,7 +15,7 @@ import trio
 
 from azu.errors import NetworkError
 from coordinator.api.errors import ApiError, from_exception, restarting, shutting_down
-from coordinator.api.kept import Kept
+from coordinator.api.kept import Kept, replayed
 from coordinator.api.settings import ApiSettings
 from coordinator.chat import ChatFormat, StopStrings
 from coordinator.generation import (
@@ -46,7 +46,7 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True, slots=True)
 class ChatJob:
-    """What a request asks of the swarm: one generation per choice. A single one may outlive a restart: `kept`."""
+    """What a request asks of the swarm: one generation per choice. What may outlive a restart is `kept`."""
 
     model: ServedModel
     chat: ChatFormat
@@ -127,12 +127,19 @@ async def run_job(
         ApiError: the answer cannot be given, or not to its end.
     """
     failures: list[ApiError] = []
+    kept, is_complete = job.kept, False
+
+    def is_let_go() -> bool:
+        return kept is not None and not failures and kept.outlives(is_stopped=in_flight.is_cut)
 
     async def run_one(index: int) -> None:
         try:
-            await _run_choice(service, job, index, in_flight, emit)
+            await _run_choice(service, job, index, is_let_go, emit)
         except Exception as error:  # the border: whatever it is becomes an answer
-            failures.append(from_exception(error, settings))
+            failure = from_exception(error, settings)
+            if failure.code == "tokens_lost" and kept is not None and kept.begins_anew(index):
+                return await run_one(index)
+            failures.append(failure)
             nursery.cancel_scope.cancel()
 
     try:
@@ -140,40 +147,55 @@ async def run_job(
             async with trio.open_nursery() as nursery:
                 for index in range(len(job.requests)):
                     nursery.start_soon(run_one, index)
+        is_complete = not scope.cancelled_caught
     finally:
-        if job.kept is not None:
-            job.kept.close()
+        if kept is not None:
+            kept.is_let_go = not is_complete and is_let_go()
     if failures:
         raise failures[0]
     if scope.cancelled_caught:
-        raise restarting() if job.kept is not None and job.kept.is_let_go else shutting_down()
+        raise restarting() if kept is not None and kept.is_let_go else shutting_down()
 
 
-async def _run_choice(service: GenerationService, job: ChatJob, index: int, in_flight: InFlight, emit: Emit) -> None:
+async def _run_choice(
+    service: GenerationService, job: ChatJob, index: int, is_let_go: Callable[[], bool], emit: Emit
+) -> None:
     async with generation_of(service, job, index) as generation:
         try:
             await emit(Started(index, generation.job_id))
-            reason = await _emit_text(generation, job, index, emit)
-            report = await generation.finish()
+            reason, tokens = await _emit_text(generation, job, index, emit)
         except trio.Cancelled:
-            if in_flight.is_cut and job.kept is not None:
-                job.kept.let_go(generation)
+            if is_let_go():
+                generation.let_go()
             raise
+        # Else a coordinator that stops in between would settle a job, and not know afterwards what came of it.
+        with trio.CancelScope(shield=True):
+            report = await generation.finish()
+            if job.kept is not None:
+                await job.kept.note_end(index, tokens, report)
     await emit(Finished(index, reason, report))
 
 
 def generation_of(service: GenerationService, job: ChatJob, index: int) -> AbstractAsyncContextManager[Generation]:
     """A new job for a choice, or that of before the restart."""
-    if job.kept is not None and job.kept.ticket is not None:
-        return service.take_up(job.requests[index], job.kept.ticket, job.kept.handovers)
+    if job.kept is not None:
+        standing = job.kept.standings[index]
+        if standing.ended is not None:
+            return replayed(standing.ended)
+        if (ticket := standing.job_ticket()) is not None:
+            return service.take_up(job.requests[index], ticket, [each.handover() for each in standing.left])
     return service.generate(job.requests[index])
 
 
-async def _emit_text(generation: Generation, job: ChatJob, index: int, emit: Emit) -> FinishReason:
-    """Emit a choice's text until it ends by itself or by a stop string."""
+async def _emit_text(
+    generation: Generation, job: ChatJob, index: int, emit: Emit
+) -> tuple[FinishReason, Sequence[SampledToken]]:
+    """Emit a choice's text until it ends by itself or by a stop string; why it did, and its tokens."""
     detokenizer, stops = job.chat.detokenizer(), StopStrings(job.stops)
+    came: list[SampledToken] = []
     async with _closing(generation.tokens()) as tokens:
         async for sampled in tokens:
+            came.append(sampled)
             # A stop token is no part of the text, whether or not the tokenizer counts it as special.
             piece = "" if sampled.finish == "stop" else detokenizer.push(sampled.token)
             if sampled.finish:
@@ -184,9 +206,9 @@ async def _emit_text(generation: Generation, job: ChatJob, index: int, emit: Emi
             if text:
                 await emit(Delta(index, text))
             if stops.matched:
-                return "stop"
+                return "stop", came
             if sampled.finish:
-                return sampled.finish
+                return sampled.finish, came
     raise NetworkError(
         "the last stage went silent before the answer was complete",
         code="stream_broken",

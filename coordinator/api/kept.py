@@ -1,105 +1,255 @@
-"""Streamed answers that outlive the coordinator's process: noted while they run, and claimed by their clients after a
-restart. What nobody claims is ended, and settled for the tokens that had been sampled.
+"""Requests that outlive the coordinator's process: noted while they run, and gone on with after a restart.
+
+A stream waits for its client, and is ended if that does not come; a whole answer, which nobody can get any more, is
+ended at once. What had been sampled is settled then. Answers that are fetched later go on by themselves.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 
 import trio
 
-from azu.errors import AzuError
+from azu.accounts.kept import KeptRequests, Lead, Waiting
+from azu.errors import AzuError, InternalError
 from azu.logs import log
 from azu.tickets import JobTicket
+from azu.wire.messages import KEEP_S
+from azu.wire.tokens import pack_tokens, unpack_tokens
 from coordinator.agreement import Handover
-from coordinator.api.errors import ApiError
-from coordinator.generation import Generation
-from coordinator.journal import Journal, Left, Unfinished
+from coordinator.api.errors import ApiError, from_exception
+from coordinator.api.settings import ApiSettings
+from coordinator.generation import JobReport, SampledToken
+from coordinator.journal import Asked, Ended, Kind, Left, Standing, Unfinished, row_of
 
-__all__ = ["CLAIM_S", "Kept", "Unclaimed", "no_such_stream"]
+__all__ = ["CLAIM_S", "Kept", "Replay", "Unclaimed", "no_such_stream", "replayed"]
 
 logger = logging.getLogger(__name__)
 
 # After a restart, streams wait for their clients so long. Workers keep jobs for longer (`azu.wire.messages.KEEP_S`).
 CLAIM_S = 60.0
+_LOOK_S = 1.0
+# Chains of workers that one coordinator tries for a job at most: each has a job id of its own, and no worker takes one
+# twice.
+_CHAINS = 16
 
 
 class Kept:
-    """One streamed answer in the journal.
+    """One request in the journal, while this coordinator leads it.
 
     Args:
-        unfinished: all of it but, in a new one, the ticket.
+        lead: under which it is noted already.
 
     Attributes:
-        ticket, handovers: by which it is taken up; no ticket in a new one.
-        is_let_go: whether it is left to its stages, as this process ends.
+        standings: how its jobs stand, by choice.
+        is_let_go: whether its jobs are left to their stages, as this process ends.
     """
 
-    def __init__(self, journal: Journal, unfinished: Unfinished, ticket: JobTicket | None = None) -> None:
-        self.ticket = ticket
-        self.handovers = [each.handover() for each in unfinished.left]
+    def __init__(
+        self, journal: KeptRequests, asked: Asked, standings: Sequence[Standing] = (), lead: Lead | None = None
+    ) -> None:
+        self.asked = asked
+        self.standings = list(standings) or [Standing()] * len(asked.job_ids)
         self.is_let_go = False
         self._journal = journal
-        self._unfinished = unfinished
+        self.lead = lead
+        self._turn = trio.Lock()
+
+    @classmethod
+    def of(cls, journal: KeptRequests, unfinished: Unfinished) -> Kept:
+        """One that was claimed."""
+        return cls(journal, unfinished.asked, unfinished.standings, unfinished.lead)
 
     @property
-    def stream(self) -> str:
-        """What its client names it by."""
-        return self._unfinished.stream
+    def first_chain(self) -> int:
+        """The number of the next chain that is tried for one of its jobs."""
+        return 0 if self.lead is None else (self.lead.term - 1) * _CHAINS
 
-    def note(self, ticket: JobTicket, handovers: Sequence[Handover]) -> None:
-        """Note by what it can be taken up."""
-        changes = {"ticket": ticket.to_cbor(), "left": tuple(map(Left.of, handovers))}
-        self._journal.write(self._unfinished.model_copy(update=changes))
+    def outlives(self, *, is_stopped: bool) -> bool:
+        """Whether its jobs are to be left to their stages now that they are cancelled, as the coordinator stops or not.
 
-    def let_go(self, generation: Generation) -> None:
-        """Leave it to its stages."""
-        self.is_let_go = True
-        generation.let_go()
+        Nothing but the end of the process cancels what is fetched later.
+        """
+        is_stream = self.asked.kind == "stream"
+        return self.lead is not None and (self._is_fetched_later or (is_stopped and is_stream))
 
-    def close(self) -> None:
-        """It has ended here: forget it, unless it was let go."""
-        if not self.is_let_go:
-            self._journal.forget(self.stream)
+    @property
+    def _is_fetched_later(self) -> bool:
+        return self.asked.kind in ("submitted", "once")
+
+    def begins_anew(self, number: int) -> bool:
+        """Whether a job whose tokens nobody knows any more is run once more: nobody has seen any of them."""
+        if not (self._is_fetched_later and self.standings[number].ticket):
+            return False
+        self.standings[number] = Standing()
+        return True
+
+    async def note(self, number: int, ticket: JobTicket, handovers: Sequence[Handover]) -> bool:
+        """Note by what a job can be taken up; False where it is led elsewhere now."""
+        standing = Standing(ticket=ticket.to_cbor(), left=tuple(map(Left.of, handovers)))
+        self.standings[number] = standing
+        async with self._turn:
+            if self.lead is None:
+                try:
+                    self.lead = await self._journal.begin(row_of(self.asked, self.standings))
+                except InternalError as error:  # it does not outlive this process, then
+                    log(logger, logging.WARNING, "request not noted", job=ticket.job_id.hex(), reason=error.message)
+                return True
+        return await self._journal.note(self.lead, number, standing.to_cbor())
+
+    async def note_end(self, number: int, tokens: Sequence[SampledToken], report: JobReport) -> None:
+        """Note a job that is complete while others of the request may not be."""
+        is_last_special = bool(tokens) and tokens[-1].finish == "stop"
+        ids = pack_tokens([each.token for each in tokens])
+        ended = Ended.of(ids, report, is_last_special=is_last_special)
+        self.standings[number] = self.standings[number].model_copy(update={"ended": ended})
+        if self.lead is not None and len(self.standings) > 1:
+            await self._journal.note(self.lead, number, self.standings[number].to_cbor())
+
+    async def close(self) -> None:
+        """Nothing runs here any more: forget it, unless it is let go, or kept until its answer is."""
+        if self.lead is None:
+            return
+        try:
+            if self.is_let_go:
+                await self._journal.let_go(self.lead)
+            elif self.asked.kind in ("stream", "whole"):
+                await self._journal.forget(self.lead)
+        except InternalError as error:  # the next start finds it
+            log(logger, logging.WARNING, "request not closed", reason=error.message)
+
+
+class Replay:
+    """A job that is complete; a `coordinator.generation.Generation`."""
+
+    def __init__(self, ended: Ended) -> None:
+        self._ended = ended
+        self._report = ended.job_report()
+
+    @property
+    def job_id(self) -> str:
+        """As the client and the ledger know it."""
+        return self._report.job_id
+
+    async def tokens(self) -> AsyncIterator[SampledToken]:
+        """All of its tokens, the last of which ends it."""
+        tokens = unpack_tokens(self._ended.tokens)
+        for token in tokens[:-1]:
+            await trio.lowlevel.checkpoint()
+            yield SampledToken(token, "")
+        yield SampledToken(tokens[-1], "stop" if self._ended.is_last_special else "length")
+
+    async def finish(self) -> JobReport:
+        """What was settled."""
+        await trio.lowlevel.checkpoint()
+        return self._report
+
+    def let_go(self) -> None:
+        """There is nothing to be left."""
+
+
+@asynccontextmanager
+async def replayed(ended: Ended) -> AsyncIterator[Replay]:
+    """A job that is complete, as one that runs."""
+    await trio.lowlevel.checkpoint()
+    yield Replay(ended)
+
+
+Handler = Callable[[Unfinished], Awaitable[None]]
 
 
 class Unclaimed:
-    """Streams of before the restart, until their clients come or time is up.
+    """Requests that nobody leads: each is handed to its client, or to whoever deals with its kind.
 
     Args:
-        end: ends one, and settles it.
+        is_served: whether this coordinator serves the model of this digest.
+        give_up: ends what cannot be gone on with.
+        is_stopping: whether nothing more is to be taken up.
+
+    Attributes:
+        handlers: by kind; each is called in a task of `run`.
     """
 
-    def __init__(self, found: Iterable[Unfinished], end: Callable[[Unfinished], Awaitable[None]]) -> None:
-        self._waiting = {each.stream: each for each in found}
-        self._end = end
+    def __init__(
+        self, journal: KeptRequests, is_served: Callable[[str], bool], give_up: Handler, is_stopping: Callable[[], bool]
+    ) -> None:
+        self.handlers: dict[Kind, Handler] = {}
+        self._is_stopping = is_stopping
+        self._journal = journal
+        self._is_served = is_served
+        self._give_up = give_up
 
-    def claim(self, stream: str, wallet: str) -> Unfinished:
+    async def claim(self, stream: str, wallet: str) -> Unfinished:
         """Hand a stream to its client, once.
 
         Raises:
             ApiError: status 404 where none of its wallet waits.
         """
-        found = self._waiting.get(stream)
-        if found is None or found.wallet != wallet:
+        found = [
+            each
+            for each in await self._journal.waiting(stream)
+            if each.kind == "stream" and each.wallet == wallet and self._is_served(each.manifest)
+        ]
+        claimed = await self._claim(stream) if found else None
+        if claimed is None:
             raise no_such_stream()
-        return self._waiting.pop(stream)
+        return claimed
 
-    async def run(self) -> None:
-        """End what is not claimed in time, then return."""
-        await trio.sleep(CLAIM_S)
-        left, self._waiting = self._waiting, {}
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Take up, or end, what waits, until cancelled; reports by `task_status` when all that an earlier life of this
+        coordinator led can be claimed.
+        """
+        await self._journal.let_go_all()
+        task_status.started()
+        since: dict[str, float] = {}
         async with trio.open_nursery() as nursery:
-            for unfinished in left.values():
-                nursery.start_soon(self._give_up, unfinished)
+            while True:
+                try:
+                    await self._look(nursery, since)
+                except AzuError as error:  # a border: the database is away
+                    log(logger, logging.WARNING, "waiting requests not looked at", reason=error.message)
+                await trio.sleep(_LOOK_S)
 
-    async def _give_up(self, unfinished: Unfinished) -> None:
-        log(logger, logging.INFO, "stream was not claimed", job=unfinished.job_id)
+    async def _look(self, nursery: trio.Nursery, since: dict[str, float]) -> None:
+        now = trio.current_time()
+        waiting = {each.request_id: each for each in await self._journal.waiting()}
+        for gone in since.keys() - waiting.keys():
+            del since[gone]
+        for request_id, each in waiting.items():
+            if self._is_stopping() or now < since.setdefault(request_id, now) + self._patience(each):
+                continue
+            if (claimed := await self._claim(request_id)) is not None:
+                log(logger, logging.INFO, "request of before the restart", kind=each.kind, jobs=len(claimed.standings))
+                nursery.start_soon(self._handle, claimed)
+
+    async def _claim(self, request_id: str) -> Unfinished | None:
+        claimed = await self._journal.claim(request_id)
         try:
-            await self._end(unfinished)
-        except AzuError as error:  # a border: there is nobody to be told
-            log(logger, logging.WARNING, "unclaimed job not ended", job=unfinished.job_id, reason=error.message)
+            return None if claimed is None else Unfinished.of(claimed)
+        except AzuError as error:
+            log(logger, logging.WARNING, "noted request is damaged", reason=error.message)
+            await self._journal.forget(Lead(request_id) if claimed is None else claimed.lead)
+            return None
+
+    def _patience(self, each: Waiting) -> float:
+        """Seconds for which it is left to others, first of all to its client."""
+        if not self._is_served(each.manifest):
+            return KEEP_S  # no worker has it any more
+        return CLAIM_S if each.kind == "stream" else 0.0
+
+    async def _handle(self, claimed: Unfinished) -> None:
+        try:
+            await self.handlers[claimed.asked.kind](claimed)
+        except Exception as error:  # a border: there is nobody to be told
+            log(
+                logger, logging.WARNING, "request not gone on with", reason=from_exception(error, ApiSettings()).message
+            )
+            try:
+                await self._give_up(claimed)
+            except AzuError as again:  # the next start finds it
+                log(logger, logging.WARNING, "request not ended", reason=again.message)
 
 
 def no_such_stream() -> ApiError:

@@ -12,6 +12,7 @@ from quart import request
 from quart_trio import QuartTrio
 
 from azu.accounts.challenge import Site
+from azu.accounts.kept import KeptRequests
 from azu.accounts.store import KeyStore
 from azu.errors import InputError
 from azu.ledger import Ledger
@@ -69,6 +70,7 @@ def add_money_routes(
     gate: Gate,
     completions: Completions,
     service: GenerationService,
+    journal: KeptRequests,
     url: Callable[[], str],
 ) -> Submissions:
     """Add the routes; what is submitted runs while the returned `run` does.
@@ -76,7 +78,8 @@ def add_money_routes(
     Args:
         url: where the application listens.
     """
-    accounts, submissions = Accounts(money.ledger, money.provider), Submissions(completions, gate, money.ledger)
+    accounts = Accounts(money.ledger, money.provider)
+    submissions = Submissions(completions, gate, money.ledger, journal)
     _add_key_routes(app, SignIn(KeyStore(money.ledger), lambda: money.site(url())), gate)
     _add_pricing_routes(app, money, completions, service)
 

@@ -52,12 +52,13 @@ async def serve_http(
         if app.submissions is not None:
             await nursery.start(app.submissions.run)
         if app.unclaimed is not None:
-            nursery.start_soon(app.unclaimed.run)
+            await nursery.start(app.unclaimed.run)
         nursery.start_soon(_cut_after_grace, app, stop, grace_s)
 
         async def serve(*, task_status: trio.TaskStatus[list[str]]) -> None:
             config = _config(listener, grace_s)
             await hypercorn.trio.serve(app, config, shutdown_trigger=stop.wait, task_status=task_status, mode="asgi")
+            app.in_flight.cut()  # what runs without a connection
             nursery.cancel_scope.cancel()
 
         await nursery.start(serve)

@@ -17,7 +17,7 @@ from quart.wrappers.response import ResponseBody
 
 from coordinator.api.errors import ApiError
 from coordinator.api.jobs import Delta, Emit, Event, Failed, Finished, Started
-from coordinator.api.place import Place
+from coordinator.api.place import Place, Read
 from coordinator.api.responses import Answer
 from coordinator.generation import JobReport
 
@@ -59,45 +59,55 @@ class EventEncoder:
     """Events to the bytes of OpenAI's stream; knows no time and does no IO.
 
     Args:
+        job_id: in all chunks, however many choices.
         stream: what the ids of its events begin with, where it can be gone on with.
         read: what the client has of it already.
     """
 
     def __init__(
-        self, answer: Answer, choices: int, *, include_usage: bool, stream: str = "", read: Place | None = None
+        self,
+        answer: Answer,
+        job_id: str,
+        choices: int,
+        *,
+        include_usage: bool,
+        stream: str = "",
+        read: Place | None = None,
     ) -> None:
         self._answer = answer
         self._include_usage = include_usage
         self._reports: list[JobReport | None] = [None] * choices
-        self._job_id = ""  # one id for all chunks: that of the job which started first
-        self._place = Place(stream) if stream else None
+        self._job_id = job_id
+        self._place = Place(stream, (Read(),) * choices) if stream else None
         self._read = read
         self.ended = False
 
     def encode(self, event: Event) -> bytes:
         """The chunks of one event, none where the client has them; sets `ended` with the last."""
         match event:
-            case Started():
-                self._job_id = self._job_id or event.job_id
-                return self._placed("", self._chunk(event.index, {"role": "assistant", "content": "", "refusal": None}))
-            case Delta():
-                return self._placed(event.text, self._chunk(event.index, {"content": event.text}))
-            case Finished():
-                if self._read is not None and self._place is not None and self._place.events < self._read.events:
-                    return self._fail(_changed())
-                self._reports[event.index] = event.report
-                return self._chunk(event.index, {}, event.reason) + self._end()
+            case Started(index):
+                return self._placed(
+                    index, "", self._chunk(index, {"role": "assistant", "content": "", "refusal": None})
+                )
+            case Delta(index, text):
+                return self._placed(index, text, self._chunk(index, {"content": text}))
+            case Finished(index, reason, report):
+                self._reports[index] = report
+                last = self._placed(index, reason, self._chunk(index, {}, reason), is_last=True)
+                return last if self.ended else last + self._end()
             case Failed():
                 return self._fail(event.error)
 
-    def _placed(self, text: str, chunk: bytes) -> bytes:
-        """A chunk with its event's id. The last events have none: who does not get all of them gets them again."""
+    def _placed(self, index: int, text: str, chunk: bytes, *, is_last: bool = False) -> bytes:
+        """A choice's chunk with its event's id. What ends the stream has none."""
         if self._place is None:
             return chunk
-        self._place = place = self._place.after(text)
-        if self._read is not None and place.events <= self._read.events:
-            return self._fail(_changed()) if place.events == self._read.events and place != self._read else b""
-        return f"id: {place}\n".encode() + chunk
+        self._place = self._place.after(index, text)
+        now, read = self._place.of(index), Read() if self._read is None else self._read.of(index)
+        if now.events > read.events:
+            return f"id: {self._place}\n".encode() + chunk
+        is_changed = is_last if now.events < read.events else now != read
+        return self._fail(_changed()) if is_changed else b""
 
     def _fail(self, error: ApiError) -> bytes:
         # No [DONE]: nobody shall take this for a complete answer.

@@ -7,7 +7,7 @@ put aside for a job that never came so far is released here; after a crash the n
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -61,24 +61,36 @@ class Till:
     async def reserved(self, requests: Sequence[GenerationRequest], kept: Kept | None = None) -> AsyncIterator[None]:
         """Have the highest cost of all these jobs put aside, or that of none. The block settles them, or fails.
 
-        Where no money can be paid in, nothing is. A job that is taken up has its cost put aside since before the
-        restart, and one that is let go keeps it.
+        Where no money can be paid in, nothing is. A request that is taken up has its cost put aside already, and one
+        that is let go keeps it.
 
         Raises:
             ApiError: status 402 where the balance or the key's limit does not reach, 401 where the key is gone.
         """
-        jobs = [each for each in requests if each.wallet and self._provider.address]
+        jobs = [
+            each
+            for number, each in enumerate(requests)
+            if each.wallet and self._provider.address and (kept is None or kept.standings[number].ended is None)
+        ]
         try:
-            for number, each in enumerate(jobs if kept is None or kept.ticket is None else ()):
+            for number, each in enumerate(jobs):
                 answer = await self._reserve(each)
                 if isinstance(answer, Refusal):
                     raise self._refused(answer, jobs[:number], requests)
+                if answer.state != "open":
+                    raise _closed(each)
             yield
-        except BaseException:  # also where the client left: what was delivered is settled by now, the rest goes back
-            with trio.CancelScope(shield=True):
-                for each in jobs if kept is None or not kept.is_let_go else ():
-                    await self._ledger.release(each.job_id.hex())
+        except BaseException as error:  # also where the client left: what was delivered is settled by now
+            is_ended = isinstance(error, trio.Cancelled)  # the process, where nothing else cancels it
+            if kept is None or not (kept.is_let_go or (is_ended and kept.outlives(is_stopped=False))):
+                with trio.CancelScope(shield=True):
+                    await self.release([each.job_id for each in jobs])
             raise
+
+    async def release(self, job_ids: Iterable[bytes]) -> None:
+        """Give back what is put aside for these jobs, but for those that are settled."""
+        for job_id in job_ids:
+            await self._ledger.release(job_id.hex())
 
     async def _reserve(self, request: GenerationRequest) -> Reserved | Refusal:
         amount = self.quote([request]).cost
@@ -117,6 +129,15 @@ class Till:
             )
             details["deposit"] = deposit_object(self._provider)
         return ApiError(message, status=HTTPStatus.PAYMENT_REQUIRED, code=refusal.code, remedy=remedy, details=details)
+
+
+def _closed(request: GenerationRequest) -> ApiError:
+    return ApiError(
+        f"The job {request.job_id.hex()} is settled already",
+        status=HTTPStatus.CONFLICT,
+        code="job_settled",
+        remedy="Send the request again.",
+    )
 
 
 def deposit_object(provider: PaymentProvider) -> dict[str, Any]:

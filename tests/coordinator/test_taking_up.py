@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +12,7 @@ import pytest
 from azu.errors import NetworkError
 from azu.tickets import JobTicket
 from coordinator import mender as mender_module
+from coordinator.agreement import Handover
 from coordinator.generation import GenerationRequest
 from coordinator.job import RunningJob
 from coordinator.journal import Left
@@ -30,7 +31,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
 async def let_go(swarm: RealSwarm) -> AsyncIterator[tuple[GenerationRequest, list[JobTicket], list[int]]]:
     """A job that was let go after some tokens, the tickets that were noted, and these tokens."""
     tickets: list[JobTicket] = []
-    request = replace(swarm.request(PROMPT, COUNT), note=lambda ticket, _: tickets.append(ticket))
+
+    async def note(ticket: JobTicket, _: object) -> bool:
+        tickets.append(ticket)
+        return True
+
+    request = replace(swarm.request(PROMPT, COUNT), note=note)
     tokens: list[int] = []
     async with swarm.runner.generate(request) as job, aclosing(job.tokens()) as answer:  # type: ignore[type-var]
         async for sampled in answer:
@@ -113,9 +119,12 @@ async def test_who_left_before_is_paid_for_what_it_did(
         leaver = pair(swarm, 1)[0]
         leaves_after(swarm, CHUNKS + 3, leaver, leaver)
         noted: list[tuple[JobTicket, tuple[Left, ...]]] = []
-        request = replace(
-            swarm.request(PROMPT, 120), note=lambda ticket, left: noted.append((ticket, tuple(map(Left.of, left))))
-        )
+
+        async def note(ticket: JobTicket, handovers: Sequence[Handover]) -> bool:
+            noted.append((ticket, tuple(map(Left.of, handovers))))
+            return True
+
+        request = replace(swarm.request(PROMPT, 120), note=note)
         async with swarm.runner.generate(request) as job, aclosing(job.tokens()) as answer:  # type: ignore[type-var]
             async for _ in answer:
                 if any(each.receipts and each.words for each in noted[-1][1]):

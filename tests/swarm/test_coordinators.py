@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import httpx
+import openai
 import pytest
 import torch
 import transformers
@@ -108,12 +109,12 @@ def key(swarm: Pair, database: str) -> str:
 class Client:
     """What a client that goes on with streams knows of one."""
 
-    def __init__(self, swarm: Pair, key: str, tokens: int) -> None:
-        self.text = ""
+    def __init__(self, swarm: Pair, key: str, tokens: int, choices: int = 1) -> None:
+        self.texts = [""] * choices
         self.last = ""
         self.end: Any = None  # usage or an error
         self._body = {"model": swarm.model_id, "messages": QUESTION, "temperature": 0, "max_tokens": tokens}
-        self._body |= {"stream": True, "stream_options": {"include_usage": True}}
+        self._body |= {"n": choices, "stream": True, "stream_options": {"include_usage": True}}
         self._headers = {"Authorization": f"Bearer {key}"}
 
     def read(self, url: str, after: int = -1, then: Callable[[], object] = lambda: None) -> Client:
@@ -141,7 +142,8 @@ class Client:
         self.last = event.get("id", self.last)
         if event.get("data", "[DONE]") != "[DONE]":
             data = json.loads(event["data"])
-            self.text += "".join(each["delta"].get("content") or "" for each in data.get("choices", ()))
+            for each in data.get("choices", ()):
+                self.texts[each["index"]] += each["delta"].get("content") or ""
             self.end = data.get("usage") or data.get("error") or self.end
 
 
@@ -169,9 +171,30 @@ def test_one_account_and_one_swarm_for_both(swarm: Pair, key: str) -> None:
     assert sum(int(each["cost"]) for each in used) == spent
 
 
+def once(swarm: Pair, key: str, tokens: int, name: str) -> Any:
+    """What the official client gets with a key of its own, however often it has to ask."""
+    client = openai.OpenAI(base_url=f"{swarm.url}/v1", api_key=key, max_retries=20, timeout=240)
+    create: Any = client.chat.completions.create
+    headers = {"Idempotency-Key": name}
+    return create(model=swarm.model_id, messages=QUESTION, temperature=0, max_tokens=tokens, extra_headers=headers)
+
+
+def submit(swarm: Pair, key: str, tokens: int) -> str:
+    body = {"model_id": swarm.model_id, "prompt": QUESTION[0]["content"], "est_tokens": tokens}
+    asked = httpx.post(f"{swarm.url}/submit", json=body, headers={"Authorization": f"Bearer {key}"})
+    return str(asked.json()["job_id"])
+
+
+def result(url: str, key: str, job_id: str) -> Any:
+    """What a submitted job has come to."""
+    return httpx.get(f"{url}/results/{job_id}", headers={"Authorization": f"Bearer {key}"}).json()
+
+
 @pytest.mark.parametrize("end", [Program.kill, Program.stop])
-def test_a_stream_outlives_its_coordinator(swarm: Pair, key: str, end: Callable[[Program], object]) -> None:
-    """And the other's streams only notice a worker that is stopped meanwhile, so that the answer is not complete."""
+def test_answers_outlive_their_coordinator(swarm: Pair, key: str, end: Callable[[Program], object]) -> None:
+    """Streams, a submitted job, and an answer that its client has named. The other's streams only notice a worker that
+    is stopped meanwhile, so that no answer is complete.
+    """
     before, _ = money(swarm.other_url, key)
     tokens = 600
 
@@ -181,18 +204,30 @@ def test_a_stream_outlives_its_coordinator(swarm: Pair, key: str, end: Callable[
         end(swarm.coordinator)
         worker.send_signal(signal.SIGCONT)
 
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(3) as pool:
         undisturbed = pool.submit(Client(swarm, key, tokens).read, swarm.other_url)
+        job_id = submit(swarm, key, tokens)
+        named = pool.submit(once, swarm, key, tokens, end.__name__)
+        two = pool.submit(Client(swarm, key, tokens, choices=2).read, swarm.url)
         client = Client(swarm, key, tokens).read(swarm.url, 20, interrupt)
         assert client.end is None or client.end["code"] == "restarting"
+        interrupted = two.result()
         swarm.coordinator, swarm.url = swarm.start_coordinator()
+        again = pool.submit(interrupted.read, swarm.url)
         client.read(swarm.url)
         reference = undisturbed.result()
-    assert client.text == reference.text
-    assert client.end["completion_tokens"] == reference.end["completion_tokens"] == tokens
-    spent = sum(int(each.end["azu"]["cost"]) for each in (client, reference))
-    assert money(swarm.url, key) == (before - spent, 0)
-    assert {stage["state"] for stage in client.end["azu"]["stages"]} == {"credited"}
+        clients = [client, again.result(), reference]
+        answer = named.result()
+    wait_until(lambda: result(swarm.other_url, key, job_id)["ended_at"] is not None, "the submitted job")
+    submitted = result(swarm.url, key, job_id)
+    texts = [text for each in clients for text in each.texts]
+    assert set(texts) == {submitted["result"], answer.choices[0].message.content}
+    assert [each.end["completion_tokens"] for each in clients] == [tokens, 2 * tokens, tokens]
+    usages = [*(each.end["azu"] for each in clients), submitted["usage"]["azu"], answer.usage.model_extra["azu"]]
+    assert money(swarm.url, key) == (before - sum(int(each["cost"]) for each in usages), 0)
+    assert {stage["state"] for each in usages for stage in each["stages"]} == {"credited"}
+    again_answer = once(swarm, key, tokens, end.__name__)
+    assert again_answer == answer
 
 
 def test_no_worker_was_given_other_layers_in_all_this(swarm: Pair, key: str, database: str) -> None:

@@ -12,14 +12,14 @@ from typing import Any
 import httpx
 import trio
 from solders.keypair import Keypair
+from sqlalchemy import func, select
 
 from azu.accounts.store import key_limits
-from azu.ledger import Ledger
+from azu.ledger import Ledger, schema
 from azu.payments import PaymentProvider, open_provider
 from azu.payments.settings import PaymentSettings
 from coordinator.api import ApiSettings, Money, create_app, serve_http
 from coordinator.api.auth import AuthMode
-from coordinator.journal import Journal
 from tests.coordinator.api.conftest import in_thread
 from tests.coordinator.api.twin import LAYERS, Twin
 from tests.payments.anvil import account
@@ -101,6 +101,13 @@ class Bank:
         accounts = (f"client:{wallet.address}", f"reserved:{wallet.address}")
         return await self.ledger.balance(accounts[0]), await self.ledger.balance(accounts[1])
 
+    async def until_none_is_kept(self) -> None:
+        """Wait until nothing is noted any more that outlives the coordinator."""
+        query = select(func.count()).select_from(schema.kept)
+        with trio.fail_after(20):
+            while await self.ledger.read(lambda connection: connection.execute(query).scalar_one()):
+                await trio.sleep(0.02)
+
 
 def cost(positions: int) -> int:
     """What so many positions cost in the twin's model."""
@@ -125,10 +132,7 @@ async def open_bank(
     api: ApiSettings = API,
     **options: Any,
 ) -> AsyncIterator[Bank]:
-    """A coordinator that listens on loopback; `template` is an empty ledger's file, which is kept in wei.
-
-    Where it may be stopped, it notes streams.
-    """
+    """A coordinator that listens on loopback; `template` is an empty ledger's file, which is kept in wei."""
     if name == "hyperliquid" and is_new:
         shutil.copyfile(template, folder / "ledger.sqlite3")
     url = f"sqlite:///{folder / 'ledger.sqlite3'}"
@@ -139,10 +143,8 @@ async def open_bank(
     ):
         twin.ledger = ledger
         money = Money(ledger, chain, mode, PRICE, **options)
-        journal = None if stop is None else Journal(folder)
-        unfinished = journal.read() if journal else ()
-        await ledger.release_abandoned([each.job_id for each in unfinished])
-        app = create_app(twin, api, money=money, journal=journal, unfinished=unfinished)
+        await ledger.release_abandoned()
+        app = create_app(twin, api, money=money)
         listening: str = await nursery.start(partial(serve_http, app, "127.0.0.1", 0, stop=stop, grace_s=0.1))
         # One client, without TLS: to make one takes longer than most requests.
         with httpx.Client(base_url=listening, timeout=30, verify=False, trust_env=False) as web:  # noqa: S501

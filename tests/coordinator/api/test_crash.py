@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import threading
@@ -11,9 +12,10 @@ import httpx
 
 from azu.accounts.store import key_limits
 from azu.ledger import Ledger
+from azu.ledger.reading import kept_jobs
 from tests.coordinator.api.crashing import MONEY
-from tests.coordinator.api.paying import ALICE
-from tests.coordinator.api.twin import MODEL_ID
+from tests.coordinator.api.paying import ALICE, PRICE, cost, open_bank
+from tests.coordinator.api.twin import MODEL_ID, Twin
 
 ROOT = Path(__file__).parents[3]
 BODY = {"model": MODEL_ID, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 40}
@@ -41,15 +43,27 @@ def _ask(url: str) -> None:
         return  # killed
 
 
-async def test_what_was_put_aside_comes_back(tmp_path: Path, empty_ledger: Path) -> None:
+async def test_it_is_paid_as_far_as_it_came(tmp_path: Path, empty_ledger: Path, twin: Twin) -> None:
+    """Its stages know what they sampled; what was put aside beyond that comes back."""
     killed_in_an_answer(tmp_path, empty_ledger)
-    place = tmp_path / "ledger.sqlite3"
-    async with Ledger.open(place, currency="wei", owner="test", key_limits=key_limits) as ledger:
-        client, reserved = f"client:{ALICE.address}", f"reserved:{ALICE.address}"
-        aside = await ledger.balance(reserved)
+    twin.price = PRICE
+    async with open_bank(twin, tmp_path, empty_ledger, mode="open", is_new=False) as bank:
+        aside = (await bank.has())[1]
+        (job_id,) = await bank.ledger.read(kept_jobs)
+        twin.known[bytes.fromhex(job_id)] = 5
         assert aside > 0
-        assert await ledger.balance(client) == MONEY - aside
+        await bank.until_none_is_kept()
+        prompt = len(twin.requests[0].prompt)
+        assert await bank.has() == (MONEY - cost(prompt + 5 - 1), 0)
+        assert await bank.ledger.verify() == []
+
+
+async def test_what_was_put_aside_for_nothing_comes_back(tmp_path: Path, empty_ledger: Path) -> None:
+    shutil.copyfile(empty_ledger, tmp_path / "ledger.sqlite3")
+    async with Ledger.open(tmp_path / "ledger.sqlite3", currency="wei", owner="test", key_limits=key_limits) as ledger:
+        await ledger.deposit("hyperliquid", "eip155:999", "0x1", ALICE.address, MONEY)
+        await ledger.reserve("0" * 32, ALICE.address, 5, expires_at=1)
         assert len(await ledger.release_abandoned()) == 1
-        assert (await ledger.balance(client), await ledger.balance(reserved)) == (MONEY, 0)
+        assert await ledger.balance(f"client:{ALICE.address}") == MONEY
         assert await ledger.release_abandoned() == []
         assert await ledger.verify() == []

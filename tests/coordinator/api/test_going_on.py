@@ -29,6 +29,8 @@ BODY = {
     "stream_options": {"include_usage": True},
 }
 
+PLAIN: dict[str, Any] = {"stream_options": None}
+
 
 def events_of(text: str) -> list[tuple[str, Any]]:
     """The id and the data of each event."""
@@ -42,9 +44,9 @@ def events_of(text: str) -> list[tuple[str, Any]]:
     return found
 
 
-def text_of(events: list[tuple[str, Any]]) -> str:
+def text_of(events: list[tuple[str, Any]], index: int = 0) -> str:
     choices = [choice for _, data in events if isinstance(data, dict) for choice in data.get("choices", ())]
-    return "".join(choice["delta"].get("content") or "" for choice in choices)
+    return "".join(choice["delta"].get("content") or "" for choice in choices if choice["index"] == index)
 
 
 class House:
@@ -128,14 +130,14 @@ async def test_a_stream_goes_on_after_a_restart(house: House) -> None:
         assert after[-1][1] == "[DONE]"
         usage = after[-2][1]["usage"]
         assert {(data["id"], data["created"]) for _, data in before[:-1]} == {
-            (data["id"].replace("job2", "job1"), data["created"]) for _, data in after[:-1]
+            (data["id"], data["created"]) for _, data in after[:-1]
         }
         spent = cost(usage["prompt_tokens"] + usage["completion_tokens"] - 1)
         assert await bank.has() == (MONEY - spent, 0)
         assert await bank.ledger.verify() == []
         gone = await house.ask(bank, last_of(before))
         assert (gone.status_code, gone.json()["error"]["code"]) == (404, "stream_not_found")
-        assert list((house.folder / "streams").iterdir()) == []
+        await bank.until_none_is_kept()
 
 
 async def test_it_goes_on_from_any_of_its_events_and_after_a_second_restart(house: House) -> None:
@@ -170,8 +172,7 @@ async def test_what_nobody_claims_is_ended_and_paid_as_far_as_it_came(
         prompt = len(house.twin.requests[0].prompt)
         assert await bank.has() == (MONEY - cost(prompt + 5 - 1), 0)
         assert await bank.ledger.verify() == []
-        while list((house.folder / "streams").iterdir()):
-            await trio.sleep(0.02)
+        await bank.until_none_is_kept()
 
 
 async def test_a_stream_is_its_own_wallets(house: House) -> None:
@@ -198,9 +199,44 @@ async def test_a_text_that_comes_out_differently_does_not_go_on(house: House, ch
         assert [data["error"]["code"] for _, data in after] == ["stream_changed"]
 
 
-async def test_several_choices_do_not_outlive_a_restart(house: House) -> None:
-    events = await house.interrupted(n=2)
-    assert not any(each for each, _ in events)
-    assert events[-1][1]["error"]["code"] == "shutting_down"
+async def test_each_choice_goes_on(house: House) -> None:
+    """One is complete, one in its middle, and one has not begun when the coordinator stops."""
+    house.twin.stalling, house.twin.unbegun = 11, 12
+    before = await house.interrupted(n=3, seed=10)
+    assert before[-1][1]["error"]["code"] == "restarting"
+    assert len([each for each, _ in before if each]) == len({each for each, _ in before if each})
+    house.twin.unbegun = None
     async with house.life() as bank:
+        after = events_of((await house.ask(bank, last_of(before))).text)
+        for index in range(3):
+            assert text_of(before, index) + text_of(after, index) == house.twin.answer
+        ends = [choice for _, data in (*before, *after) if isinstance(data, dict) for choice in data.get("choices", ())]
+        assert sorted(each["index"] for each in ends if each["finish_reason"] == "stop") == [0, 1, 2]
+        assert after[-1][1] == "[DONE]"
+        assert [ticket.sampling.seed for ticket in house.twin.taken_up] == [11]
+        chains = [each.first_chain for each in house.twin.requests if each.sampling.seed == 12]
+        assert chains[0] < chains[1], "a worker takes no job's id twice"
+        prompt, tokens = len(house.twin.requests[0].prompt), after[-2][1]["usage"]["completion_tokens"]
+        spent = cost(3 * (prompt - 1) + tokens)
+        assert await bank.has() == (MONEY - spent, 0)
+        assert await bank.ledger.verify() == []
+        await bank.until_none_is_kept()
+
+
+async def test_choices_that_nobody_claims_are_paid_as_far_as_they_came(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    house.twin.stalling, house.twin.unbegun = 11, 12
+    before = await house.interrupted(n=3, seed=10)
+    monkeypatch.setattr("coordinator.api.kept.CLAIM_S", 0.05)
+    async with house.life() as bank:
+        await bank.until_none_is_kept()
+        spent = MONEY - (await bank.has())[0]
+        prompt, whole = (
+            len(house.twin.requests[0].prompt),
+            (await house.ask(bank, stream=False, **PLAIN)).json()["usage"],
+        )
+        assert spent == cost(prompt + whole["completion_tokens"] - 1) + cost(prompt + 5 - 1)
         assert (await bank.has())[1] == 0
+        assert await bank.ledger.verify() == []
+        assert (await house.ask(bank, last_of(before))).status_code == 404

@@ -162,16 +162,58 @@ async def test_bad_bodies(bank: Bank) -> None:
 
 
 async def test_another_coordinator_knows_what_became_of_it(bank: Bank, twin: Twin, tmp_path: Path) -> None:
-    """The same, and one whose coordinator restarts while it runs."""
+    """The same, and one whose coordinator restarts while it runs: it goes on."""
     key = await bank.key()
     await bank.pay_in(10**18)
     done = await submitted(bank, key)
     expected = await result_of(bank, key, done)
     twin.stall_after = 1
     running = await submitted(bank, key)
+    await twin.stalled.wait()
     async with open_bank(twin, tmp_path, tmp_path, is_new=False, owner="other") as other:
         assert await result_of(other, key, done) == expected
-        assert (await other.send("GET", f"/results/{running}", key=key)).json()["status"] in ("queued", "running")
+        assert (await other.send("GET", f"/results/{running}", key=key)).json()["status"] == "running"
+    twin.stall_after = None
     async with open_bank(twin, tmp_path, tmp_path, is_new=False) as again:
         result = await result_of(again, key, running)
-        assert (result["status"], result["error"]["code"]) == ("failed", "restarted")
+        assert (result["status"], result["result"]) == ("done", twin.answer)
+        assert [ticket.job_id.hex() for ticket in twin.taken_up] == [running]
+        await again.until_none_is_kept()
+        assert await again.has() == (10**18 - 2 * cost(result["usage"]["total_tokens"] - 1), 0)
+
+
+@pytest.mark.parametrize(("begun", "forgotten"), [(True, False), (False, False), (True, True)])
+async def test_a_submitted_job_outlives_a_restart(
+    twin: Twin, tmp_path: Path, empty_ledger: Path, begun: bool, forgotten: bool
+) -> None:
+    """In its middle, before its first token, and where its workers have let go of it."""
+    twin.price, stop = PRICE, trio.Event()
+    twin.stall_after, twin.begins, twin.forgets = 3, begun, forgotten
+    async with open_bank(twin, tmp_path, empty_ledger, stop=stop) as bank:
+        key = await bank.key()
+        await bank.pay_in(10**18)
+        job_id = await submitted(bank, key)
+        while not (twin.stalled.is_set() if begun else twin.entered):
+            await trio.sleep(0.02)
+        stop.set()
+    twin.stall_after, twin.begins = None, True
+    async with open_bank(twin, tmp_path, empty_ledger, is_new=False) as bank:
+        result = await result_of(bank, key, job_id)
+        assert (result["result"], result["error"]) == (twin.answer, None)
+        await bank.until_none_is_kept()
+        assert await bank.has() == (10**18 - cost(result["usage"]["total_tokens"] - 1), 0)
+        assert await bank.ledger.verify() == []
+
+
+async def test_one_that_nobody_can_go_on_with_says_so(bank: Bank, twin: Twin, tmp_path: Path) -> None:
+    key = await bank.key()
+    await bank.pay_in(10**18)
+    twin.stall_after = 3
+    job_id = await submitted(bank, key)
+    await twin.stalled.wait()
+    twin.refusal = NetworkError("the workers that knew its tokens are lost", code="tokens_lost")
+    async with open_bank(twin, tmp_path, tmp_path, is_new=False) as again:
+        result = await result_of(again, key, job_id)
+        assert (result["status"], result["error"]["code"]) == ("failed", "tokens_lost")
+        await again.until_none_is_kept()
+        assert await again.has() == (10**18, 0)

@@ -13,6 +13,7 @@ from typing import Any
 import trio
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from azu.errors import NetworkError
 from azu.identity import Identity
 from azu.ledger import Earning, EndedJob, Ledger
 from azu.models.manifest import Blob, LayerCache, Manifest
@@ -118,6 +119,10 @@ class Twin:
     fail_after: int = 0
     pause_s: float = 0.0  # before each token
     stall_after: int | None = None  # tokens before it sleeps for ever
+    stalling: int | None = None  # the seed of the only job that does so; of all where None
+    unbegun: int | None = None  # the seed of a job that never gets so far as its first token
+    begins: bool = True  # else none does
+    forgets: bool = False  # what was let go
     requests: list[GenerationRequest] = field(default_factory=list)
     taken_up: list[JobTicket] = field(default_factory=list)
     known: dict[bytes, int] = field(default_factory=dict)  # tokens of jobs that were let go
@@ -142,6 +147,8 @@ class Twin:
         self, request: GenerationRequest, ticket: JobTicket, handovers: Sequence[Handover]
     ) -> AbstractAsyncContextManager[TwinGeneration]:
         self.taken_up.append(ticket)
+        if self.forgets:
+            raise NetworkError("the workers that knew its tokens are lost", code="tokens_lost")
         return self.generate(request)
 
     @asynccontextmanager
@@ -155,8 +162,10 @@ class Twin:
             # As a real one has: failures of background tasks come out in groups.
             async with trio.open_nursery() as nursery:
                 generation = TwinGeneration(self, request, f"job{self.entered}")
+                if not self.begins or request.sampling.seed == self.unbegun:
+                    await trio.sleep_forever()
                 if request.note is not None:
-                    request.note(ticket_of(request, self.price), ())
+                    await request.note(ticket_of(request, self.price), ())
                 try:
                     yield generation
                 finally:
@@ -191,7 +200,7 @@ class TwinGeneration:
             await trio.sleep(twin.pause_s)
             if twin.failure is not None and place == twin.fail_after:
                 raise twin.failure
-            if twin.stall_after == place:
+            if twin.stall_after == place and twin.stalling in (None, self._request.sampling.seed):
                 twin.stalled.set()
                 await trio.sleep_forever()
             self._sampled = place + 1
