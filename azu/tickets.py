@@ -6,7 +6,7 @@ wrong with it comes back as a `Refusal`, since a refused ticket is an expected a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, NamedTuple, Self
 
@@ -146,9 +146,7 @@ class JobTicket(Document):
         return self.prompt_tokens + self.max_tokens
 
     def bequest(self, heirs: Mapping[int, str], epoch: int, now: int) -> JobTicket:
-        """A ticket for peers that get the KV caches of these stages before they take them over by an amendment, which
-        is what says what they are paid for.
-        """
+        """A ticket for peers that get these stages' KV caches before an amendment says what they are paid for."""
         ticket = self.amended(heirs, now, dict.fromkeys(heirs, self.total_tokens), epoch=epoch)
         stages = tuple(
             stage.model_copy(update={"heir_of": self.stages[index].peer_id}) if index in heirs else stage
@@ -309,14 +307,15 @@ def check_ticket(
 def check_amendment(ticket: JobTicket, old: JobTicket, *, signer: str, me: str, now: float) -> Refusal | None:
     """Whether the worker `me`, which runs a stage of the job by the ticket `old`, goes on by `ticket`; None means yes.
 
-    Other stages' peers and what these are paid for, the epoch and the times may be others than before.
+    The epoch, the times and all other stages may differ: peers, layers, what these are paid for, how many there are.
     """
     if (refusal := _check_order(ticket, old, signer)) is not None:
         return refusal
-    index = old.stage_of(me)
-    if index is None or [number for number, stage in enumerate(ticket.stages) if stage.peer_id == me] != [index]:
+    before = [stage for stage in old.stages if stage.peer_id == me]
+    own = [stage for stage in ticket.stages if stage.peer_id == me]
+    if not own or _ranges(own) != _ranges(before):
         return Refusal("not_my_stage", f"the amendment does not leave {me} its stage")
-    if ticket.stages[index].paid_from > old.stages[index].paid_from:
+    if own[0].paid_from > before[0].paid_from:
         return Refusal("not_my_stage", f"the amendment takes from {me} what it is paid for")
     return _check_same(ticket, old) or _check_times(ticket.issued_at, ticket.expires_at, now)
 
@@ -327,10 +326,15 @@ def check_bequest(ticket: JobTicket, old: JobTicket, *, signer: str, me: str, no
     """
     if (refusal := _check_order(ticket, old, signer)) is not None:
         return refusal
-    index = old.stage_of(me)
-    if index is None or [number for number, stage in enumerate(ticket.stages) if stage.heir_of == me] != [index]:
+    before = [stage for stage in old.stages if stage.peer_id == me]
+    heirs = [stage for stage in ticket.stages if stage.heir_of == me]
+    if not heirs or _ranges(heirs) != _ranges(before):
         return Refusal("not_my_stage", f"the ticket leaves no stage of {me} to anybody")
     return _check_same(ticket, old) or _check_times(ticket.issued_at, ticket.expires_at, now)
+
+
+def _ranges(stages: Iterable[StageEntry]) -> list[tuple[int, int]]:
+    return [(stage.start, stage.end) for stage in stages]
 
 
 def _check_order(ticket: JobTicket, old: JobTicket, signer: str) -> Refusal | None:
@@ -343,9 +347,8 @@ def _check_order(ticket: JobTicket, old: JobTicket, signer: str) -> Refusal | No
 
 def _check_same(ticket: JobTicket, old: JobTicket) -> Refusal | None:
     fields = JobTicket.model_fields.keys() - {"epoch", "stages", "issued_at", "expires_at"}
-    ranges = [[(stage.start, stage.end) for stage in each.stages] for each in (ticket, old)]
-    if ranges[0] != ranges[1] or any(getattr(ticket, name) != getattr(old, name) for name in fields):
-        return Refusal("another_job", "the amendment changes more than the peers of other stages")
+    if any(getattr(ticket, name) != getattr(old, name) for name in fields):
+        return Refusal("another_job", "the amendment changes more than stages")
     return None
 
 

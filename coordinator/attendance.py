@@ -141,6 +141,7 @@ class Attendance:
     def amend(self, ticket: JobTicket, envelope: bytes, known: int) -> None:
         """Pause the stage, to go on by this ticket. known: tokens that have come."""
         self.ticket, self.held, self.word = ticket, None, None
+        self.index = next(n for n, stage in enumerate(ticket.stages) if stage.peer_id == self.peer_id)
         self._order(Amend(known=known), envelope)
 
     def bequeath(self, envelope: bytes, positions: int) -> None:

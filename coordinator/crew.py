@@ -92,7 +92,12 @@ class Crew:
         await self.amend(nursery, {}, 0)
 
     async def amend(
-        self, nursery: trio.Nursery, peers: Mapping[int, str], known: int, left: tuple[int, ...] = ()
+        self,
+        nursery: trio.Nursery,
+        peers: Mapping[int, str],
+        known: int,
+        left: tuple[int, ...] = (),
+        cut: JobTicket | None = None,
     ) -> bool:
         """Give all stages the ticket of the next epoch, in which these peers have the stages of these indices, heirs
         among them; False where the job has ended meanwhile, or is led elsewhere now.
@@ -100,13 +105,14 @@ class Crew:
         Args:
             known: tokens that have come.
             left: those of these stages whose workers leave properly, and are paid for what they did until now.
+            cut: the ticket with other stages in the place of some, where these change; nobody leaves properly then.
         """
         if left:
             self.handovers.append(Handover(self.ticket, known, left))
             self._noting = self._epoch + 1
         paid_from = dict.fromkeys(left, self.ticket.positions(known))
         self._epoch += 1
-        ticket = self.ticket.amended(peers, int(time.time()), paid_from, epoch=self._epoch)
+        ticket = (cut or self.ticket).amended(peers, int(time.time()), paid_from, epoch=self._epoch)
         if not await self.note(ticket, self.handovers) or self._is_over:
             del self.handovers[-1 if left else len(self.handovers) :]
             return False
@@ -114,15 +120,14 @@ class Crew:
             self._left.append((self.handovers[-1], self.stages[index]))
             self.stages[index].end(known)
         self.ticket = ticket
-        envelope = sign_ticket(self._identity, self.ticket)
-        for index, stage in enumerate(self.stages):
-            if index not in peers:
-                stage.amend(self.ticket, envelope, known)
-            elif (heir := self._heirs.pop(index, None)) is not None:
-                heir.amend(self.ticket, envelope, known)
-                self.stages[index] = heir
-            else:
-                self.stages[index] = self._attend(nursery, index, envelope, self.ticket)
+        envelope = sign_ticket(self._identity, ticket)
+        before = {stage.peer_id: stage for stage in self.stages}
+        self.stages = []
+        for index, entry in enumerate(ticket.stages):
+            stays = self._heirs.pop(index, None) if index in peers else before[entry.peer_id]
+            if stays is not None:
+                stays.amend(ticket, envelope, known)
+            self.stages.append(stays or self._attend(nursery, index, envelope, ticket))
         return True
 
     def note_word(self, stage: Attendance) -> None:

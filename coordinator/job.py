@@ -33,8 +33,9 @@ from coordinator.answer import Answer
 from coordinator.attendance import Attendance
 from coordinator.crew import Crew
 from coordinator.generation import JobReport, Note, SampledToken, known_as
-from coordinator.mender import Mender, OnLeaving, OnLost, Reserves
+from coordinator.mender import Mender, OnLeaving, OnLost
 from coordinator.meter import Meter, read_job
+from coordinator.reserves import Reserves
 
 __all__ = ["RunningJob"]
 

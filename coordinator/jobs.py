@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
@@ -29,12 +29,12 @@ from coordinator.disputes import Disputes
 from coordinator.generation import GenerationRequest, JobReport
 from coordinator.hedging import Slow
 from coordinator.job import RunningJob
-from coordinator.mender import Reserves
 from coordinator.meter import Meter
 from coordinator.placement import layers_text, missing_layers
-from coordinator.planning import Route, find_route, stand_in
+from coordinator.planning import Route, cut_anew, find_route, stand_in
 from coordinator.planning.moving import cache_seconds
 from coordinator.relief import Relief
+from coordinator.reserves import Reserves
 from coordinator.swarm import SwarmView
 
 __all__ = ["JobRunner"]
@@ -150,6 +150,7 @@ class JobRunner:
                 relief=partial(self._relieve, manifest, grant),
                 parts=self._relief.parts,
                 cache_s=partial(cache_seconds, manifest, self._swarm.record),
+                cut=partial(self._cut, manifest, grant),
             ),
             note=request.note,
             is_back=is_back,
@@ -307,13 +308,40 @@ class JobRunner:
                 return None
             found[index] = chosen.peer_id
             without.add(chosen.peer_id)
-        self._count(grant, -1)
-        grant.chain = tuple(
-            replace(stage, peer_id=found.get(index, stage.peer_id)) for index, stage in enumerate(grant.chain)
+        self._changed(
+            grant, (replace(each, peer_id=found.get(index, each.peer_id)) for index, each in enumerate(grant.chain))
         )
-        self._count(grant, 1)
         self._note_granted(found.values(), grant.tokens)
         return found
+
+    def _cut(
+        self, manifest: Manifest, grant: Grant, ticket: JobTicket, lost: Collection[int], unwanted: Collection[str]
+    ) -> tuple[JobTicket, dict[int, str]] | None:
+        """The ticket with several stages in the place of lost ones, and their peers, which count as running the job
+        from then on; or None.
+        """
+        alike = [worker for worker in self._able(ticket.total_tokens) if worker.dtype == ticket.dtype]
+        stages = cut_anew(
+            ticket.stages,
+            lost,
+            views_for(manifest, alike, self._swarm.faults),
+            grant.tokens,
+            without=unwanted,
+            links=links_of(manifest, ticket.dtype, alike),
+            prompt=ticket.prompt_tokens,
+        )
+        if stages is None:
+            return None
+        peers = {index: stage.peer_id for index, stage in enumerate(stages) if stage not in ticket.stages}
+        self._changed(grant, (Placement(stage.peer_id, stage.start, stage.end) for stage in stages))
+        self._note_granted(peers.values(), grant.tokens)
+        return ticket.model_copy(update={"stages": stages}), peers
+
+    def _changed(self, grant: Grant, chain: Iterable[Placement]) -> None:
+        """Count a job at the workers that have it now, and not at those that had it."""
+        self._count(grant, -1)
+        grant.chain = tuple(chain)
+        self._count(grant, 1)
 
     def _ticket(self, request: GenerationRequest, number: int, grant: Grant) -> JobTicket:
         now = int(time.time())

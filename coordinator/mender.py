@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 
 import trio
 
@@ -31,10 +30,11 @@ from coordinator.answer import Answer
 from coordinator.attendance import Attendance
 from coordinator.crew import Crew
 from coordinator.generation import known_as
-from coordinator.hedging import Hedging, Part, Reading, Slow
+from coordinator.hedging import Hedging
 from coordinator.mending import settle, work_of
+from coordinator.reserves import Reserves
 
-__all__ = ["Mender", "OnLeaving", "OnLost", "Reserves"]
+__all__ = ["Mender", "OnLeaving", "OnLost"]
 
 logger = logging.getLogger(__name__)
 
@@ -66,25 +66,6 @@ _SHUN_S = 10.0
 # After so many amendments without a token between them, a job without any token ends, and another one takes its time.
 _QUICK_AMENDMENTS = 8
 _AGAIN_S = 2.0
-
-
-@dataclass(frozen=True, slots=True)
-class Reserves:
-    """Other workers for a job's stages. What it names counts as running the stage from then on.
-
-    Attributes:
-        substitutes: for the stages of these indices, for which those given last are not wanted; None while there are
-            none.
-        relief: for a stage that is slow, after so many tokens, in the same way; None where a move is not worth it.
-        parts: what a step costs in each stage.
-        cache_s: seconds that it takes to send the KV cache of so many positions of this stage to that peer, where
-            this is faster than to have the peer compute it; else None.
-    """
-
-    substitutes: Callable[[JobTicket, Collection[int], Collection[str]], Mapping[int, str] | None]
-    relief: Callable[[JobTicket, Slow, int, Collection[str]], Mapping[int, str] | None]
-    parts: Callable[[JobTicket], Mapping[Part, Reading]]
-    cache_s: Callable[[JobTicket, int, str, int], float | None]
 
 
 class Mender:
@@ -192,7 +173,7 @@ class Mender:
 
     def is_left(self, stage: Attendance) -> bool:
         """Whether the job goes on without it."""
-        return stage.index in self._lost or self._crew.stages[stage.index] is not stage
+        return stage.index in self._lost or stage not in self._crew.stages
 
     def _loss_of(self, stage: Attendance, error: AzuError) -> AzuError:
         entry = self._crew.ticket.stages[stage.index]
@@ -270,20 +251,22 @@ class Mender:
             is_too_late = trio.current_time() >= self._patience
             if is_hard:
                 await trio.sleep(_AGAIN_S)
-            peers = self._find_substitutes()
+            peers, cut = self._find_substitutes(), None
+            if peers is None and (found := self._reserves.cut(self._crew.ticket, self._lost.keys(), self._unwanted())):
+                cut, peers = found
             if self._lost and is_too_late and (peers is None or is_hard):
                 index, error = next(iter(self._lost.items()))
                 self._answer.give_up(self._loss_of(self._crew.stages[index], error))
             elif peers is None:
                 with trio.move_on_after(_LOOK_S):
                     await self._crew.news()
-            elif await self._change(nursery, peers):
+            elif await self._change(nursery, peers, cut):
                 return
 
-    async def _change(self, nursery: trio.Nursery, peers: Mapping[int, str]) -> bool:
+    async def _change(self, nursery: trio.Nursery, peers: Mapping[int, str], cut: JobTicket | None = None) -> bool:
         """Have these peers take stages over; whether the ring runs then, or nobody needs it any more."""
-        left = tuple(index for index in sorted(peers) if index not in self._lost)
-        if not await self._begin_epoch(nursery, peers, left):
+        left = () if cut else tuple(index for index in sorted(peers) if index not in self._lost)
+        if not await self._begin_epoch(nursery, peers, left, cut):
             return True
         await self._until_paused()
         if not self._lost:
@@ -346,16 +329,21 @@ class Mender:
         shunned = {peer_id for peer_id, until in self._shunned.items() if until > now}
         return shunned | {stage.peer_id for stage in self._crew.stages if stage.is_leaving}
 
-    async def _begin_epoch(self, nursery: trio.Nursery, peers: Mapping[int, str], left: tuple[int, ...]) -> bool:
+    async def _begin_epoch(
+        self, nursery: trio.Nursery, peers: Mapping[int, str], left: tuple[int, ...], cut: JobTicket | None
+    ) -> bool:
         self.amendments += 1
         self._in_vain += 1
         self._known = len(self._answer.tokens)
-        if not await self._crew.amend(nursery, peers, self._known, left):
+        before, replaced = self._crew.ticket, set(self._lost if cut else peers)
+        if not await self._crew.amend(nursery, peers, self._known, left, cut):
             if not self._answer.is_over:
                 self._answer.give_up(NetworkError("another coordinator has taken this job over", code="led_elsewhere"))
             return False
-        for index in peers:
-            self._lost.pop(index, None)
+        # What was lost meanwhile may have another index now.
+        now = {stage.peer_id: index for index, stage in enumerate(self._crew.ticket.stages)}
+        meanwhile = [(index, error) for index, error in self._lost.items() if index not in replaced]
+        self._lost = {now[before.stages[index].peer_id]: error for index, error in meanwhile}
         epoch = self._crew.ticket.epoch
         log(logger, logging.INFO, "job amended", job=self._job, epoch=epoch, peers=list(peers.values()))
         return True

@@ -56,7 +56,7 @@ logger = logging.getLogger(__name__)
 
 
 class StageJob:
-    """Stage `index` of a ticket's job on this worker.
+    """Stage `index` of a ticket's job on this worker; in later tickets of the job it may have another index.
 
     Args:
         envelope: the ticket, signed.
@@ -146,7 +146,7 @@ class StageJob:
         """Take what the previous stage sends on a ring stream of the leg that runs, as `Leg.receive_from`; or the KV
         cache, from who leaves this stage.
         """
-        if hello.stage == self.index:
+        if hello.stage == self._leg.index:
             await self._inherit(channel, hello)
         else:
             await self._leg.receive_from(channel, hello)
@@ -273,6 +273,7 @@ class StageJob:
         _, ticket = open_ticket(envelope)
         log(logger, logging.INFO, "job amended", job=ticket.job_id.hex(), epoch=ticket.epoch)
         self.ticket, self.envelope, self._known = ticket, envelope, message.known
+        self.index = ticket.stage_of(self._around.identity.peer_id) or 0
         if self._inheriting is not None:
             self._inheriting.cancel()
         self._set_expiry()

@@ -86,7 +86,7 @@ class Leg:
     def __init__(self, ticket: JobTicket, index: int, around: Surroundings, progress: Progress) -> None:
         self.ticket = ticket
         self.received, self.sent = SeamLog(), SeamLog()
-        self._index = index
+        self.index = index
         self._around = around
         self._progress = progress
         self._session = self._new_session()
@@ -112,7 +112,7 @@ class Leg:
         stage = self._around.stage
         return StageSession(
             self.ticket,
-            self._index,
+            self.index,
             hidden_size=stage.hidden_size,
             vocab_size=stage.vocab_size,
             known=known,
@@ -263,7 +263,7 @@ class Leg:
         """The state to compute with: as it was left, or a new one."""
         ticket, progress, stage = self.ticket, self._progress, self._around.stage
         if progress.state is None:
-            entry, tokens = ticket.stages[self._index], ticket.total_tokens
+            entry, tokens = ticket.stages[self.index], ticket.total_tokens
             part = entry.start, entry.end
             opening = partial(stage.open_job, ticket.sampling, progress.prompt, tokens, self._tokens, part)
             progress.state = await self._around.device.run(opening)

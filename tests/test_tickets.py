@@ -235,6 +235,19 @@ def test_an_amendment_puts_other_peers_into_other_stages() -> None:
     assert {amend(each, old) for each in (new, old.model_copy(update={"epoch": 7}))} == {""}
 
 
+def test_an_amendment_may_put_several_stages_in_the_place_of_another() -> None:
+    """And one in the place of several, as long as a stage that stays has its own layers, once."""
+    first, own = TICKET["stages"]
+    halves = first | {"end": 2, "peer_id": EVE.peer_id}, first | {"start": 2}
+    whole, cut = ticket(), ticket(stages=(*halves, own))
+    for old, new in ((whole, cut), (cut, whole)):
+        assert amend(new.model_copy(update={"epoch": 1}), old) == ""
+    mine = halves[0] | {"peer_id": BOB.peer_id}
+    assert amend(ticket(epoch=1, stages=(mine, halves[1], own)), whole) == "not_my_stage"
+    less = {"peer_id": EVE.peer_id, "start": 6, "end": 7}, own | {"start": 7}
+    assert amend(ticket(epoch=1, stages=(first, *less)), whole) == "not_my_stage"
+
+
 @pytest.mark.parametrize(
     ("code", "changes"),
     [
@@ -243,7 +256,7 @@ def test_an_amendment_puts_other_peers_into_other_stages() -> None:
         ("not_my_stage", {"stages": (TICKET["stages"][0], TICKET["stages"][1] | {"peer_id": EVE.peer_id})}),
         ("not_my_stage", {"stages": (TICKET["stages"][0] | {"peer_id": BOB.peer_id}, TICKET["stages"][1])}),
         ("not_my_stage", {"stages": (TICKET["stages"][0], TICKET["stages"][1] | {"paid_from": 1})}),
-        ("another_job", {"stages": (TICKET["stages"][0] | {"end": 5}, TICKET["stages"][1] | {"start": 5})}),
+        ("not_my_stage", {"stages": (TICKET["stages"][0] | {"end": 5}, TICKET["stages"][1] | {"start": 5})}),
         ("another_job", {"job_id": b"k" * 16}),
         ("another_job", {"manifest": "d" * 64}),
         ("another_job", {"dtype": "float32"}),

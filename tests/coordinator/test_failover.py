@@ -97,12 +97,19 @@ async def test_sampling_goes_on_with_the_same_random_numbers_and_penalties(model
         assert tokens != model.greedy(PROMPT, COUNT)
 
 
-async def test_a_single_stage_is_replaced(model: TinyModel, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_single_stage_is_replaced_by_two(
+    model: TinyModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO, "coordinator.mender")
-    async with real_swarm(model, tmp_path, (0, 4), (0, 4)) as swarm:
-        pair(swarm, 0)[0].dies_after = CHUNKS + 8
-        tokens, _ = await swarm.ask(PROMPT, COUNT)
-        assert tokens == model.greedy(PROMPT, COUNT)
+    async with real_swarm(model, tmp_path, (0, 4), (0, 2), (1, 4)) as swarm:
+        whole, start, end = swarm.workers
+        for other in start, end:
+            swarm.view.blame(other.peer_id, 1, NetworkError("so that the job begins with the one that has all"))
+        whole.dies_after = CHUNKS + 8
+        undisturbed = model.greedy(PROMPT, COUNT)
+        tokens, job = await swarm.ask(PROMPT, COUNT)
+        assert tokens == undisturbed
+        assert [stage.peer_id for stage in job.ticket.stages] == [start.peer_id, end.peer_id]
         events = [record.message for record in caplog.records if record.name == "coordinator.mender"]
         assert events == ["stage lost", "job amended", "job goes on"]
 
@@ -123,14 +130,24 @@ async def test_a_worker_with_more_layers_takes_a_stage_over_and_runs_no_others(
 
 
 async def test_one_substitute_after_the_other_dies(model: TinyModel, tmp_path: Path) -> None:
-    async with real_swarm(model, tmp_path, *THREE, (1, 3), (1, 3), (1, 3)) as swarm:
-        for number, worker in enumerate(sorted(swarm.at(1), key=lambda worker: worker.peer_id)[:3]):
+    """At last nobody has all of its layers, and two in a row take them over."""
+    async with real_swarm(model, tmp_path, *THREE, (1, 3), (1, 3), (1, 2), (2, 3)) as swarm:
+        whole = sorted((w for w in swarm.workers if (w.start, w.end) == (1, 3)), key=lambda worker: worker.peer_id)
+        halves = swarm.workers[-2:]
+        for half in halves:
+            swarm.view.blame(half.peer_id, 1, NetworkError("so that the job begins with the others"))
+        for number, worker in enumerate(whole):
             worker.dies_after = 3 + 2 * number
         tokens, job = await swarm.ask(PROMPT, COUNT)
         assert tokens == model.greedy(PROMPT, COUNT)
         assert job.amendments >= 3
         for start in (0, 3):
             assert sum(swarm.at(start)[0].rows) == POSITIONS
+        assert [stage.peer_id for stage in job.ticket.stages][1:-1] == [half.peer_id for half in halves]
+        report = await job.finish()
+        assert [(stage.state, stage.tokens, stage.start) for stage in report.stages] == [
+            ("credited", POSITIONS, start) for start in range(4)
+        ]
 
 
 async def test_however_many_substitutes_die_a_job_with_tokens_goes_on(model: TinyModel, tmp_path: Path) -> None:
