@@ -29,13 +29,14 @@ def views_for(
     Args:
         is_fixed: whether a worker is given no other layers than it holds.
     """
+    digest = manifest.digest
     views: list[WorkerView] = []
     for worker in workers:
         active = [held for held in worker.ranges if held.state != "cached"]  # in memory, or on its way
-        if any(held.manifest != manifest.digest for held in active):
+        if any(held.manifest != digest for held in active):
             continue
         held = next(((held.start, held.end) for held in active), None)
-        ours = [each for each in worker.ranges if each.manifest == manifest.digest]
+        ours = [each for each in worker.ranges if each.manifest == digest]
         views.append(
             WorkerView(
                 peer_id=worker.peer_id,
@@ -57,7 +58,8 @@ def views_for(
     return views
 
 
-def network_of(addrs: Iterable[str]) -> str:
+@lru_cache(maxsize=4096)  # each plan and each route asks again for every worker
+def network_of(addrs: tuple[str, ...]) -> str:
     """The /16 (IPv6: /48) of the first public address: an outage often takes all of it. "" where there is none."""
     for addr in addrs:
         parts = addr.split("/")

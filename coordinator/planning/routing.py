@@ -13,34 +13,35 @@ problems (the worker ends before that border, begins at it, or runs both layers 
 takes at least, the first that is a route is the best one. After `_MOST_SPLITS` of them a chain of whole ranges is
 taken, if there is one.
 
-Where lines differ no more than `_MOST_FIRSTS` first workers are tried, the most promising ones first.
+Where lines differ no more than `_MOST_FIRSTS` first workers are tried, the most promising ones first. Where very many
+hold a layer, only those are looked at that are among its `_MOST_HOLDERS` quickest, hops counted over all that they
+hold, for one of their layers.
 
 **Lines.** One that was not measured is a sum of what its ends are away (see `Links`), so the best of all workers to
 come from is the same for all that are entered, but for those with which a worker has a measured line.
 
 Complexity: for W workers on L layers, O(W log W + L (R log R + M)) for whole ranges, where R replicas meet at a border
-and M is how many lines of theirs were measured, and with parts the same for P workers that hold a layer. Times the
-first workers that have to be tried: two sweeps, where all lines are alike.
+and M is how many lines of theirs were measured, and with parts the same for P workers that hold a layer, of which no
+more than a bounded number are looked at. Times the first workers that have to be tried: two sweeps, where all lines are
+alike.
 """
 
 from __future__ import annotations
 
 import heapq
-import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from azu.models.memory import MAX_JOBS
-from azu.planning.snapshot import Demand, Link, Links, Placement, WorkerView, is_range, layer_seconds
+from azu.planning.snapshot import Demand, Links, Placement, WorkerView, is_range, layer_seconds
+from coordinator.planning.lines import Lines, nanoseconds
 
 __all__ = ["Route", "find_route", "stand_in"]
 
 _MOST_SPLITS = 64
 _MOST_FIRSTS = 16
-# What a hop costs beside its line: frames, and waking the next process (docs/performance.md). Without it, lines that
-# were measured a little too short would lead jobs through workers that they do not need, and that could stand in.
-HANDLING_S = 0.002
+_MOST_HOLDERS = 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,17 +104,42 @@ def find_route(
         for worker in sorted(workers, key=lambda worker: worker.peer_id)
         if worker.held and is_range(worker.held, n_layers) and _has_room(worker, tokens)
     ]
-    search = _Search(n_layers, usable, links or Links(), demand)
-    spans = [_Span(index, *worker.held) for index, worker in enumerate(usable) if worker.held]
-    found = search.with_parts(spans) if parts else search.best(spans, parts=False)
+    layer_s = layer_seconds(usable, demand)
+    links = links or Links()
+    quick = _quickest(n_layers, usable, layer_s, links, demand) if parts else usable
+    found = _find(n_layers, quick, links, demand, parts=parts)
+    if found is None and len(quick) < len(usable):
+        found = _find(n_layers, usable, links, demand, parts=parts)
     if found is None:
         return None
     seconds, stages = found
     chosen = {placement.peer_id for placement in stages}
-    timed = zip(usable, layer_seconds(usable, demand), strict=True)
-    others = [(worker, layer_s) for worker, layer_s in timed if worker.peer_id not in chosen]
+    timed = zip(usable, layer_s, strict=True)
+    others = [(worker, seconds) for worker, seconds in timed if worker.peer_id not in chosen]
     runners_up = [_best_for(others, p.start, p.end, parts) for p in stages]
     return Route(stages, tuple(other.peer_id if other else None for other in runners_up), seconds)
+
+
+def _find(n_layers: int, workers: Sequence[WorkerView], links: Links, demand: Demand, *, parts: bool) -> Found | None:
+    search = _Search(n_layers, workers, links, demand)
+    spans = [_Span(index, *worker.held) for index, worker in enumerate(workers) if worker.held]
+    return search.with_parts(spans) if parts else search.best(spans, parts=False)
+
+
+def _quickest(
+    n_layers: int, workers: Sequence[WorkerView], layer_s: Sequence[float], links: Links, demand: Demand
+) -> Sequence[WorkerView]:
+    """The workers without those that for none of their layers are among the quickest."""
+    if len(workers) <= _MOST_HOLDERS:
+        return workers
+    holders: list[list[tuple[float, int]]] = [[] for _ in range(n_layers)]
+    for index, (worker, seconds) in enumerate(zip(workers, layer_s, strict=True)):
+        start, end = worker.held or (0, 0)
+        cost = seconds + demand.tokens * links.usual_hop_s(worker) / (end - start)
+        for layer in range(start, end):
+            holders[layer].append((cost, index))
+    kept = {index for those in holders for _, index in heapq.nsmallest(_MOST_HOLDERS, those)}
+    return [workers[index] for index in sorted(kept)]
 
 
 def stand_in(
@@ -159,62 +185,13 @@ def _has_room(worker: WorkerView, tokens: int) -> bool:
 Found = tuple[float, tuple[Placement, ...]]
 
 
-class _Lines:
-    """What a job's hops cost between workers, by their places, in nanoseconds: a sum for each two, or as measured.
-
-    Attributes:
-        ends: what a worker's end of a line costs that was not measured. wires: what its bandwidth does, direct and
-            relayed.
-        into: to each worker, the costs of the lines that were measured, by the place of the other. out_of: from it.
-    """
-
-    def __init__(self, workers: Sequence[WorkerView], links: Links, demand: Demand) -> None:
-        self._demand = demand
-        self._bytes = links.hop_bytes
-        self.relayed = [worker.relayed for worker in workers]
-        ends = [Link(links.away_s(worker), math.inf) for worker in workers]
-        wires = [Link(2 * HANDLING_S, line.bandwidth) for line in (links.direct, links.relayed)]
-        self.ends, self._ends_back = [self._cost(each) for each in ends], [self._back(each) for each in ends]
-        self.wires, self._wires_back = [self._cost(each) for each in wires], [self._back(each) for each in wires]
-        self.into: list[dict[int, int]] = [{} for _ in workers]
-        self.out_of: list[dict[int, int]] = [{} for _ in workers]
-        self._into_back: list[dict[int, int]] = [{} for _ in workers]
-        places = {worker.peer_id: place for place, worker in enumerate(workers)}
-        for (one, other), link in links.measured.items():
-            if one in places and other in places and one != other:
-                start, end = places[one], places[other]
-                link = Link(link.rtt_s + 2 * HANDLING_S, link.bandwidth)
-                self.into[end][start] = self.out_of[start][end] = self._cost(link)
-                self._into_back[end][start] = self._back(link)
-
-    def _cost(self, link: Link) -> int:
-        """From a stage to the next: of the prompt's positions at once, and then of each token."""
-        prompt = self._demand.prompt
-        return self._back(link) + (_nanoseconds(link.hop_s(prompt * self._bytes)) if prompt else 0)
-
-    def _back(self, link: Link) -> int:
-        """From the last stage to the first: of each token."""
-        return _nanoseconds(self._demand.tokens * link.hop_s(self._bytes))
-
-    def back(self, last: int, first: int) -> int:
-        """What the hop costs that closes a ring."""
-        known = self._into_back[first].get(last)
-        wire = self._wires_back[self.relayed[last] or self.relayed[first]]
-        return known if known is not None else self._ends_back[last] + self._ends_back[first] + wire
-
-    def least_back(self, first: int) -> int:
-        """No hop that closes a ring at this worker costs less."""
-        least = self._ends_back[first] + min(self._ends_back) + min(self._wires_back)
-        return min([least, *self._into_back[first].values()])
-
-
 _Exit = tuple[int, int, int, _Path]  # a path's costs with a hop: nanoseconds, stages, jobs
 
 
 class _Exits:
     """The paths that end at one border."""
 
-    def __init__(self, spans: Sequence[_Span], leaving: Sequence[_Path], lines: _Lines) -> None:
+    def __init__(self, spans: Sequence[_Span], leaving: Sequence[_Path], lines: Lines) -> None:
         self._spans = spans
         self._leaving = leaving
         self._lines = lines
@@ -255,8 +232,8 @@ class _Search:
     def __init__(self, n_layers: int, workers: Sequence[WorkerView], links: Links, demand: Demand) -> None:
         self._n_layers = n_layers
         self._workers = workers
-        self._layer = [_nanoseconds(seconds) for seconds in layer_seconds(workers, demand)]
-        self._lines = _Lines(workers, links, demand)
+        self._layer = [nanoseconds(seconds) for seconds in layer_seconds(workers, demand)]
+        self._lines = Lines(workers, links, demand)
 
     def best(self, spans: Sequence[_Span], *, parts: bool) -> Found | None:
         """The best path through these spans, whole ones or parts of them; it may come back to a worker."""
@@ -354,10 +331,6 @@ class _Search:
                 if (other := self.best(smaller, parts=True)) is not None:
                     heapq.heappush(waiting, (other[0], 3 * count + each, other, smaller))
         return self.best(spans, parts=False)
-
-
-def _nanoseconds(seconds: float) -> int:
-    return round(seconds * 1e9)
 
 
 def _returns(stages: Sequence[Placement]) -> Placement | None:

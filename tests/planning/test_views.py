@@ -54,7 +54,7 @@ def test_what_a_worker_measured_and_where_it_is() -> None:
     ],
 )
 def test_a_network_is_that_of_a_public_address(addr: str, network: str) -> None:
-    assert network_of([addr]) == network
+    assert network_of((addr,)) == network
 
 
 @pytest.mark.parametrize("state", ["loaded", "loading"])

@@ -12,10 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from azu.models.memory import MAX_JOBS
-from azu.planning import Demand, Link, Links, Placement, WorkerView
+from azu.planning import Demand, Link, Links, Placement, WorkerView, place
+from benchmarks.machines import large_model, lines, machines
 from coordinator.planning import find_route, stand_in
-from coordinator.planning.routing import HANDLING_S
-from tests.planning.swarms import Range, assert_covers_once, cuts, holding, route
+from coordinator.planning import routing as routing_module
+from coordinator.planning.lines import HANDLING_S
+from tests.planning.swarms import Range, after, assert_covers_once, cuts, holding, route
 
 
 @settings(max_examples=200)
@@ -254,3 +256,23 @@ def test_no_worker_has_two_stages_where_that_would_be_fastest() -> None:
     assert found is not None
     assert found.stages == (Placement("slow", 0, 4), Placement("fast", 4, 8), Placement("x", 8, 12))
     assert found.runners_up == (None, None, "y")
+
+
+@pytest.mark.parametrize("demand", [Demand(), Demand(500, 200), Demand(8_000, 50)])
+def test_in_a_large_swarm_the_quickest_holders_of_each_layer_are_enough(
+    demand: Demand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 200 workers some 60 are looked at, with lines that were measured and jobs that run."""
+    shape, workers = large_model(16), machines(200, seed=2)
+    running = [
+        replace(worker, jobs=index % 7, kv_tokens_free=100)
+        for index, worker in enumerate(after(workers, place(shape, workers)))
+    ]
+    links = lines(workers, seed=2)
+    found = find_route(16, running, 100, demand=demand, links=links, parts=True)
+    monkeypatch.setattr(routing_module, "_MOST_HOLDERS", len(running))
+    best = find_route(16, running, 100, demand=demand, links=links, parts=True)
+    assert found is not None
+    assert best is not None
+    assert_covers_once(16, found.stages)
+    assert found.seconds <= 1.02 * best.seconds
