@@ -14,8 +14,9 @@ from azu.errors import AzuError
 from azu.identity import Identity
 from azu.logs import log
 from azu.models.manifest import Manifest
-from azu.planning import Placement, Range, links_of, place, shape_of, uncovered, views_for
+from azu.planning import Placement, Range, links_of, place_in_steps, shape_of, uncovered, views_for
 from azu.records import HeldRange, WorkerRecord
+from azu.slices import in_slices
 from azu.tickets import Assignment, sign_assignment
 from azu.wire.tensors import WeightFormat
 from coordinator.swarm import SwarmView
@@ -159,29 +160,30 @@ class Placer:
             again: list[Manifest] = []
             for manifest in manifests:
                 able = [w for w in workers if (w.peer_id, manifest.digest) not in self._unable or _active(w)]
-                placed = self._cover(nursery, manifest, able)
+                placed = await self._cover(nursery, manifest, able)
                 if not placed and len(able) < len(workers):
                     again.append(manifest)
                 workers = [worker for worker in workers if worker.peer_id not in placed]
             for manifest in again:  # whoever is left may try once more what it could not load
-                placed = self._cover(nursery, manifest, workers)
+                placed = await self._cover(nursery, manifest, workers)
                 workers = [worker for worker in workers if worker.peer_id not in placed]
 
-    def _cover(self, nursery: trio.Nursery, manifest: Manifest, workers: Sequence[WorkerRecord]) -> set[str]:
+    async def _cover(self, nursery: trio.Nursery, manifest: Manifest, workers: Sequence[WorkerRecord]) -> set[str]:
         """Fill a model's holes; who got something."""
-        placed = self._place(nursery, manifest, workers)
+        placed = await self._place(nursery, manifest, workers)
         if not placed and _is_missing(manifest, workers):
-            placed = self._place(nursery, manifest, with_spares_free(workers, self._identity.peer_id))
+            placed = await self._place(nursery, manifest, with_spares_free(workers, self._identity.peer_id))
         return placed
 
-    def _place(self, nursery: trio.Nursery, manifest: Manifest, workers: Sequence[WorkerRecord]) -> set[str]:
+    async def _place(self, nursery: trio.Nursery, manifest: Manifest, workers: Sequence[WorkerRecord]) -> set[str]:
         """Plan for one model and hand out what follows; who got something."""
         placed: set[str] = set()
         for dtype in sorted({worker.dtype for worker in workers}):
             alike = [worker for worker in workers if worker.dtype == dtype]
             shape, links = shape_of(manifest, dtype, self._kv_tokens), links_of(manifest, dtype, alike)
             views = views_for(manifest, alike, is_fixed=partial(_is_anothers, me=self._identity.peer_id))
-            for placement in place(shape, views, links, cuts=self._cuts(manifest.digest)):
+            plan = place_in_steps(shape, views, links, cuts=self._cuts(manifest.digest))
+            for placement in await in_slices(plan):
                 placed.add(placement.peer_id)
                 if placement.peer_id not in self._left_out:
                     nursery.start_soon(self._assign, manifest, dtype, placement)

@@ -32,8 +32,10 @@ from azu.errors import AzuError, NetworkError
 from azu.logs import log
 from azu.models.manifest import Manifest
 from azu.overlay import Overlay
-from azu.planning import ModelShape, Range, holes, links_of, place, shape_of, views_for
+from azu.planning import ModelShape, Range, holes, links_of, place_in_steps, shape_of, views_for
+from azu.planning.steps import Steps, finish
 from azu.records import WORKERS_KEY, WorkerRecord, is_live, open_worker_record, worker_key
+from azu.slices import in_slices
 from azu.tickets import Assignment, Refusal
 from node.trust import Trust
 
@@ -62,6 +64,9 @@ class Wish(NamedTuple):
     start: int
     end: int
     kv_tokens: int
+
+
+_Part = tuple[bool, int, Wish | None]  # how little a model needs a worker, and the worker's part in its plan
 
 
 class Alone:
@@ -113,7 +118,7 @@ class Alone:
         if me.jobs or (not is_idle and trio.current_time() < self._rests_until):
             return None
         records = [record for record in await self._records() if record.peer_id != me.peer_id]
-        return choose(await self._models(records), records, me)
+        return await in_slices(choose_in_steps(await self._models(records), records, me))
 
     async def _records(self) -> list[WorkerRecord]:
         """The live records of workers that the DHT knows."""
@@ -204,13 +209,23 @@ def choose(models: Mapping[str, Manifest], records: Sequence[WorkerRecord], me: 
         models: those it may serve, by digest; where it holds one, it stays with that.
         records: of all other workers.
     """
+    return finish(choose_in_steps(models, records, me))
+
+
+def choose_in_steps(
+    models: Mapping[str, Manifest], records: Sequence[WorkerRecord], me: WorkerRecord
+) -> Steps[Wish | None]:
+    """As `choose`, a little at a time."""
     mine = {held.manifest for held in me.ranges if held.state != "cached"}
     alike = [*(record for record in records if record.dtype == me.dtype and not record.leaving), me]
-    parts = [_part(manifest, alike, me) for digest, manifest in models.items() if mine <= {digest}]
-    return min((part for part in parts if part is not None), default=(0, 0, None))[-1]
+    parts: list[_Part] = []
+    for digest, manifest in models.items():
+        part = (yield from _part(manifest, alike, me)) if mine <= {digest} else None
+        parts += [part] if part is not None else []
+    return min(parts, default=(0, 0, None))[-1]
 
 
-def _part(manifest: Manifest, workers: Sequence[WorkerRecord], me: WorkerRecord) -> tuple[bool, int, Wish] | None:
+def _part(manifest: Manifest, workers: Sequence[WorkerRecord], me: WorkerRecord) -> Steps[_Part | None]:
     """A worker's part in a model's plan. Before it how little the model needs that, to compare it with others: whether
     it is whole, and how many workers hold layers of it.
     """
@@ -220,7 +235,7 @@ def _part(manifest: Manifest, workers: Sequence[WorkerRecord], me: WorkerRecord)
     mine = next(view for view in views if view.peer_id == me.peer_id)
     held = [view.held for view in views if view.held]
     missing = holes(manifest.n_layers, held)
-    plan = place(shape, views, links_of(manifest, me.dtype, workers))
+    plan = yield from place_in_steps(shape, views, links_of(manifest, me.dtype, workers))
     own = next(((p.start, p.end) for p in plan if p.peer_id == me.peer_id), None)
     if own is None and mine.held is None:
         own = _most_of(shape, mine.vram, missing)

@@ -4,7 +4,7 @@ Coordinators give out what it says; a worker whose coordinators are silent does 
 """
 
 from azu.planning.coverage import holes, uncovered
-from azu.planning.placement import place
+from azu.planning.placement import place, place_in_steps
 from azu.planning.snapshot import (
     DIRECT,
     RELAYED,
@@ -34,6 +34,7 @@ __all__ = [
     "links_of",
     "network_of",
     "place",
+    "place_in_steps",
     "shape_of",
     "uncovered",
     "views_for",

@@ -26,6 +26,7 @@ from typing import NamedTuple
 
 from azu.planning.flow import largest_flow
 from azu.planning.snapshot import ModelShape, Power, Range, WorkerView
+from azu.planning.steps import Steps
 
 __all__ = ["Held", "Rater", "Score", "refine"]
 
@@ -33,6 +34,7 @@ Held = Mapping[str, Range]  # by peer id; who holds nothing is not in it
 
 _MOST_LOOKS = 2_000
 _MOST_NODES = 20_000
+_NODES_A_STEP = 32
 _TOGETHER = 3
 _ALL_LAYERS = 12  # of larger models not all ranges are tried
 _NOTICEABLY = 1.001
@@ -116,12 +118,12 @@ class Rater:
         return score if score.beats(best) else None
 
 
-def refine(rater: Rater, free: Sequence[str], plans: Sequence[Held]) -> dict[str, Range]:
+def refine(rater: Rater, free: Sequence[str], plans: Sequence[Held]) -> Steps[dict[str, Range]]:
     """The best plan that is found from these, in which only who is free may hold other layers."""
     best: dict[str, Range] = {}
     score = Score(0, 0.0)
     for plan in plans:
-        climbed, found = _climb(rater, free, dict(plan), rater.score(plan))
+        climbed, found = yield from _climb(rater, free, dict(plan), rater.score(plan))
         if not best or found.beats(score):
             best, score = climbed, found
     budget = _Budget(_MOST_NODES)
@@ -130,14 +132,19 @@ def refine(rater: Rater, free: Sequence[str], plans: Sequence[Held]) -> dict[str
         is_better = False
         for some in combinations(free, _TOGETHER):
             search = _Search(rater, some, best, score, budget)
+            yield from search.run()
             if search.score.beats(score):
                 best, score, is_better = search.best, search.score, True
-    return _Search(rater, free, best, score, budget).best
+    search = _Search(rater, free, best, score, budget)
+    yield from search.run()
+    return search.best
 
 
-def _climb(rater: Rater, free: Sequence[str], plan: dict[str, Range], score: Score) -> tuple[dict[str, Range], Score]:
+def _climb(
+    rater: Rater, free: Sequence[str], plan: dict[str, Range], score: Score
+) -> Steps[tuple[dict[str, Range], Score]]:
     while True:
-        best, score = _best_of(rater, _neighbours(rater, free, plan), plan, score)
+        best, score = yield from _best_of(rater, _neighbours(rater, free, plan), plan, score)
         if best is plan:
             return plan, score
         plan = best
@@ -145,8 +152,9 @@ def _climb(rater: Rater, free: Sequence[str], plan: dict[str, Range], score: Sco
 
 def _best_of(
     rater: Rater, plans: Iterator[dict[str, Range]], best: dict[str, Range], score: Score
-) -> tuple[dict[str, Range], Score]:
+) -> Steps[tuple[dict[str, Range], Score]]:
     for plan in islice(plans, _MOST_LOOKS):
+        yield
         if (found := rater.improved(plan, score)) is not None:
             best, score = plan, found
     return best, score
@@ -190,7 +198,7 @@ class _Budget:
 
 
 class _Search:
-    """All plans in which some workers hold other layers; `best` is the best plan that was found, with its `score`."""
+    """All plans in which some workers hold other layers; `best` is the best that `run` has found, with its `score`."""
 
     def __init__(
         self, rater: Rater, free: Sequence[str], plan: dict[str, Range], score: Score, budget: _Budget
@@ -225,14 +233,20 @@ class _Search:
             for layer in range(start, end):
                 tokens[layer] += rater.share(peer_id, end - start)
                 times[layer] += 1
-        self._descend(0, fixed, tokens, times)
+        self._root = fixed, tokens, times
 
-    def _descend(self, index: int, held: dict[str, Range], tokens: list[float], times: list[int]) -> None:
+    def run(self) -> Steps[None]:
+        """Look at all of them."""
+        yield from self._descend(0, *self._root)
+
+    def _descend(self, index: int, held: dict[str, Range], tokens: list[float], times: list[int]) -> Steps[None]:
         """Look at all plans that give the workers from this one on some layers: holding them is never worse than none.
 
         `tokens` per second and how many `times` each layer is held so far.
         """
         self._budget.left -= 1
+        if not self._budget.left % _NODES_A_STEP:
+            yield
         if self._budget.left < 0 or not self._bound(index, tokens, times).beats(self.score):
             return
         if index == len(self._choices):
@@ -245,7 +259,7 @@ class _Search:
             for layer in range(start, end):
                 more[layer] += share
                 again[layer] += 1
-            self._descend(index + 1, {**held, peer_id: (start, end)}, more, again)
+            yield from self._descend(index + 1, {**held, peer_id: (start, end)}, more, again)
 
     def _bound(self, index: int, tokens: Sequence[float], times: Sequence[int]) -> Score:
         """No plan that goes on from here is better."""

@@ -27,8 +27,9 @@ from azu.planning.filling import find_chain
 from azu.planning.levels import Pricing
 from azu.planning.replicas import Plan, plan_around
 from azu.planning.snapshot import Links, ModelShape, Placement, Power, Range, WorkerView, is_range, powers
+from azu.planning.steps import Steps, finish
 
-__all__ = ["FEW", "place"]
+__all__ = ["FEW", "place", "place_in_steps"]
 
 FEW = 12
 # Chains with so many stages more than the fewest are tried, and no more plans than for so many workers in all.
@@ -36,6 +37,7 @@ _MORE_STAGES = 5
 _MOST_TRIED = 600
 # Best in most swarms of 13 to 40 workers was one of these, and of those that were tried besides none was much better.
 _PRICINGS = Pricing(), Pricing(0.6, 0.1), Pricing(0.6, 0.4)
+_MOST_PIECES = 8
 _ROUNDS = 8  # of a small swarm, until nothing changes
 
 
@@ -47,6 +49,13 @@ def place(
     Args:
         cuts: the stages of running jobs, those that matter most first.
     """
+    return finish(place_in_steps(shape, workers, links, cuts=cuts))
+
+
+def place_in_steps(
+    shape: ModelShape, workers: Sequence[WorkerView], links: Links | None = None, *, cuts: Sequence[Range] = ()
+) -> Steps[tuple[Placement, ...]]:
+    """As `place`, a little at a time."""
     workers = sorted(
         (worker for worker in workers if worker.held is None or is_range(worker.held, shape.n_layers)),
         key=lambda worker: worker.peer_id,
@@ -54,10 +63,13 @@ def place(
     power = powers(workers, links or Links())
     then: Held
     if cuts and holes(shape.n_layers, [worker.held for worker in workers if worker.held]):
-        plan = next(_plans(shape, workers, power, cuts), None)  # jobs may wait for just these layers
-        then = plan.held if plan else {}
+        # Jobs may wait for just these layers.
+        taken = find_chain(shape, workers, power, cuts)
+        then = {} if taken is None else (yield from plan_around(shape, workers, taken, power)).held
+    elif len(workers) <= FEW:
+        then = yield from _carry_out_few(shape, workers, power)
     else:
-        then = _carry_out_few(shape, workers, power) if len(workers) <= FEW else _place_many(shape, workers, power)
+        then = yield from _place_many(shape, workers, power)
     changed = [
         Placement(worker.peer_id, *then[worker.peer_id])
         for worker in workers
@@ -66,30 +78,35 @@ def place(
     return tuple(sorted(changed, key=lambda placement: (placement.start, placement.end, placement.peer_id)))
 
 
-def _place_many(shape: ModelShape, workers: Sequence[WorkerView], power: Mapping[str, Power]) -> Held:
+def _place_many(shape: ModelShape, workers: Sequence[WorkerView], power: Mapping[str, Power]) -> Steps[Held]:
     """Who holds what then, in a large swarm."""
-    best = _best_plan(shape, workers, power)
-    rater = Rater(shape, workers, power)
-    cached = {} if any(worker.held for worker in workers) else _on_disks(rater, workers)
+    best = yield from _best_plan(shape, workers, power)
+    if best is None:
+        return {}
+    cached = {} if any(worker.held for worker in workers) else _on_disks(Rater(shape, workers, power), workers)
     if cached:
-        loaded = _best_plan(shape, [replace(w, held=cached.get(w.peer_id)) for w in workers], power)
-        if _is_as_good(rater, loaded, best):
-            return loaded
+        as_they_were = [replace(worker, held=cached.get(worker.peer_id)) for worker in workers]
+        loaded = yield from _best_plan(shape, as_they_were, power)
+        if loaded is not None and _is_as_good(loaded.score, best.score):
+            return cached | loaded.held
+    return best.held
+
+
+def _best_plan(shape: ModelShape, workers: Sequence[WorkerView], power: Mapping[str, Power]) -> Steps[Plan | None]:
+    best: Plan | None = None
+    for taken, pricing in _ways(shape, workers, power):
+        plan = yield from plan_around(shape, workers, taken, power, pricing)
+        if best is None or plan.score > best.score:
+            best = plan
     return best
 
 
-def _best_plan(shape: ModelShape, workers: Sequence[WorkerView], power: Mapping[str, Power]) -> dict[str, Range]:
-    plans = [(plan.score, -number, plan) for number, plan in enumerate(_plans(shape, workers, power))]
-    best = max(plans, key=lambda each: each[:2])[2].held if plans else {}
-    return {worker.peer_id: worker.held for worker in workers if worker.held} | best
-
-
-def _carry_out_few(shape: ModelShape, workers: Sequence[WorkerView], power: Mapping[str, Power]) -> Held:
+def _carry_out_few(shape: ModelShape, workers: Sequence[WorkerView], power: Mapping[str, Power]) -> Steps[Held]:
     """Who holds what in a small swarm, once planning again changes nothing."""
     then: Held = {}
     for _ in range(_ROUNDS):
         held = {worker.peer_id: worker.held for worker in workers if worker.held}
-        then = _place_few(shape, workers, power)
+        then = yield from _place_few(shape, workers, power)
         if then == held:
             break
         workers = [
@@ -101,23 +118,41 @@ def _carry_out_few(shape: ModelShape, workers: Sequence[WorkerView], power: Mapp
     return then
 
 
-def _place_few(shape: ModelShape, workers: Sequence[WorkerView], power: Mapping[str, Power]) -> Held:
+def _place_few(shape: ModelShape, workers: Sequence[WorkerView], power: Mapping[str, Power]) -> Steps[Held]:
     """Who holds what next."""
     had = {worker.peer_id: worker.held for worker in workers if worker.held}
-    plans = [had | plan.held for plan in _plans(shape, workers, power)]
+    plans: list[Held] = []
+    for taken, pricing in _ways(shape, workers, power):
+        plan = yield from plan_around(shape, workers, taken, power, pricing)
+        plans.append(had | plan.held)
     if not plans:
         return had
+    if not had:
+        for pieces in range(2, min(shape.n_layers, _MOST_PIECES + 1)):
+            even = yield from _in_pieces(shape, workers, power, pieces)
+            plans.append(even)
     rater = Rater(shape, workers, power)
-    filled = plans[0] | had
+    filled = {**plans[0], **had}
     if rater.safety(filled) and not _pays(rater.score(plans[0]), rater.score(filled)):
         plans[0] = filled
     idle = [worker.peer_id for worker in workers if worker.peer_id not in had]
-    best = refine(rater, idle, plans)
+    best = yield from refine(rater, idle, plans)
     if cached := _on_disks(rater, workers):
-        loaded = refine(rater, [peer_id for peer_id in idle if peer_id not in cached], [best | cached])
-        if _is_as_good(rater, loaded, best):
+        loaded = yield from refine(rater, [peer_id for peer_id in idle if peer_id not in cached], [best | cached])
+        if _is_as_good(rater.score(loaded), rater.score(best)):
             return loaded
     return best
+
+
+def _in_pieces(
+    shape: ModelShape, workers: Sequence[WorkerView], power: Mapping[str, Power], pieces: int
+) -> Steps[Held]:
+    """Who holds what where so many pieces of about as many layers are not cut: ranges meet more often."""
+    borders = [shape.n_layers * number // pieces for number in range(pieces + 1)]
+    coarse = ModelShape(pieces, lambda start, end: shape.stage_bytes(borders[start], borders[end]))
+    slower = {peer_id: replace(each, speed=each.speed * pieces / shape.n_layers) for peer_id, each in power.items()}
+    plan = yield from plan_around(coarse, [replace(worker, cached=()) for worker in workers], (), slower)
+    return {peer_id: (borders[start], borders[end]) for peer_id, (start, end) in plan.held.items()}
 
 
 def _on_disks(rater: Rater, workers: Sequence[WorkerView]) -> dict[str, Range]:
@@ -132,10 +167,9 @@ def _on_disks(rater: Rater, workers: Sequence[WorkerView]) -> dict[str, Range]:
     }
 
 
-def _is_as_good(rater: Rater, loaded: Held, best: Held) -> bool:
+def _is_as_good(loaded: Score, best: Score) -> bool:
     """Whether loading what is cached is nearly as good as the best plan."""
-    one, other = rater.score(loaded), rater.score(best)
-    return one.safety >= other.safety and one.rate >= CACHED_IS_WORTH * other.rate
+    return loaded.safety >= best.safety and loaded.rate >= CACHED_IS_WORTH * best.rate
 
 
 def _pays(moved: Score, before: Score) -> bool:
@@ -143,20 +177,22 @@ def _pays(moved: Score, before: Score) -> bool:
     return moved.beats(before) and moved.rate >= before.rate
 
 
-def _plans(
-    shape: ModelShape, workers: Sequence[WorkerView], power: Mapping[str, Power], cuts: Sequence[Range] = ()
-) -> Iterator[Plan]:
-    """Plans around chains of more and more stages, the fewest first; one where layers are held; none if none fits."""
-    found = find_chain(shape, workers, power, cuts)
+def _ways(
+    shape: ModelShape, workers: Sequence[WorkerView], power: Mapping[str, Power]
+) -> Iterator[tuple[list[Placement], Pricing]]:
+    """Chains of more and more stages to plan around, the fewest first, and prices for the rest; one where layers are
+    held; none if none fits.
+    """
+    found = find_chain(shape, workers, power)
     if found is None:
         return
-    yield plan_around(shape, workers, found, power)
     if any(worker.held for worker in workers):
+        yield found, _PRICINGS[0]
         return
     pricings = _PRICINGS[: max(1, _MOST_TRIED // len(workers))] if len(workers) > FEW else _PRICINGS[:1]
-    yield from (plan_around(shape, workers, found, power, each) for each in pricings[1:])
+    yield from ((found, each) for each in pricings)
     more = min(_MORE_STAGES, _MOST_TRIED // (len(workers) * len(pricings)) - 1)
     for stages in range(len(found) + 1, len(found) + 1 + more):
         taken = cover(shape, workers, power, 0, shape.n_layers, stages)
         if taken is not None and len(taken) == stages:
-            yield from (plan_around(shape, workers, taken, power, each) for each in pricings)
+            yield from ((taken, each) for each in pricings)

@@ -22,6 +22,7 @@ from azu.planning.few import Score
 from azu.planning.flow import largest_flow
 from azu.planning.levels import Levels, Pricing
 from azu.planning.snapshot import ModelShape, Placement, Power, Range, WorkerView
+from azu.planning.steps import Steps
 
 __all__ = ["Plan", "plan_around"]
 
@@ -56,7 +57,7 @@ def plan_around(
     taken: Iterable[Placement],
     power: Mapping[str, Power],
     pricing: Pricing = Pricing(),  # noqa: B008 - frozen
-) -> Plan:
+) -> Steps[Plan]:
     """What changes, and what comes of it, where some take what a chain lacks.
 
     Args:
@@ -64,8 +65,8 @@ def plan_around(
     """
     levels = Levels(shape, workers, power, pricing)
     replicas = _Replicas(shape, workers, {p.peer_id: (p.start, p.end) for p in taken}, power, levels)
-    replicas.place_idle()
-    replicas.move_all()
+    yield from replicas.place_idle()
+    yield from replicas.move_all()
     return replicas.plan()
 
 
@@ -99,16 +100,21 @@ class _Replicas:
         safety = min(levels.safety(layer) for layer in range(self._shape.n_layers))
         return Plan(changes, Score(safety, levels.worth()))
 
-    def place_idle(self) -> None:
+    def place_idle(self) -> Steps[None]:
         """Put everybody who has nothing where it is worth most."""
         idle = [worker for worker in self._workers if worker.peer_id not in self._levels.held]
         idle.sort(key=self._turn)
         for worker in idle:
+            yield
             if (best := self._levels.best(worker)) is not None:
                 self._levels.put(worker, best)
         rounds = min(_ROUNDS, _MOST_CHOICES // len(idle)) if idle else 0
-        while rounds and sum(map(self._choose_again, idle)):
-            rounds -= 1
+        while rounds:
+            changes = 0
+            for worker in idle:
+                yield
+                changes += self._choose_again(worker)
+            rounds = rounds - 1 if changes else 0
 
     def _turn(self, worker: WorkerView) -> tuple[int, float, str]:
         return -self._levels.most(worker.peer_id), -self._power[worker.peer_id].speed, worker.peer_id
@@ -121,12 +127,14 @@ class _Replicas:
         self._levels.put(worker, best)
         return best != before
 
-    def move_all(self) -> None:
+    def move_all(self) -> Steps[None]:
         """Move workers as long as there is one whose move pays."""
         before = dict(self._levels.held)
         moves = 0
+        yield
         while moves < _MOST_MOVES and self._move():
             moves += 1
+            yield
         # Layers have more tokens then, but ranges may meet less.
         if moves and self._flow(self._levels.held) < self._flow(before):
             for worker in self._workers:
