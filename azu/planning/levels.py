@@ -16,7 +16,7 @@ second, so that the same ranges have the same sums, in whatever order they came.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from statistics import fmean
 from typing import NamedTuple
@@ -49,10 +49,12 @@ class Pricing(NamedTuple):
 
 
 class _Menu(NamedTuple):
-    """The ranges that fit to which no layer can be added, and how many layers the longest has."""
+    """The ranges that fit to which no layer can be added, how many layers the longest has, and how many there are."""
 
     windows: tuple[Range, ...]
     most: int
+    lengths: frozenset[int]
+    ends: Mapping[int, int]  # of each, by its start
 
 
 class _Sizes:
@@ -76,7 +78,8 @@ class _Sizes:
         key = tuple(counts) if self._is_even else vram
         if key not in self._found:
             ranges = tuple(self._even(*counts) if self._is_even else self._uneven(vram))
-            self._found[key] = _Menu(ranges, max((end - start for start, end in ranges), default=0))
+            lengths = frozenset(end - start for start, end in ranges)
+            self._found[key] = _Menu(ranges, max(lengths, default=0), lengths, dict(ranges))
         return self._found[key]
 
     def _even(self, first: int, middle: int, last: int, whole: int) -> Iterator[Range]:
@@ -199,22 +202,23 @@ class Levels:
         menu = self._menus[worker.peer_id]
         if not menu.windows:
             return None
-        ranges = [*menu.windows, *self._meeting(worker, menu)]
+        meeting = [*self._meeting(worker, menu)]
         cached = [each for each in worker.cached if self._fits(worker, each)]
-        worth = self._worth(worker, menu, [*ranges, *cached])
-        best = max(worth[: len(ranges)])
-        near = max(worth[len(ranges) :], default=0.0)
-        if near > best * CACHED_IS_WORTH:
-            return cached[worth.index(near, len(ranges)) - len(ranges)]
-        return ranges[worth.index(best)]
+        ranges = [*menu.windows, *meeting, *cached]
+        others = {end - start for start, end in (*meeting, *cached)}
+        worth = self._worth(worker, menu.most, ranges, menu.lengths | others)
+        known = len(ranges) - len(cached)
+        best = max(worth[:known])
+        near = max(worth[known:], default=0.0)
+        return ranges[worth.index(near, known) if near > best * CACHED_IS_WORTH else worth.index(best)]
 
     def _fits(self, worker: WorkerView, range_: Range) -> bool:
         return range_[1] <= self.n_layers and self._shape.stage_bytes(*range_) <= worker.vram
 
-    def _worth(self, worker: WorkerView, menu: _Menu, ranges: Sequence[Range]) -> list[float]:
-        """What ranges are worth to a worker."""
-        rate = self.rate(worker.peer_id, menu.most)
-        rates = {layers: float(self.rate(worker.peer_id, layers)) for layers in {end - start for start, end in ranges}}
+    def _worth(self, worker: WorkerView, most: int, ranges: Sequence[Range], lengths: Iterable[int]) -> list[float]:
+        """What ranges, which have so many layers each, are worth to a worker."""
+        rate = self.rate(worker.peer_id, most)
+        rates = {layers: float(self.rate(worker.peer_id, layers)) for layers in lengths}
         top = self._even * (1 + self._pricing.floor)
         prices = list(accumulate([top - tokens if tokens < top else 0.0 for tokens in self.tokens], initial=0.0))
         power = self._power[worker.peer_id]
@@ -241,11 +245,10 @@ class Levels:
 
     def _meeting(self, worker: WorkerView, menu: _Menu) -> Iterator[Range]:
         """Somewhat shorter ranges than those, both ends of which meet others."""
-        half = self.rate(worker.peer_id, menu.most) // 4
-        ends = [border for border, surplus in enumerate(self._surplus) if surplus < -half]
+        enough = self.rate(worker.peer_id, menu.most) // 4
+        ends = [border for border, surplus in enumerate(self._surplus) if surplus < -enough]
         ends.append(self.n_layers)
         least = max(1, int(_SHORTEST * menu.most))
-        for start, longest in menu.windows:
-            if self._surplus[start] > half or not start:
-                for index in range(bisect_left(ends, start + least), bisect_left(ends, longest)):
-                    yield start, ends[index]
+        for start in (0, *(border for border, surplus in enumerate(self._surplus) if surplus > enough)):
+            for index in range(bisect_left(ends, start + least), bisect_left(ends, menu.ends.get(start, 0))):
+                yield start, ends[index]

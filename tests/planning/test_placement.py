@@ -69,6 +69,7 @@ def test_fewest_workers_and_the_smallest_largest_stage(
     assert (len(chain), max(p.end - p.start for p in chain)) == best
 
 
+@settings(max_examples=50)
 @given(
     layers=st.lists(st.integers(1, 30), min_size=1, max_size=40),
     embedding=st.integers(0, 100),

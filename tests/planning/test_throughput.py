@@ -161,6 +161,7 @@ def test_a_swarm_gives_most_of_what_its_workers_have(count: int, n_layers: int, 
 # --- replicas
 
 
+@settings(max_examples=40)
 @given(st.integers(1, 20), st.integers(2, 8), st.data())
 def test_no_layer_hangs_on_one_worker_or_one_network_where_there_are_enough(
     n_layers: int, most: int, data: st.DataObject
