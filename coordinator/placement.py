@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 
@@ -57,18 +58,27 @@ def _without(retired: Collection[str], worker: WorkerRecord) -> WorkerRecord:
     return worker.model_copy(update={"ranges": tuple(h for h in worker.ranges if h.manifest not in retired)})
 
 
+def _loaded(worker: WorkerRecord) -> set[tuple[str, WeightFormat, int]]:
+    """The layers of models that it could run now."""
+    ranges = [held for held in worker.ranges if held.state == "loaded"]
+    return {(held.manifest, worker.dtype, layer) for held in ranges for layer in range(held.start, held.end)}
+
+
 def with_spares_free(workers: Sequence[WorkerRecord], me: str = "") -> list[WorkerRecord]:
-    """The workers as if those that only repeat what another has loaded, and run no job, held nothing.
+    """The workers as if those that only repeat what others have loaded, and run no job, held nothing.
 
     Those that another coordinator than `me` has given their layers keep them.
     """
-    kept: set[tuple[str, int, int, str]] = set()
+    loaded = {worker.peer_id: _loaded(worker) for worker in workers}
+    holders = Counter(layer for layers in loaded.values() for layer in layers)
     freed: list[WorkerRecord] = []
-    for worker in sorted(workers, key=lambda worker: (-worker.jobs, worker.peer_id)):
-        loaded = {(h.manifest, h.start, h.end, worker.dtype) for h in worker.ranges if h.state == "loaded"}
-        is_spare = bool(loaded) and not worker.jobs and loaded <= kept and not _is_anothers(worker, me)
-        kept |= loaded
-        freed.append(_without({manifest for manifest, *_ in loaded}, worker) if is_spare else worker)
+    for worker in sorted(workers, key=lambda worker: (len(loaded[worker.peer_id]), worker.peer_id)):
+        layers = loaded[worker.peer_id]
+        is_spare = bool(layers) and not worker.jobs and all(holders[layer] > 1 for layer in layers)
+        if is_spare and not _is_anothers(worker, me):
+            holders.subtract(layers)
+            worker = _without({manifest for manifest, *_ in layers}, worker)
+        freed.append(worker)
     return freed
 
 

@@ -7,6 +7,7 @@ run jobs, which would refuse to change, and those of other coordinators.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from azu.planning.chain import cover
@@ -53,13 +54,15 @@ def _along(gaps: Iterable[Range], cuts: Sequence[Range]) -> Iterator[Range]:
             yield start, end
 
 
-def _spares(workers: Iterable[WorkerView]) -> Iterator[WorkerView]:
-    """Those that run no job and hold what another one holds too."""
-    kept: set[Range | None] = {None}
-    for worker in sorted(workers, key=lambda worker: (-worker.jobs, worker.peer_id)):
-        if worker.held in kept and worker.held and worker.ready and not (worker.jobs or worker.is_fixed):
+def _spares(workers: Sequence[WorkerView]) -> Iterator[WorkerView]:
+    """Those that run no job and hold only what others hold too, who stay; the smallest first."""
+    holders = Counter(layer for worker in workers if worker.held for layer in range(*worker.held))
+    free = [w for w in workers if w.held and w.ready and not (w.jobs or w.is_fixed)]
+    for worker in sorted(free, key=lambda w: w.held[1] - w.held[0] if w.held else 0):
+        layers = Counter(range(*worker.held or (0, 0)))
+        if all(holders[layer] > 1 for layer in layers):
+            holders -= layers
             yield worker
-        kept.add(worker.held)
 
 
 def _fill(

@@ -134,12 +134,19 @@ async def test_replicas_make_room_for_a_model_that_would_stay_uncovered(autojump
     whole = room_for(12)
     first = worker(1, (OTHER, 0, 12, "loaded"), vram_total=whole, jobs=0)
     replica = worker(2, (OTHER, 0, 12, "loaded"), vram_total=whole, jobs=0)
-    only = worker(3, (OTHER, 0, 6, "loaded"), vram_total=whole, jobs=0)
-    swarm = SwarmTwin(first, replica, only)
-    with trio.move_on_after(0.5):
-        await placer(swarm).run()
-    (given,) = swarm.taken
-    assert given in {(first.peer_id, 0, 12), (replica.peer_id, 0, 12)}  # one of the two, and not both
+    only = worker(3, (OTHER, 0, 13, "loaded"), vram_total=whole, jobs=0)
+    within = worker(4, (OTHER, 3, 15, "loaded"), vram_total=whole, jobs=0)
+    last = worker(5, (OTHER, 9, 16, "loaded"), vram_total=whole, jobs=0)
+    for workers, spares in (
+        ((first, replica), (first, replica)),
+        ((only, within, last), (within, last)),  # one of them, as two hold all that there is
+        ((only, replica, last), (replica,)),
+    ):
+        swarm = SwarmTwin(*workers)
+        with trio.move_on_after(0.5):
+            await placer(swarm).run()
+        (given,) = swarm.taken
+        assert given in {(spare.peer_id, 0, 12) for spare in spares}  # one of them, and no more
 
 
 async def test_no_replica_is_given_up_where_it_runs_a_job_or_is_of_no_use(

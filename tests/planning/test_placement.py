@@ -199,6 +199,8 @@ def test_a_spare_fills_a_hole_before_all_is_planned_anew() -> None:
         holding("c", 0, 10, vram=120, ready=True, decode_s=0.002),
     ]
     assert place(uniform(30), running) == (Placement("c", 20, 30),)
+    between = [*running[:2], replace(running[2], held=(3, 13))]
+    assert place(uniform(30), between) == (Placement("c", 20, 30),), "two others hold its layers between them"
     busy = [*running[:2], replace(running[2], jobs=1)]
     assert {placement.peer_id for placement in place(uniform(30), busy)} != {"c"}
 
