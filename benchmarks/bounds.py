@@ -20,7 +20,7 @@ from typing import Any
 from azu.planning import Links, ModelShape, WorkerView
 from azu.planning.snapshot import Power, powers
 
-__all__ = ["best_placement", "crude", "parts", "relaxed", "whole"]
+__all__ = ["best_placement", "best_with_parts", "crude", "parts", "relaxed", "whole"]
 
 Edge = tuple[int, int, float]  # from a border between layers to another, tokens per second
 _EXACT = 1e-3  # how far the relaxed bound may be above the least one, as a share of it
@@ -228,3 +228,59 @@ def best_placement(shape: ModelShape, workers: Sequence[WorkerView], limit_s: fl
         options={"time_limit": limit_s, "mip_rel_gap": 0.001},
     )
     return -float(solved.fun) if solved.status == 0 else None
+
+
+def best_with_parts(shape: ModelShape, workers: Sequence[WorkerView], limit_s: float) -> tuple[float, float]:
+    """The same where workers run parts of what they hold: the best that was found in time, and what none exceeds.
+
+    Holding more is never worse then, so each worker has one of the ranges to which no layer can be added.
+    """
+    import numpy as np
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import coo_matrix, csr_matrix, hstack
+
+    n_layers, power = shape.n_layers, powers(workers, Links())
+    edges: list[Edge] = []
+    owners: list[int] = []
+    held: list[tuple[int, int, int]] = []  # worker, start, end
+    for index, worker in enumerate(workers):
+        ends = _ends(shape, worker.vram)
+        for start, last in enumerate(ends):
+            for end in range(start + 1, last + 1):
+                edges.append((start, end, power[worker.peer_id].rate(end - start, n_layers)))
+                owners.append(index)
+            if last > max([start, *ends[:start]]):
+                held.append((index, start, last))
+    count, columns = len(edges), len(edges) + len(held)
+    rows, cost = _flow_rows(edges, n_layers, count)
+    # A worker's time for all parts with a layer is 1 at most, and nothing where it does not hold the layer.
+    busy = [
+        (1 / rate, owner * n_layers + layer, column)
+        for column, ((start, end, rate), owner) in enumerate(zip(edges, owners, strict=True))
+        for layer in range(start, end)
+    ]
+    busy += [
+        (-1.0, owner * n_layers + layer, count + column)
+        for column, (owner, start, end) in enumerate(held)
+        for layer in range(start, end)
+    ]
+    values, at, of = zip(*busy, strict=True)
+    times = [1 / rate for *_, rate in edges]
+    size = len(workers), columns
+    solved = milp(
+        np.concatenate([cost, np.zeros(len(held))]),
+        integrality=np.concatenate([np.zeros(count), np.ones(len(held))]),
+        bounds=Bounds(0, np.concatenate([np.full(count, np.inf), np.ones(len(held))])),
+        constraints=[
+            LinearConstraint(hstack([rows, csr_matrix((n_layers - 1, len(held)))]), 0, 0),
+            LinearConstraint(coo_matrix((values, (at, of)), (len(workers) * n_layers, columns)).tocsr(), -np.inf, 0),
+            LinearConstraint(coo_matrix((times, (owners, range(count))), size).tocsr(), -np.inf, 1),
+            LinearConstraint(
+                coo_matrix((np.ones(len(held)), ([owner for owner, *_ in held], range(count, columns))), size).tocsr(),
+                -np.inf,
+                1,
+            ),
+        ],
+        options={"time_limit": limit_s, "mip_rel_gap": 0.005},
+    )
+    return (-float(solved.fun) if solved.fun is not None else 0.0), -float(solved.mip_dual_bound)

@@ -29,10 +29,10 @@ def find_chain(
     idle = [worker for worker in workers if worker.held is None]
     busy = [worker for worker in workers if worker.held and (worker.jobs or worker.is_fixed)]
     jobless = [worker for worker in workers if not (worker.held and worker.jobs) and not worker.is_fixed]
-    for staying, able in (workers, idle), (workers, [*idle, *_spares(workers)]), (busy, jobless):
+    for staying, able in (workers, idle), (workers, None), (busy, jobless):
         missing = holes(shape.n_layers, [worker.held for worker in staying if worker.held])
         for gaps in list(_along(missing, cuts)), missing:
-            taken = _fill(shape, gaps, able, power)
+            taken = _fill(shape, gaps, [*idle, *_spares(workers)] if able is None else able, power)
             if taken is not None:
                 return [p for p in taken if held[p.peer_id] != (p.start, p.end)]
     return None

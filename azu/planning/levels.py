@@ -136,8 +136,14 @@ class Levels:
         self._rates: dict[str, dict[int, int]] = {worker.peer_id: {} for worker in workers}
         sizes = _Sizes(shape)
         self._menus = {worker.peer_id: sizes.of(worker.vram) for worker in workers}
-        most = (menu.most * self.rate(peer_id, menu.most) for peer_id, menu in self._menus.items() if menu.most)
-        self._even = sum(most) // n_layers or 1  # what all layers would have
+        most = {peer: (menu.most, self.rate(peer, menu.most)) for peer, menu in self._menus.items() if menu.most}
+        self._even = sum(size * rate for size, rate in most.values()) // n_layers or 1  # what all layers would have
+        self._top = int(self._even * (1 + pricing.floor))
+        self._prices = [float(self._top)] * n_layers
+        # How much meets what begins at a border, or ends there, up to what one worker usually gives.
+        self._usual = sum(rate for _, rate in most.values()) // max(1, len(most)) or 1
+        self._begin, self._end = [0.0] * (n_layers + 1), [0.0] * (n_layers + 1)
+        self._begin[0] = self._end[-1] = float(self._usual)
 
     def rate(self, peer_id: str, layers: int) -> int:
         """Billionths of a token per second that a worker adds to so many layers."""
@@ -166,7 +172,8 @@ class Levels:
         rate = sign * self.rate(worker.peer_id, end - start)
         network = worker.network or worker.peer_id
         for layer in range(start, end):
-            self.tokens[layer] += rate
+            self.tokens[layer] = tokens = self.tokens[layer] + rate
+            self._prices[layer] = float(self._top - tokens) if tokens < self._top else 0.0
             self.ways[layer] += sign
             there = self._networks[layer]
             self._safe -= len(there) >= _TOGETHER
@@ -176,6 +183,11 @@ class Levels:
             self._safe += len(there) >= _TOGETHER
         self._surplus[start] -= rate
         self._surplus[end] += rate
+        for border in range_:
+            if 0 < border < self.n_layers:
+                surplus = self._surplus[border]
+                self._begin[border] = float(min(max(surplus, 0), self._usual))
+                self._end[border] = float(min(max(-surplus, 0), self._usual))
 
     def worth(self) -> float:
         """Tokens per second, about: the layers' mean, of each no more than all would have, less the further hops."""
@@ -219,19 +231,17 @@ class Levels:
         """What ranges, which have so many layers each, are worth to a worker."""
         rate = self.rate(worker.peer_id, most)
         rates = {layers: float(self.rate(worker.peer_id, layers)) for layers in lengths}
-        top = self._even * (1 + self._pricing.floor)
-        prices = list(accumulate([top - tokens if tokens < top else 0.0 for tokens in self.tokens], initial=0.0))
+        prices = list(accumulate(self._prices, initial=0.0))
         power = self._power[worker.peer_id]
-        meeting = self._pricing.meeting * power.away_s * power.speed * self._even
-        begins = [0 if surplus <= 0 else meeting * (surplus if surplus < rate else rate) for surplus in self._surplus]
-        ends = [0 if surplus >= 0 else meeting * (-surplus if surplus > -rate else rate) for surplus in self._surplus]
-        begins[0] = ends[-1] = meeting * rate
+        met = self._pricing.meeting * power.away_s * power.speed * self._even * min(1.0, rate / self._usual)
+        begin, stop = self._begin, self._end
         found = [
-            rates[end - start] * (prices[end] - prices[start]) + begins[start] + ends[end] for start, end in ranges
+            rates[end - start] * (prices[end] - prices[start]) + met * (begin[start] + stop[end])
+            for start, end in ranges
         ]
         if self._safe == self.n_layers:
             return found
-        safer = self._safer(worker, rate * top * self.n_layers)
+        safer = self._safer(worker, rate * self._top * self.n_layers)
         return [each + safer[end] - safer[start] for each, (start, end) in zip(found, ranges, strict=True)]
 
     def _safer(self, worker: WorkerView, unit: float) -> list[float]:
