@@ -96,9 +96,7 @@ async def ask(swarm: RealSwarm, slow_at: int, slow: Callable[[Worker], object]) 
     return tokens, job, middle
 
 
-async def check_a_move(
-    swarm: RealSwarm, answer: list[int], slow_at: int, slow_down: Callable[[Worker], object]
-) -> None:
+async def check_a_move(swarm: RealSwarm, answer: list[int], slow_down: Callable[[Worker], object]) -> None:
     """The job goes on at the runner-up, and all is paid once."""
     tokens, job, slow = await ask(swarm, SLOW_AT, slow_down)
     assert tokens == answer
