@@ -159,11 +159,11 @@ class AzuSwarm(Swarm):
         self._unanswered[peer_id] = trio.current_time() + UNANSWERED_SECONDS, why[:MAX_REASON]
 
     def known_addresses(self, peer_id: ID) -> list[Multiaddr]:
-        """Addresses in the peerstore that we could dial."""
+        """Addresses in the peerstore that we could dial; none where nothing is known, or all has expired."""
         try:
             known = self.peerstore.addrs(peer_id)
-        except Exception as error:  # PeerStoreError where nothing is known or all has expired
-            raise SwarmException(f"no address of {peer_id} is known") from error
+        except PeerStoreError:
+            return []
         return [each for each in known if self._can_dial(each)]
 
     def _can_dial(self, address: Multiaddr) -> bool:
@@ -214,6 +214,14 @@ class AzuSwarm(Swarm):
         if self.gate.violated(peer_id):
             logger.warning("%s is banned for %.0f s: it breaks protocols", peer_id, self.gate.ban_left(peer_id))
             self.manager.run_task(self.close_peer, ID.from_string(peer_id))
+
+    async def close_peer(self, peer_id: ID) -> None:
+        """As upstream, which then forgets whatever connection has come meanwhile, and leaves it open."""
+        for connection in self.get_connections(peer_id):
+            try:
+                await connection.close()
+            except Exception as error:  # the others are to be closed all the same
+                logger.debug("connection to %s not closed: %s", peer_id, reason(error))
 
     def protocols_of(self, peer_id: ID) -> Sequence[str]:
         """What a peer speaks; empty until it has told."""
@@ -296,11 +304,7 @@ class AzuKadDHT(KadDHT):
         location = swarm.location_of(peer_id)
         if location is None:  # it is reached through a relay, and can be anywhere
             return False
-        try:
-            known = swarm.known_addresses(peer_id)
-        except SwarmException:  # it has told none yet
-            known = []
-        return await self.routing_table.add_peer(PeerInfo(peer_id, [location, *known]))
+        return await self.routing_table.add_peer(PeerInfo(peer_id, [location, *swarm.known_addresses(peer_id)]))
 
     async def _add_once_identified(self, peer_id: ID, pending: set[ID]) -> None:
         swarm: Any = self.host.get_network()

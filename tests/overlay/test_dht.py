@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import trio
 from libp2p.peer.peerinfo import PeerInfo
+from libp2p.peer.peerstore import PeerStoreError
 
 from azu.errors import InputError, NetworkError, ProtocolError, TrustError
 from azu.overlay import MAX_RECORD_BYTES, Overlay, dht, open_overlay
@@ -189,7 +190,12 @@ async def test_provides_are_paced_below_what_servers_drop(swarm: Swarm, monkeypa
 async def test_find_a_peer_by_id_alone(swarm: Swarm) -> None:
     with trio.fail_after(LIMIT):
         async with swarm(4) as nodes:
+            newcomer = parse_peer_id(nodes[3].peer_id)
+            while not nodes[0]._dht.is_neighbour(newcomer):
+                await trio.sleep(0.01)
             await nodes[2].disconnect(nodes[3].peer_id)
+            with suppress(PeerStoreError):  # it may not have heard of it yet
+                nodes[2]._host.get_peerstore().clear_peerdata(newcomer)
             await nodes[2].connect(nodes[3].peer_id)
             assert nodes[2].is_connected(nodes[3].peer_id)
             stranger = "12D3KooWK99VoVxNE7XzyBwXEzW7xhK7Gpv85r9F3V3fyKSUKPH5"

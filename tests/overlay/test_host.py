@@ -141,6 +141,20 @@ async def test_plaintext_and_garbage_on_the_port_harm_nobody() -> None:
                 assert await receive_exactly(stream, 1) == b"x"
 
 
+async def test_a_connection_that_comes_while_the_others_are_closed_is_not_forgotten() -> None:
+    with trio.fail_after(LIMIT):
+        async with open_overlay(config(1)) as one, open_overlay(config(2)) as other, trio.open_nursery() as nursery:
+            await one.connect(other.peer_id, other.addrs)
+            while not other.is_connected(one.peer_id):
+                await trio.sleep(0.01)
+            nursery.start_soon(one.disconnect, other.peer_id)
+            while other.is_connected(one.peer_id):
+                await trio.sleep(0.001)
+            await other.connect(one.peer_id, one.addrs)
+            await trio.sleep(0.5)  # upstream takes 0.2 s over closing one
+            assert one.is_connected(other.peer_id)
+
+
 async def test_errors_from_the_body_come_out_as_they_are() -> None:
     with pytest.raises(ZeroDivisionError):
         async with open_overlay(config(1)):
