@@ -21,12 +21,16 @@ import statistics
 from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 __all__ = ["Hedging", "Offer", "Part", "Reading", "Slow", "is_worth_it"]
 
+Kind = Literal["pass", "line", "answer"]
+
 _SLOW = 3.0
-_LEAST_S = 0.005  # what a part takes longer by less, is not slow: no move is worth it
+# What takes longer by less is not slow, however short it is usually. Short lines and answers are several times as long
+# on machines that have much to do, wherever a job goes.
+_LEAST_S: Mapping[Kind, float] = {"pass": 0.005, "line": 0.02, "answer": 0.02}
 _LOOKS = 3  # so often in a row, and so many are needed to know what is usual
 _KEPT = 64  # looks of which the median is what is usual
 _LATE = 0.5  # of what a stage takes longer, the tokens have to come later
@@ -37,10 +41,10 @@ _CLEARLY = 3.0
 
 
 class Part(NamedTuple):
-    """A stage's worker, and what takes time there: a line to the `neighbour`, or its "pass", or its "answer"."""
+    """A stage's worker, and what takes time there: its line to a `neighbour`, its pass, or its answer."""
 
     peer_id: str
-    kind: str
+    kind: Kind
     neighbour: str = ""
 
 
@@ -61,7 +65,7 @@ class Slow:
     step_s: float
     usual_s: float
     late_s: float
-    kind: str = "pass"
+    kind: Kind = "pass"
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +141,7 @@ class Hedging:
 
     def _is_slow(self, part: Part, reading: Reading, usual_s: float) -> bool:
         """Whether a part takes too long now; what does not is what is usual."""
-        if usual_s and reading.now_s >= max(_SLOW * usual_s, usual_s + _LEAST_S):
+        if usual_s and reading.now_s >= max(_SLOW * usual_s, usual_s + _LEAST_S[part.kind]):
             self._slow[part] += 1
             return True
         self._usual.setdefault(part, deque(maxlen=_KEPT)).append(reading.now_s)

@@ -177,7 +177,7 @@ def test_a_line_that_is_said_to_be_slow_while_the_tokens_come_in_time_is_none() 
 
 def test_lines_that_are_fast_all_the_same_are_not_slow() -> None:
     job, near = Job(), {AB: 0.0002, BC: 0.0002, CA: 0.0002}
-    assert not any(job.go_far(10, near) + job.go_far(10, dict.fromkeys(near, 0.002)))
+    assert not any(job.go_far(10, near) + job.go_far(10, dict.fromkeys(near, 0.019)))
 
 
 def test_a_worker_that_becomes_slow_before_the_job_has_seen_it_otherwise_is_found_by_what_was_usual_before() -> None:
