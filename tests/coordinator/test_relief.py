@@ -36,6 +36,7 @@ from tests.worker_records import MANIFEST
 PROMPT, COUNT, SLOW_AT = prompt_of(40), 240, 100
 POSITIONS = len(PROMPT) + COUNT - 1
 LAG_S = 0.04  # many times what a step takes
+LONG_S = 0.2  # and what it takes on a machine that has much else to do
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +55,13 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hedging_module, "_PAUSE_S", 0.05)
     monkeypatch.setattr(mender_module, "_GLANCE_S", 0.03)  # several before it is slow
     monkeypatch.setattr(swarm_module, "_POLL_S", 0.2)
+
+
+@pytest.fixture
+def earnest(monkeypatch: pytest.MonkeyPatch, quick: None) -> None:
+    """A move has to be worth what it is elsewhere, so that nothing else that the machine does is a reason for one."""
+    monkeypatch.setattr(hedging_module, "_PAUSE_S", 2.0)
+    monkeypatch.setattr(mender_module, "_GLANCE_S", 0.1)
 
 
 async def measured(swarm: RealSwarm) -> RealSwarm:
@@ -129,14 +137,14 @@ async def check_a_move(swarm: RealSwarm, answer: list[int], slow_down: Callable[
 
 
 async def test_a_job_leaves_a_worker_that_has_become_slow_and_all_is_paid_once(
-    model: TinyModel, answer: list[int], tmp_path: Path
+    model: TinyModel, answer: list[int], tmp_path: Path, earnest: None
 ) -> None:
     async with real_swarm(model, tmp_path, *THREE, (1, 3)) as swarm:
-        await check_a_move(await measured(swarm), answer, partial(slow_down, seconds=LAG_S))
+        await check_a_move(await measured(swarm), answer, partial(slow_down, seconds=LONG_S))
 
 
 async def test_a_job_leaves_a_worker_whose_line_to_the_next_stage_has_become_slow(
-    model: TinyModel, answer: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: TinyModel, answer: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, earnest: None
 ) -> None:
     """The next stage's worker says so too, but nobody else has its layers."""
     for name, seconds in (("_ROUND_S", 0.05), ("_SOON_S", 0.05)):
@@ -144,7 +152,7 @@ async def test_a_job_leaves_a_worker_whose_line_to_the_next_stage_has_become_slo
     lines = {2: Forwarders(), 4: Forwarders()}  # from the workers that have the middle layers to the last one
 
     def lengthen(worker: Worker) -> None:
-        lines[worker.number].delay = LAG_S
+        lines[worker.number].delay = LONG_S
 
     async with real_swarm(model, tmp_path, *THREE[:2]) as swarm:
         await swarm.join(*THREE[2], lines={2: lines[2]})
