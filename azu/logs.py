@@ -17,14 +17,16 @@ import json as jsonlib
 import logging
 import os
 import re
+import shutil
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from typing import Any, TextIO
 
 from azu.errors import AzuError
 
-__all__ = ["OURS", "configure_logging", "is_json", "log"]
+__all__ = ["OURS", "configure_logging", "is_json", "log", "show_status"]
 
 OURS = ("azu", "node", "coordinator", "bootstrap")
 REDACTED = "[redacted]"
@@ -39,6 +41,7 @@ _MAX_TEXT = 2_000  # characters of one value; a prompt or a page of HTML does no
 _MAX_ITEMS = 50  # entries of one list or mapping
 _MAX_DEPTH = 4
 
+_ERASE = "\r\x1b[2K"  # the line that the cursor is in
 _COLOURS = {"debug": "2", "warning": "33", "error": "31", "critical": "1;31"}
 
 
@@ -53,7 +56,7 @@ def configure_logging(*, json: bool, level: str, program: str, stream: TextIO | 
     Our own loggers speak from `level` on; libraries from warnings on, unless `level` is debug.
     """
     stream = sys.stderr if stream is None else stream
-    handler = logging.StreamHandler(stream)
+    handler = _StatusHandler(stream)
     handler.setFormatter(JsonFormatter(program) if json else HumanFormatter(colour=_wants_colour(stream)))
     root = logging.getLogger()
     for old in [*root.handlers]:
@@ -64,6 +67,44 @@ def configure_logging(*, json: bool, level: str, program: str, stream: TextIO | 
     for name in OURS:
         logging.getLogger(name).setLevel(chosen)
     logging.captureWarnings(True)
+
+
+def show_status(text: str) -> bool:
+    """Show a line below the log, in place of the last one; "" takes it away.
+
+    Returns:
+        whether there is one: not where the log goes to a file or a collector, is JSON, or tells of warnings only.
+    """
+    if not logging.getLogger(OURS[0]).isEnabledFor(logging.INFO):
+        return False
+    handlers = (handler for handler in logging.getLogger().handlers if isinstance(handler, _StatusHandler))
+    return any(handler.show(_printable(text)) for handler in handlers)
+
+
+class _StatusHandler(logging.StreamHandler[TextIO]):
+    """Writes records, and below them a line that changes, where people look at it."""
+
+    _status = ""
+
+    def show(self, text: str) -> bool:
+        """Show a line, cut to the terminal's width, or none; returns whether it can be seen."""
+        if isinstance(self.formatter, JsonFormatter) or not self.stream.isatty() or os.environ.get("TERM") == "dumb":
+            return False
+        with self.lock or nullcontext():
+            before, self._status = self._status, text[: shutil.get_terminal_size().columns - 1]
+            if before or text:
+                self.stream.write(_ERASE + self._status)
+                self.flush()
+        return True
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not self._status:
+            super().emit(record)
+            return
+        self.stream.write(_ERASE)
+        super().emit(record)
+        self.stream.write(self._status)
+        self.flush()
 
 
 def is_json() -> bool:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from azu.errors import NetworkError
-from azu.logs import OURS, REDACTED, configure_logging, is_json, log
+from azu.logs import OURS, REDACTED, configure_logging, is_json, log, show_status
 
 logger = logging.getLogger("node.engine.runner")
 
@@ -182,3 +182,33 @@ def test_a_second_call_replaces_the_first() -> None:
     logger.info("once")
     assert first.getvalue() == ""
     assert only_line(second)["event"] == "once"
+
+
+def lines_of(terminal: io.StringIO) -> list[str]:
+    """What a person sees in the end."""
+    return [line.split("\r\x1b[2K")[-1] for line in terminal.getvalue().split("\n")]
+
+
+def test_a_status_line_stays_below_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "40")
+    terminal = Terminal()
+    configure_logging(json=False, level="info", program="azu-node", stream=terminal)
+    assert show_status("10% of\x1b[2J it")
+    log(logger, logging.INFO, "one")
+    assert lines_of(terminal)[0].endswith("one")
+    assert lines_of(terminal)[1] == "10% of\\x1b[2J it"
+    assert show_status("x" * 100)
+    log(logger, logging.INFO, "two")
+    assert lines_of(terminal)[1].endswith("two")
+    assert lines_of(terminal)[2] == "x" * 39
+    assert show_status("")
+    log(logger, logging.INFO, "three")
+    assert [line[-5:] for line in lines_of(terminal)] == ["  one", "  two", "three", ""]
+
+
+@pytest.mark.parametrize("json", [True, False])
+def test_there_is_no_status_line_but_in_a_terminal(json: bool) -> None:
+    stream = started(json=json)
+    assert not show_status("10%")
+    assert stream.getvalue() == ""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import random
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 
@@ -21,7 +22,7 @@ from azu.distribution.patience import Patience
 from azu.distribution.progress import FetchProgress
 from azu.distribution.schedule import Piece, Schedule
 from azu.errors import AzuError, NetworkError, ProtocolError, TrustError
-from azu.logs import log
+from azu.logs import log, show_status
 from azu.models.manifest import Blob
 from azu.models.partial import PartialBlob
 from azu.models.pieces import piece_count, piece_digests
@@ -39,7 +40,7 @@ Fallback = Callable[[Blob], Awaitable[int]]
 _STORERS = 2  # pieces being hashed and written at once
 _QUEUED = 2  # pieces that wait for that
 _MAX_HOLDERS = 32  # that are kept in touch with
-_REPORT_S = 5.0  # between two lines about how far it is
+_REPORT_S, _SHOW_S = 5.0, 0.5  # between two lines of the log about how far it is, and two looks of a terminal's line
 _REASONS = 8  # the latest ones that an error names: each has a peer's own words
 _CHANCE = random.SystemRandom()
 
@@ -307,14 +308,24 @@ class Fetch:
             self._news()
 
     async def _report(self) -> None:
-        here = self.progress.here
-        while True:
-            await trio.sleep(_REPORT_S)
-            rate, here = (self.progress.here - here) / _REPORT_S, self.progress.here
-            log(
-                logger, logging.INFO, "fetching", percent=self.progress.percent, done=format_size(here),
-                of=format_size(self.progress.total), per_second=format_size(int(rate)), peers=len(self.sending),
-            )  # fmt: skip
+        """In a terminal's last line, or else in the log every few seconds."""
+        now, logged = trio.current_time(), trio.current_time()
+        seen = deque([(now, self.progress.here)], maxlen=round(_REPORT_S / _SHOW_S) + 1)
+        try:
+            while True:
+                await trio.sleep(_SHOW_S)
+                now, (then, before) = trio.current_time(), seen[0]
+                seen.append((now, self.progress.here))
+                rate = int((self.progress.here - before) / (now - then))
+                if not show_status(self.progress.text(rate, len(self.sending))) and now >= logged + _REPORT_S:
+                    logged = now
+                    log(
+                        logger, logging.INFO, "fetching", percent=self.progress.percent,
+                        done=format_size(self.progress.here), of=format_size(self.progress.total),
+                        per_second=format_size(rate), peers=len(self.sending),
+                    )  # fmt: skip
+        finally:
+            show_status("")
 
 
 def _nobody_has(orphans: Sequence[str], faults: Mapping[str, str]) -> NetworkError:

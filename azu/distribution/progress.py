@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from azu.sizes import format_size
+
 __all__ = ["FetchProgress"]
 
 
@@ -28,6 +30,18 @@ class FetchProgress:
     def here(self) -> int:
         """Bytes that came so far."""
         return self.done + self.coming
+
+    def text(self, rate: int, peers: int) -> str:
+        """For a person: "fetching layers: 53%, 240.1 MiB of 448.6 MiB, 7.6 MiB/s from 1 peer, 27 s left".
+
+        Args:
+            rate: bytes per second.
+            peers: that send.
+        """
+        source = "the hub" if self.coming else f"{peers} peer{'' if peers == 1 else 's'}"
+        left = f", {max(0, self.total - self.here) / rate:.0f} s left" if rate else ""
+        sizes = f"{format_size(self.here)} of {format_size(self.total)}"
+        return f"fetching layers: {self.percent}%, {sizes}, {format_size(rate)}/s from {source}{left}"
 
     def add(self, source: str, size: int) -> None:
         """Note verified bytes."""

@@ -41,6 +41,9 @@ async def test_a_large_layer_that_no_peer_has_comes_from_the_hub(
     """Its piece list too, which nobody can send."""
     me, first, _ = nodes
     files = sharded_llama(n_layers=2, hidden=512)
+    shown: list[str] = []
+    monkeypatch.setattr("azu.distribution.fetching.show_status", shown.append)
+    monkeypatch.setattr("azu.distribution.fetching._SHOW_S", 0.01)
     with LoopbackHub() as hub, trio.fail_after(LIMIT):
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
@@ -63,3 +66,12 @@ async def test_a_large_layer_that_no_peer_has_comes_from_the_hub(
     assert all(me.library.store.check(blob.digest) for blob in wanted)
     assert (progress.percent, progress.coming, list(progress.sources)) == (100, 0, ["the hub"])
     assert progress.done == progress.total
+    assert any(text.startswith("fetching layers: ") and "/s from the hub" in text for text in shown)
+    assert shown[-1] == ""
+
+
+def test_progress_in_words() -> None:
+    progress = FetchProgress(done=1 << 20, total=4 << 20)
+    assert progress.text(1 << 19, 1) == "fetching layers: 25%, 1.0 MiB of 4.0 MiB, 512.0 KiB/s from 1 peer, 6 s left"
+    progress.coming = 1 << 20
+    assert progress.text(0, 0) == "fetching layers: 50%, 2.0 MiB of 4.0 MiB, 0 B/s from the hub"
