@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 
 import trio
 
-from azu.channel import IDLE_S, Channel, Stream, refusal_of
+from azu.channel import IDLE_S, Channel, refusal_of
 from azu.distribution.library import Library
 from azu.distribution.pace import Pace
 from azu.errors import InternalError, ModelError, ProtocolError
@@ -36,7 +37,8 @@ _SLOT_IDLE_S = 5.0  # a stream that asks for nothing for so long makes room for 
 _SLICE_BYTES = BATCH_BYTES
 _LEAST_RATE = 65_536  # bytes per second of a slot: with a lower limit there are fewer of them
 # A slot whose reader takes less for so long goes to the next who asks while there is no other: made-up identities could
-# hold all of them for ever. It is about the rate at which a fetch itself gives a holder up (`Patience.piece`).
+# hold all of them for ever. It is about the rate at which a fetch itself gives a holder up (`Patience.piece`). Those
+# that read fast have one network to come from: a slot of the network with most goes to one that has two fewer.
 _SLOW_RATE = 32_768
 _SLOW_S = 10.0
 _MAX_COUNTED = 65_536  # files whose requests are counted
@@ -76,8 +78,8 @@ class LayerServer:
     """Serves a library to other peers; `handle` is the handler of LAYERS_PROTOCOL.
 
     Args:
-        slots: peers that files are sent to at once; others are told to come again, unless one of these hardly reads.
-            Each takes up to 4 MiB of memory.
+        slots: peers that files are sent to at once; others are told to come again, unless one of these hardly reads, or
+            they come from a network that has fewer. Each takes up to 4 MiB of memory.
         rate: bytes of files per second, all peers together; None sends as fast as it can.
     """
 
@@ -87,7 +89,7 @@ class LayerServer:
         self._slots = slots if rate is None else max(1, min(slots, rate // _LEAST_RATE))
         self._pace = Pace(rate) if rate is not None else None
         self._slow_rate = _SLOW_RATE if rate is None else min(_SLOW_RATE, rate / self._slots / 2)
-        self._active: dict[Stream, _Slot] = {}
+        self._active: dict[OverlayStream, _Slot] = {}
         self._asked: Counter[str] = Counter()  # how often each file's beginning was asked for
         self._readers, self._lookers = trio.CapacityLimiter(_READERS), trio.CapacityLimiter(_LOOKERS)
 
@@ -97,13 +99,13 @@ class LayerServer:
         try:
             while (received := await channel.receive(IDLE_S)) is not None:
                 try:
-                    await self._answer(channel, *received)
+                    await self._answer(stream, channel, *received)
                 except (ModelError, InternalError) as error:
                     await channel.send(refusal_of(error))
         finally:
             self._active.pop(stream, None)
 
-    async def _answer(self, channel: Channel, request: Message, body: bytearray) -> None:
+    async def _answer(self, stream: OverlayStream, channel: Channel, request: Message, body: bytearray) -> None:
         if isinstance(request, GetManifest):
             envelope = await trio.to_thread.run_sync(self._library.envelope, request.digest, limiter=self._lookers)
             await (channel.send(_NOT_HERE) if envelope is None else channel.send(ManifestReply(), envelope))
@@ -111,7 +113,7 @@ class LayerServer:
             here = await trio.to_thread.run_sync(self._which, bytes(body), limiter=self._lookers)
             await channel.send(HaveBlobs(), here)
         elif isinstance(request, GetBlob):
-            slot = await self._admit(channel.stream)
+            slot = await self._admit(stream)
             if slot is None:
                 await channel.send(_BUSY)
                 return
@@ -128,28 +130,38 @@ class LayerServer:
         names = [digests[start : start + 32].hex() for start in range(0, len(digests), 32)]
         return bytes(1 + min(254, self._asked[name]) if self._library.store.has(name) else 0 for name in names)
 
-    async def _admit(self, stream: Stream) -> _Slot | None:
+    async def _admit(self, stream: OverlayStream) -> _Slot | None:
         now = trio.current_time()
         live = {each: slot for each, slot in self._active.items() if slot.idle_since > now - _SLOT_IDLE_S}
         if stream in live:
             live[stream].idle_since = math.inf
             return live[stream]
         is_full = len(live) >= self._slots
-        slow = self._slowest(live) if is_full else None
+        victim = self._victim(live, stream) if is_full else None
         of_peer = sum(each.peer_id == stream.peer_id for each in live)
-        if of_peer >= _SLOTS_PER_PEER or (is_full and slow is None):
+        if of_peer >= _SLOTS_PER_PEER or (is_full and victim is None):
             return None
-        is_sending = slow is not None and live.pop(slow).idle_since == math.inf
+        is_sending = victim is not None and live.pop(victim).idle_since == math.inf
         live[stream] = slot = _Slot()
         self._active = live
-        if slow is not None and is_sending:
-            await slow.reset()  # in the middle of a range there is no other way to stop
+        if victim is not None and is_sending:
+            await victim.reset()  # in the middle of a range there is no other way to stop
         return slot
 
-    def _slowest(self, live: dict[Stream, _Slot]) -> Stream | None:
-        """Whose slot another may have; None where all are read from as fast as they should be."""
-        stream = min(live, key=lambda each: live[each].rate())
-        return stream if live[stream].rate() < self._slow_rate else None
+    def _victim(self, live: dict[OverlayStream, _Slot], asking: OverlayStream) -> OverlayStream | None:
+        """Whose slot another may have; None where all are read from as they should be, and no network has too many."""
+
+        def slowest(streams: Iterable[OverlayStream]) -> OverlayStream:
+            return min(streams, key=lambda each: live[each].rate())
+
+        stream = slowest(live)
+        if live[stream].rate() < self._slow_rate:
+            return stream
+        held = Counter(each.network for each in live)
+        network, most = held.most_common(1)[0]
+        if most < held[asking.network] + 2:  # else the two would take it from one another again and again
+            return None
+        return slowest(each for each in live if each.network == network)
 
     async def _send_range(self, channel: Channel, request: GetBlob, slot: _Slot) -> None:
         # One buffer for all ranges of a stream: memory that is new each time costs more than reading the file.

@@ -13,6 +13,7 @@ from libp2p.stream_muxer.exceptions import MuxedStreamEOF, MuxedStreamReset
 from azu.errors import NetworkError
 from azu.overlay._link import Buffer
 from azu.overlay.faults import acquire, mapped, shielded
+from azu.overlay.gate import subnet_of
 
 __all__ = ["CLOSE_SECONDS", "JOIN_BYTES", "WRITE_SECONDS", "OverlayStream"]
 
@@ -47,6 +48,11 @@ class OverlayStream:
         """The address that the peer's packets come from; empty where a relay sends them."""
         endpoint = self._muxed.conn.get_remote_address()
         return endpoint[0] if endpoint else ""
+
+    @property
+    def network(self) -> str:
+        """The /24, or /48 of IPv6, that the peer's packets come from; empty where a relay sends them."""
+        return subnet_of(self.remote_ip) if self.remote_ip else ""
 
     async def __aenter__(self) -> Self:
         return self

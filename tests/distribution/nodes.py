@@ -127,7 +127,7 @@ def served_by(
             if isinstance(request, GetBlob) and request.digest not in lists:
                 await answer(channel, request)
             else:
-                await server._answer(channel, request, body)
+                await server._answer(stream, channel, request, body)
 
     node.overlay.handle(LAYERS_PROTOCOL, handle)
 

@@ -16,6 +16,7 @@ from azu.distribution import LayerServer, Offenders
 from azu.distribution.pace import Pace
 from azu.errors import NetworkError
 from azu.models.store import LayerStore
+from azu.overlay import OverlayConfig, open_overlay
 from azu.wire.messages import (
     LAYERS,
     LAYERS_PROTOCOL,
@@ -30,6 +31,7 @@ from azu.wire.messages import (
     WhichBlobs,
 )
 from tests.distribution.nodes import BIG, EMPTY, FIRST, SECOND, SMALL, THIRD, Node, blob_of, opened
+from tests.overlay.test_ipv6 import why_not
 
 SMALL_DIGEST, BIG_DIGEST = blob_of(SMALL).digest, blob_of(BIG).digest
 
@@ -58,10 +60,10 @@ class Scene:
     others: list[Node]
 
     @asynccontextmanager
-    async def asker(self, number: int = 0) -> AsyncIterator[Asker]:
-        """A stream of the `number`-th other node."""
+    async def asker(self, number: int = 0, kind: str = "ip") -> AsyncIterator[Asker]:
+        """A stream of the `number`-th other node, to addresses of that kind."""
         overlay = self.others[number].overlay
-        address = self.holder.overlay.addrs
+        address = [each for each in self.holder.overlay.addrs if each.startswith(f"/{kind}")]
         async with await overlay.open_stream(self.holder.peer_id, LAYERS_PROTOCOL, addrs=address) as stream:
             yield Asker(Channel(stream, LAYERS))
 
@@ -143,6 +145,25 @@ async def test_one_peer_gets_two_slots_and_all_get_no_more_than_there_are(scene:
         await second.channel.stream.aclose()
         while await third.code(ONE_BYTE):
             await trio.sleep(0.01)
+
+
+@pytest.mark.skipif(bool(why_not()), reason=why_not())
+async def test_one_network_does_not_keep_all_slots_from_others(scene: Scene, tmp_path: Path) -> None:
+    """Identities cost nothing, networks do: here IPv4's loopback and IPv6's."""
+    async with AsyncExitStack() as stack:
+        config = OverlayConfig(THIRD.seed, ("/ip4/127.0.0.1/tcp/0", "/ip6/::1/tcp/0"))
+        scene.holder = Node(await stack.enter_async_context(open_overlay(config)), scene.holder.library)
+        scene.holder.overlay.handle(LAYERS_PROTOCOL, LayerServer(scene.holder.library, slots=3).handle)
+        for number in (20, 21, 22, 23):
+            other = type(FIRST)(bytes([number]) * 32)
+            scene.others.append(await stack.enter_async_context(opened(other, tmp_path)))
+        of_one = [await stack.enter_async_context(scene.asker(number, "ip4")) for number in range(3)]
+        assert [await each.code(ONE_BYTE) for each in of_one] == ["", "", ""]
+        other = await stack.enter_async_context(scene.asker(3, "ip6"))
+        assert not await other.code(ONE_BYTE)
+        third = await stack.enter_async_context(scene.asker(4, "ip6"))
+        assert await third.code(ONE_BYTE) == "busy", "it would be taken to and fro"
+        assert sorted([await each.code(ONE_BYTE) for each in of_one]) == ["", "", "busy"]
 
 
 async def test_an_idle_stream_loses_its_slot(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
