@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from typing import Protocol, TypeVar
 
 import trio
@@ -44,10 +44,17 @@ class Channel:
     Receiving is safe to cancel; sending is never cut inside a frame (the stream sees to that).
     """
 
-    def __init__(self, stream: Stream, codec: Codec, *, max_body: int | None = None) -> None:
+    def __init__(
+        self,
+        stream: Stream,
+        codec: Codec,
+        *,
+        max_body: int | None = None,
+        allocate: Callable[[int], bytearray] = bytearray,
+    ) -> None:
         self.stream = stream
         self._codec = codec
-        self._reader = FrameReader(max_body=codec.max_body if max_body is None else max_body)
+        self._reader = FrameReader(max_body=codec.max_body if max_body is None else max_body, allocate=allocate)
 
     @property
     def peer_id(self) -> str:

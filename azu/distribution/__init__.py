@@ -7,6 +7,7 @@ A manifest comes in its publisher's signed envelope.
     serving     the holding side, in limits      pace        bytes per second
     fetching    the needing side                 schedule    which piece to ask of whom (pure)
     holder      its talk with one peer           patience    how long it waits for what
+    buffers     what pieces come in
     manifests   fetching manifests               progress    how far it is
     fallback    files that no peer has, from the hub
 """

@@ -16,6 +16,7 @@ from contextlib import ExitStack
 
 import trio
 
+from azu.distribution.buffers import Buffers
 from azu.distribution.holder import DEPTH, Holder
 from azu.distribution.offenders import Offenders
 from azu.distribution.patience import Patience
@@ -115,6 +116,7 @@ class Fetch:
         self.blobs = blobs
         self.patience = patience
         self.progress = progress
+        self.buffers = Buffers()
         self._counts = counts  # whether what peers send is part of the progress
         self.changed = trio.Event()  # set when there may be something new to ask for, and then replaced
         self.sending: set[str] = set()  # peers that pieces are asked of now
@@ -228,6 +230,7 @@ class Fetch:
             except AzuError as error:  # ours or the publisher's fault: no other peer could do better
                 self._failure = error
                 self._over.set()
+            self.buffers.give_back(data)
 
     async def _pieces_to_fetch(self, blob: Blob) -> Sequence[int]:
         if not self._store.has_unfinished(blob.digest):

@@ -77,7 +77,9 @@ class Holder:
         self._next_question = self._busy_until = -math.inf
         try:
             async with await open_worker_stream(self._fetch.overlay, self.peer_id, LAYERS_PROTOCOL) as stream:
-                await self._converse(Channel(stream, LAYERS, max_body=MAX_RANGE_BYTES))
+                await self._converse(
+                    Channel(stream, LAYERS, max_body=MAX_RANGE_BYTES, allocate=self._fetch.buffers.take)
+                )
         finally:
             self._fetch.sending.discard(self.peer_id)
             self._fetch.schedule.offer(self.peer_id, {})

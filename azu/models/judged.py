@@ -60,6 +60,7 @@ def check_architecture(config: Mapping[str, Any]) -> None:
     if not all(map(importlib.util.find_spec, ("torch", "transformers"))):
         log(logger, logging.WARNING, "whether workers can run this model is not known here", architecture=architecture)
         return
+    log(logger, logging.INFO, "looking whether its layers can be cut apart", architecture=architecture)  # takes seconds
     command = [sys.executable, "-m", "azu.models.judge_process"]
     try:
         done = subprocess.run(  # noqa: S603 - our own program

@@ -10,6 +10,7 @@ limits before anything is allocated.
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from azu.errors import ProtocolError
@@ -50,10 +51,12 @@ class FrameReader:
     Args:
         max_body: the largest body in bytes that this stream may carry at this time; it may be raised or lowered
             between frames through the attribute.
+        allocate: makes the buffer of so many bytes that a frame's body will own; what is in it does not matter.
     """
 
-    def __init__(self, *, max_body: int) -> None:
+    def __init__(self, *, max_body: int, allocate: Callable[[int], bytearray] = bytearray) -> None:
         self.max_body = max_body
+        self._allocate = allocate
         self._buffer = bytearray()
         self._frame: Frame | None = None  # the frame being read: its header is complete, its body not yet
         self._filled = 0  # bytes of its body that are there
@@ -115,4 +118,4 @@ class FrameReader:
             return None
         header = bytes(self._buffer[_PREFIX.size : end])
         del self._buffer[:end]
-        return Frame(header, bytearray(body_length))
+        return Frame(header, self._allocate(body_length))
