@@ -6,7 +6,7 @@ wrong with it comes back as a `Refusal`, since a refused ticket is an expected a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, NamedTuple, Self
 
@@ -21,6 +21,7 @@ from azu.wire.tensors import WeightFormat
 __all__ = [
     "CLOCK_SKEW_S",
     "MAX_STAGES",
+    "MAX_SUCCESSORS",
     "Assignment",
     "JobTicket",
     "LoadedLayers",
@@ -28,11 +29,10 @@ __all__ = [
     "Refusal",
     "Sampling",
     "StageEntry",
-    "check_amendment",
     "check_assignment",
-    "check_bequest",
     "check_receipt",
     "check_ticket",
+    "check_times",
     "open_assignment",
     "open_receipt",
     "open_ticket",
@@ -43,6 +43,8 @@ __all__ = [
 
 # No published model has more layers, and a stage has at least one.
 MAX_STAGES = 1_000
+# Coordinators that share a ledger, besides the one that signs.
+MAX_SUCCESSORS = 15
 # Clocks of home machines are off by a few seconds; more than this is a clock to be set.
 CLOCK_SKEW_S = 30
 
@@ -122,6 +124,8 @@ class JobTicket(Document):
     issued_at: UnixTime
     expires_at: UnixTime
     coordinator: PeerId
+    # Who else may have the job go on, by an amendment, once this coordinator is gone.
+    successors: Annotated[Tuple[PeerId], Field(max_length=MAX_SUCCESSORS)] = ()
 
     @model_validator(mode="after")
     def _stages_cover_the_model(self) -> Self:
@@ -185,6 +189,10 @@ class JobTicket(Document):
         life = self.expires_at - self.issued_at
         times = {"issued_at": now, "expires_at": now + life}
         return self.model_copy(update={"epoch": epoch or self.epoch + 1, "stages": stages, **times})
+
+    def may_be_led_by(self, coordinator: str) -> bool:
+        """Whether a coordinator may have the job go on: who signed this, or whom that one named."""
+        return coordinator in (self.coordinator, *self.successors)
 
     def stage_of(self, peer_id: str) -> int | None:
         """The index of a peer's stage, or None. A peer has at most one stage of a job (see check_ticket)."""
@@ -285,7 +293,7 @@ def check_ticket(
             f"this worker does not serve coordinator {signer}",
             f"Its owner can allow it: azu-node join --trust {signer}",
         )
-    if (timing := _check_times(ticket.issued_at, ticket.expires_at, now)) is not None:
+    if (timing := check_times(ticket.issued_at, ticket.expires_at, now)) is not None:
         return timing
     if len(own) != 1:
         return Refusal("not_my_stage", f"the ticket has {len(own)} stages for {me}, not one")
@@ -301,54 +309,6 @@ def check_ticket(
         )
     if ticket.dtype != loaded.dtype:
         return Refusal("wrong_dtype", f"this worker runs {loaded.dtype}, the ticket wants {ticket.dtype}")
-    return None
-
-
-def check_amendment(ticket: JobTicket, old: JobTicket, *, signer: str, me: str, now: float) -> Refusal | None:
-    """Whether the worker `me`, which runs a stage of the job by the ticket `old`, goes on by `ticket`; None means yes.
-
-    The epoch, the times and all other stages may differ: peers, layers, what these are paid for, how many there are.
-    """
-    if (refusal := _check_order(ticket, old, signer)) is not None:
-        return refusal
-    before = [stage for stage in old.stages if stage.peer_id == me]
-    own = [stage for stage in ticket.stages if stage.peer_id == me]
-    if not own or _ranges(own) != _ranges(before):
-        return Refusal("not_my_stage", f"the amendment does not leave {me} its stage")
-    if own[0].paid_from > before[0].paid_from:
-        return Refusal("not_my_stage", f"the amendment takes from {me} what it is paid for")
-    return _check_same(ticket, old) or _check_times(ticket.issued_at, ticket.expires_at, now)
-
-
-def check_bequest(ticket: JobTicket, old: JobTicket, *, signer: str, me: str, now: float) -> Refusal | None:
-    """Whether the worker `me`, which runs a stage of the job by the ticket `old`, hands that stage's KV cache to the
-    peer that has it in `ticket`; None means yes.
-    """
-    if (refusal := _check_order(ticket, old, signer)) is not None:
-        return refusal
-    before = [stage for stage in old.stages if stage.peer_id == me]
-    heirs = [stage for stage in ticket.stages if stage.heir_of == me]
-    if not heirs or _ranges(heirs) != _ranges(before):
-        return Refusal("not_my_stage", f"the ticket leaves no stage of {me} to anybody")
-    return _check_same(ticket, old) or _check_times(ticket.issued_at, ticket.expires_at, now)
-
-
-def _ranges(stages: Iterable[StageEntry]) -> list[tuple[int, int]]:
-    return [(stage.start, stage.end) for stage in stages]
-
-
-def _check_order(ticket: JobTicket, old: JobTicket, signer: str) -> Refusal | None:
-    if signer != old.coordinator:
-        return Refusal("wrong_signer", "the amendment was not signed by the job's coordinator")
-    if ticket.epoch <= old.epoch:
-        return Refusal("stale_epoch", f"epoch {ticket.epoch} came, {old.epoch} is in force")
-    return None
-
-
-def _check_same(ticket: JobTicket, old: JobTicket) -> Refusal | None:
-    fields = JobTicket.model_fields.keys() - {"epoch", "stages", "issued_at", "expires_at"}
-    if any(getattr(ticket, name) != getattr(old, name) for name in fields):
-        return Refusal("another_job", "the amendment changes more than stages")
     return None
 
 
@@ -377,7 +337,7 @@ def check_assignment(
         return Refusal("stale", "a newer assignment was given before")
     if assignment.end <= assignment.start:
         return Refusal("wrong_range", "the assignment names no layer")
-    return _check_times(0, assignment.expires_at, now)
+    return check_times(0, assignment.expires_at, now)
 
 
 def check_receipt(receipt: Receipt, *, signer: str, ticket: JobTicket, stage: int) -> Refusal | None:
@@ -391,7 +351,8 @@ def check_receipt(receipt: Receipt, *, signer: str, ticket: JobTicket, stage: in
     return None
 
 
-def _check_times(issued_at: int, expires_at: int, now: float) -> Refusal | None:
+def check_times(issued_at: int, expires_at: int, now: float) -> Refusal | None:
+    """Whether something signed counts now; None means yes."""
     if now > expires_at:
         return Refusal("expired", "it has expired", "Compare the clocks of both machines (NTP)")
     if issued_at > now + CLOCK_SKEW_S:

@@ -81,6 +81,7 @@ class GenerationRequest:
         job_id: under which the ledger knows it, see `new_job_id`.
         note: told by what the job can be taken up, after its first token and before each amendment. Where there is one,
             stages keep the job for a while when this coordinator goes away.
+        leads: whether the job is still this coordinator's, asked before it is ended and settled.
         first_chain: the number of the first chain of workers that is tried: each has a job id of its own.
     """
 
@@ -94,6 +95,7 @@ class GenerationRequest:
     key_id: str | None = None
     job_id: bytes = field(default_factory=new_job_id)
     note: Note | None = field(default=None, compare=False, repr=False)
+    leads: Callable[[], Awaitable[bool]] | None = field(default=None, compare=False, repr=False)
     first_chain: int = 0
 
 

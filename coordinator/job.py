@@ -5,7 +5,7 @@ A stage that is lost, or has become slow, is replaced, and the client sees a pau
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 
 import trio
@@ -49,7 +49,7 @@ class RunningJob:
     Args:
         vocab_size: token ids are below this.
         pace: seconds that a position takes through all stages, as their workers measured.
-        note: see `GenerationRequest.note`.
+        note, leads: see `GenerationRequest`.
         is_back: its stages have kept it while this coordinator was away.
         handovers: of stages that were left properly before that.
     """
@@ -68,12 +68,14 @@ class RunningJob:
         on_leaving: OnLeaving,
         reserves: Reserves,
         note: Note | None = None,
+        leads: Callable[[], Awaitable[bool]] | None = None,
         is_back: bool = False,
         handovers: Sequence[Handover] = (),
     ) -> None:
         self.is_abandoned = False  # before its first token, to another chain, which settles it
         self.report: JobReport | None = None  # once it has ended
         self._note = note
+        self._leads = leads
         self._is_back = is_back
         self._is_let_go = False
         self._prompt = prompt
@@ -133,6 +135,7 @@ class RunningJob:
                     if not self._is_let_go:
                         with trio.CancelScope(shield=True):
                             await self.finish()
+                    if not self._is_let_go:
                         self._crew.leave()
                 finally:
                     self._crew.let_go()
@@ -164,6 +167,10 @@ class RunningJob:
             tokens = tuple(self._answer.tokens)
             self._answer.is_ended = True
             self._crew.tell_news()
+            if self._leads is not None and not await self._leads():
+                self.let_go()  # another coordinator ends and settles it
+                self.report = read_job(self.ticket, self._prompt, tokens, {}, self._crew.handovers)
+                return self.report
             receipts = await self._crew.end(len(tokens), _RECEIPT_S)
             read = (self.ticket, self._prompt, tokens, receipts, self._crew.handovers)
             self.report = read_job(*read) if self.is_abandoned else await self._meter.settle(*read)

@@ -21,7 +21,7 @@ from azu.models.memory import first_positions
 from azu.overlay import Overlay
 from azu.planning import Demand, Placement, Range, WorkerView, links_of, views_for
 from azu.records import WorkerRecord
-from azu.tickets import JobTicket
+from azu.tickets import MAX_SUCCESSORS, JobTicket
 from azu.wire.tensors import WeightFormat
 from coordinator.admission import Admission, Grant
 from coordinator.agreement import Handover
@@ -57,9 +57,23 @@ _TICKET_MAX_LIFE_S = 86_400
 
 
 class JobRunner:
-    """Runs generations over the workers that the swarm view shows."""
+    """Runs generations over the workers that the swarm view shows.
 
-    def __init__(self, identity: Identity, overlay: Overlay, swarm: SwarmView, meter: Meter, *, price: int) -> None:
+    Args:
+        successors: the peer ids of who may go on with jobs when this coordinator is gone.
+    """
+
+    def __init__(
+        self,
+        identity: Identity,
+        overlay: Overlay,
+        swarm: SwarmView,
+        meter: Meter,
+        *,
+        price: int,
+        successors: Callable[[], Sequence[str]] = tuple,
+    ) -> None:
+        self._successors = successors
         self._identity = identity
         self._overlay = overlay
         self._swarm = swarm
@@ -100,6 +114,7 @@ class JobRunner:
         await self._until_known(frozenset(stage.peer_id for stage in ticket.stages))
         chain = tuple(Placement(stage.peer_id, stage.start, stage.end) for stage in ticket.stages)
         grant = Grant(chain, ticket.dtype, first_positions(ticket.prompt_tokens), ticket.manifest)
+        ticket = ticket.model_copy(update=self._leaders())
         self._count(grant, 1)
         try:
             async with self._run(request, ticket, grant, is_back=True, handovers=handovers) as job:
@@ -153,6 +168,7 @@ class JobRunner:
                 cut=partial(self._cut, manifest, grant),
             ),
             note=request.note,
+            leads=request.leads,
             is_back=is_back,
             handovers=handovers,
         )
@@ -364,9 +380,14 @@ class JobRunner:
                 "begun_at": now,
                 "issued_at": now,
                 "expires_at": now + life,
-                "coordinator": self._identity.peer_id,
+                **self._leaders(),
             }
         )
+
+    def _leaders(self) -> dict[str, object]:
+        """Of a ticket: who leads the job, and who may after that."""
+        successors = tuple(self._successors())[:MAX_SUCCESSORS]
+        return {"coordinator": self._identity.peer_id, "successors": successors}
 
 
 def too_large(tokens: int) -> CapacityError:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -153,3 +153,8 @@ class Unfinished:
         asked = Asked.from_cbor(claimed.asked, limit=_MAX_ASKED)
         standings = (Standing.from_cbor(each, limit=_MAX_STANDING) for each in claimed.standings)
         return cls(claimed.lead, asked, tuple(standings))
+
+    def begun_anew(self) -> Unfinished:
+        """The same, without the jobs that are in their middle."""
+        standings = (each if each.ended is not None else Standing() for each in self.standings)
+        return replace(self, standings=tuple(standings))

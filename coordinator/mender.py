@@ -338,7 +338,7 @@ class Mender:
         before, replaced = self._crew.ticket, set(self._lost if cut else peers)
         if not await self._crew.amend(nursery, peers, self._known, left, cut):
             if not self._answer.is_over:
-                self._answer.give_up(NetworkError("another coordinator has taken this job over", code="led_elsewhere"))
+                self._answer.give_up(NetworkError("another coordinator leads this job now", code="led_elsewhere"))
             return False
         # What was lost meanwhile may have another index now.
         now = {stage.peer_id: index for index, stage in enumerate(self._crew.ticket.stages)}

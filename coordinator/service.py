@@ -10,6 +10,7 @@ from functools import partial
 
 import trio
 
+from azu.accounts.presence import Presence
 from azu.accounts.store import key_limits
 from azu.config import CoordinatorSettings
 from azu.datadir import open_data_dir
@@ -169,7 +170,8 @@ async def _serve(
         swarm = SwarmView(overlay)
         unsettled = Unsettled(settings.data_dir)
         meter = Meter(money.ledger, is_free=not money.provider.address, unsettled=unsettled)
-        runner = JobRunner(identity, overlay, swarm, meter, price=money.price)
+        presence = Presence(money.ledger)
+        runner = JobRunner(identity, overlay, swarm, meter, price=money.price, successors=presence.others)
         models, kv_tokens = serving.manifests, settings.kv_tokens
         placer = Placer(identity, swarm, models, kv_tokens=kv_tokens, retired=serving.retired, cuts=runner.cuts)
         shards = ShardQueue(partial(sharder.shard, only_hub=True))
@@ -187,6 +189,7 @@ async def _serve(
             ApiSettings(default_max_tokens=settings.default_max_tokens),
             ShardRoutes(shards, serving.models, serving.is_listed, token),
             money,
+            presence,
         )
         async with trio.open_nursery() as serving_http:
             url = await serving_http.start(partial(serve_http, app, settings.host, settings.port, stop=stop))

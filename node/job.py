@@ -20,11 +20,12 @@ from functools import partial
 
 import trio
 
+from azu.amendments import check_amendment, check_bequest
 from azu.channel import Channel
 from azu.crossings import NOTHING, Crossing, token_crossing
 from azu.errors import AzuError, NetworkError, ProtocolError
 from azu.logs import log
-from azu.tickets import JobTicket, Receipt, Refusal, check_amendment, check_bequest, open_ticket
+from azu.tickets import JobTicket, Receipt, Refusal, open_ticket
 from azu.wire.messages import (
     PING_S,
     Amend,
@@ -60,6 +61,7 @@ class StageJob:
 
     Args:
         envelope: the ticket, signed.
+        is_trusted: whether this worker serves a coordinator.
         on_leg: called when another leg begins.
 
     Attributes:
@@ -75,11 +77,13 @@ class StageJob:
         *,
         envelope: bytes,
         history: HistoryBudget,
+        is_trusted: Callable[[str], bool],
         on_leg: Callable[[], None],
     ) -> None:
         self.ticket, self.envelope = ticket, envelope
         self.index = index
         self._around = around
+        self._is_trusted = is_trusted
         self._on_leg = on_leg
         self._amended = trio.Event()  # set with an amendment, and then replaced
         stage = around.stage
@@ -255,7 +259,8 @@ class StageJob:
         self._progress.prompt_came.set()
 
     def take_up(self, channel: Channel, message: Amend, envelope: bytes) -> Refusal | None:
-        """Go on with a coordinator that has come back on another stream, if the amendment that it begins with holds.
+        """Go on with a coordinator that has come back on another stream, or with one that follows it, if the amendment
+        that it begins with holds.
 
         Raises:
             TrustError, ProtocolError: it is no signed ticket.
@@ -263,16 +268,19 @@ class StageJob:
         refusal = self._check(envelope, sender=channel.peer_id)
         if refusal is None:
             self.line.move(channel)
-            self._amend(message, envelope)
+            self._go_by(envelope, message.known)
         return refusal
 
     def _amend(self, message: Amend, envelope: bytes) -> None:
         refusal = self._check(envelope, sender=self.ticket.coordinator)
         if refusal is not None:
             raise ProtocolError(refusal.message, code=refusal.code)
+        self._go_by(envelope, message.known)
+
+    def _go_by(self, envelope: bytes, known: int) -> None:
         _, ticket = open_ticket(envelope)
         log(logger, logging.INFO, "job amended", job=ticket.job_id.hex(), epoch=ticket.epoch)
-        self.ticket, self.envelope, self._known = ticket, envelope, message.known
+        self.ticket, self.envelope, self._known = ticket, envelope, known
         self.index = ticket.stage_of(self._around.identity.peer_id) or 0
         if self._inheriting is not None:
             self._inheriting.cancel()
@@ -285,8 +293,8 @@ class StageJob:
         signer, ticket = open_ticket(envelope)
         if sender != signer:
             return Refusal("wrong_signer", "the amendment was not sent by the job's coordinator")
-        me = self._around.identity.peer_id
-        return check_amendment(ticket, self.ticket, signer=signer, me=me, now=time.time())
+        me, is_trusted = self._around.identity.peer_id, self._is_trusted
+        return check_amendment(ticket, self.ticket, signer=signer, me=me, now=time.time(), is_trusted=is_trusted)
 
     def _take_bequest(self, positions: int, envelope: bytes) -> None:
         signer, ticket = open_ticket(envelope)

@@ -154,7 +154,7 @@ class Jobs:
             await self._run(channel, message, envelope, signer, ticket)
 
     async def _take_up(self, channel: Channel, message: Amend, envelope: bytes, ticket: JobTicket) -> None:
-        """Go on with a job that is kept for a coordinator which has come back."""
+        """Go on with a job that is kept for a coordinator which has come back, or for one that follows it."""
         job = self._jobs.get(ticket.job_id)
         if job is None:
             await _refuse(channel, ticket, Refusal("unknown_job", "this job is not kept here, or not any more"))
@@ -169,7 +169,7 @@ class Jobs:
         job = self._jobs.get(ticket.job_id)
         if job is None or job.line.is_up or ticket.epoch <= job.ticket.epoch:
             return
-        if signer == sender == job.ticket.coordinator:
+        if signer == sender and job.ticket.may_be_led_by(signer) and self._is_trusted(signer):
             job.line.give_up()
             while self._jobs.get(ticket.job_id) is job:
                 await self._changed.wait()
@@ -185,7 +185,15 @@ class Jobs:
         _limit(channel, ticket)
         line = Line(channel, message.keep_s)
         around = Surroundings(self._identity, self._overlay, self._device, loaded.stage, line, self.meter, self.kv)
-        job = StageJob(ticket, index, around, envelope=envelope, history=self.history, on_leg=self._wake)
+        job = StageJob(
+            ticket,
+            index,
+            around,
+            envelope=envelope,
+            history=self.history,
+            is_trusted=self._is_trusted,
+            on_leg=self._wake,
+        )
         self._serving += 1
         try:
             await self._serve(job)

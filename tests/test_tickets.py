@@ -15,13 +15,13 @@ from azu.identity import Identity, Kind, seal
 from azu.tickets import (
     CLOCK_SKEW_S,
     MAX_STAGES,
+    MAX_SUCCESSORS,
     Assignment,
     JobTicket,
     LoadedLayers,
     Receipt,
     Refusal,
     Sampling,
-    check_amendment,
     check_assignment,
     check_receipt,
     check_ticket,
@@ -98,10 +98,10 @@ def check(subject: JobTicket, **changes: Any) -> str:
         "is_trusted": lambda peer_id: peer_id == COORDINATOR.peer_id,
         "loaded": LOADED,
     }
-    return _code(check_ticket(subject, **(given | changes)))
+    return code_of(check_ticket(subject, **(given | changes)))
 
 
-def _code(refusal: Refusal | None) -> str:
+def code_of(refusal: Refusal | None) -> str:
     if refusal is None:
         return ""
     assert refusal.message
@@ -202,7 +202,8 @@ def test_every_cut_of_the_layers_is_a_ticket(cuts: list[int]) -> None:
         {"prompt_tokens": MAX_TOKENS + 1}, {"max_tokens": 0}, {"max_tokens": 1_048_577}, {"max_tokens": 7.0},
         {"stop_tokens": (-1,)}, {"stop_tokens": (2**31,)}, {"stop_tokens": (1,) * 65}, {"stop_tokens": (True,)},
         {"price": -1}, {"price": 2**63}, {"price": 0.5}, {"issued_at": -1}, {"expires_at": 2**40},
-        {"expires_at": math.inf}, {"coordinator": "nobody"}, {"sampling": None}, {"sampling": {"beam": 2}},
+        {"expires_at": math.inf}, {"coordinator": "nobody"}, {"successors": ("nobody",)},
+        {"successors": (EVE.peer_id,) * (MAX_SUCCESSORS + 1)}, {"sampling": None}, {"sampling": {"beam": 2}},
         {"extra": 1},
     ],
 )  # fmt: skip
@@ -218,64 +219,6 @@ def test_a_tickets_positions_fit_the_messages_that_carry_them() -> None:
     ticket(prompt_tokens=MAX_TOKENS - 7)
     with pytest.raises(ValidationError):
         ticket(prompt_tokens=MAX_TOKENS - 6)
-
-
-# --- amendments
-
-
-def amend(new: JobTicket, old: JobTicket, signer: Identity = COORDINATOR) -> str:
-    return _code(check_amendment(new, old, signer=signer.peer_id, me=BOB.peer_id, now=NOW))
-
-
-def test_an_amendment_puts_other_peers_into_other_stages() -> None:
-    old = ticket(expires_at=int(NOW) + 59)
-    new = old.amended({0: EVE.peer_id}, int(NOW), {0: 9})
-    assert [(stage.peer_id, stage.paid_from) for stage in new.stages] == [(EVE.peer_id, 9), (BOB.peer_id, 0)]
-    assert (new.epoch, new.issued_at, new.expires_at) == (1, int(NOW), int(NOW) + 60)
-    assert {amend(each, old) for each in (new, old.model_copy(update={"epoch": 7}))} == {""}
-
-
-def test_an_amendment_may_put_several_stages_in_the_place_of_another() -> None:
-    """And one in the place of several, as long as a stage that stays has its own layers, once."""
-    first, own = TICKET["stages"]
-    halves = first | {"end": 2, "peer_id": EVE.peer_id}, first | {"start": 2}
-    whole, cut = ticket(), ticket(stages=(*halves, own))
-    for old, new in ((whole, cut), (cut, whole)):
-        assert amend(new.model_copy(update={"epoch": 1}), old) == ""
-    mine = halves[0] | {"peer_id": BOB.peer_id}
-    assert amend(ticket(epoch=1, stages=(mine, halves[1], own)), whole) == "not_my_stage"
-    less = {"peer_id": EVE.peer_id, "start": 6, "end": 7}, own | {"start": 7}
-    assert amend(ticket(epoch=1, stages=(first, *less)), whole) == "not_my_stage"
-
-
-@pytest.mark.parametrize(
-    ("code", "changes"),
-    [
-        ("stale_epoch", {"epoch": 4}),
-        ("stale_epoch", {"epoch": 3}),
-        ("not_my_stage", {"stages": (TICKET["stages"][0], TICKET["stages"][1] | {"peer_id": EVE.peer_id})}),
-        ("not_my_stage", {"stages": (TICKET["stages"][0] | {"peer_id": BOB.peer_id}, TICKET["stages"][1])}),
-        ("not_my_stage", {"stages": (TICKET["stages"][0], TICKET["stages"][1] | {"paid_from": 1})}),
-        ("not_my_stage", {"stages": (TICKET["stages"][0] | {"end": 5}, TICKET["stages"][1] | {"start": 5})}),
-        ("another_job", {"job_id": b"k" * 16}),
-        ("another_job", {"manifest": "d" * 64}),
-        ("another_job", {"dtype": "float32"}),
-        ("another_job", {"prompt_tokens": 4}),
-        ("another_job", {"max_tokens": 8}),
-        ("another_job", {"stop_tokens": ()}),
-        ("another_job", {"sampling": {"seed": 1}}),
-        ("another_job", {"price": 1}),
-        ("another_job", {"coordinator": EVE.peer_id}),
-        ("expired", {"expires_at": int(NOW) - 1}),
-        ("from_the_future", {"issued_at": int(NOW) + CLOCK_SKEW_S + 2}),
-    ],
-)
-def test_what_an_amendment_may_not_change(code: str, changes: dict[str, Any]) -> None:
-    assert amend(ticket(**({"epoch": 5} | changes)), ticket(epoch=4)) == code
-
-
-def test_an_amendment_that_somebody_else_signed() -> None:
-    assert amend(ticket(epoch=1), ticket(), EVE) == "wrong_signer"
 
 
 # --- sampling
@@ -327,7 +270,7 @@ def check_order(last_sequence: int = 9, **changes: Any) -> str:
     }
     fields = {name: changes.pop(name) for name in list(changes) if name in ASSIGNMENT}
     assignment = Assignment.model_validate(ASSIGNMENT | fields)
-    return _code(check_assignment(assignment, **(given | changes), last_sequence=last_sequence))
+    return code_of(check_assignment(assignment, **(given | changes), last_sequence=last_sequence))
 
 
 @pytest.mark.parametrize(
@@ -371,13 +314,13 @@ def test_what_may_be_wrong_with_an_assignment(code: str, changes: dict[str, Any]
 )
 def test_what_may_be_wrong_with_a_receipt(code: str, changes: dict[str, Any]) -> None:
     receipt = Receipt.model_validate(RECEIPT | changes)
-    assert _code(check_receipt(receipt, signer=BOB.peer_id, ticket=ticket(), stage=1)) == code
+    assert code_of(check_receipt(receipt, signer=BOB.peer_id, ticket=ticket(), stage=1)) == code
 
 
 def test_a_receipt_is_signed_by_its_own_stage() -> None:
     receipt = Receipt.model_validate(RECEIPT)
     for signer in (ALICE, COORDINATOR, EVE):
-        assert _code(check_receipt(receipt, signer=signer.peer_id, ticket=ticket(), stage=1)) == "wrong_signer"
+        assert code_of(check_receipt(receipt, signer=signer.peer_id, ticket=ticket(), stage=1)) == "wrong_signer"
 
 
 # --- in their envelopes

@@ -2,8 +2,8 @@
 
     nobody's row ── begin ──► led ── forget ──► gone
                                │ ▲
-                        let go ▼ │ claim: the term grows
-                             waiting
+      let go, or its leader is ▼ │ claim: the term grows
+      gone (`presence.py`)   waiting
 
 Who leads a request names its term with all that it writes: in a later one nothing of it counts any more.
 `coordinator.journal` says what is in the rows' documents.
@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, delete, insert, select, update
 
+from azu.accounts.presence import Presence
 from azu.ledger import Ledger, schema
 
-__all__ = ["Claimed", "KeptRequests", "KeptRow", "Lead", "Waiting"]
+__all__ = ["Claimed", "KeptHead", "KeptRequests", "KeptRow", "Lead"]
 
 _REQUESTS, _JOBS = schema.kept, schema.kept_jobs
 
@@ -34,13 +35,14 @@ class Lead:
 
 
 @dataclass(frozen=True, slots=True)
-class Waiting:
-    """A request that nobody leads. manifest: the model's digest. wallet: whose it is."""
+class KeptHead:
+    """A request, without its documents. manifest: the model's digest. wallet: whose it is. leader: a peer id."""
 
     request_id: str
     kind: str
     manifest: str
     wallet: str
+    leader: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +72,8 @@ class KeptRequests:
     transactions that do more.
     """
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: Ledger, presence: Presence) -> None:
+        self.presence = presence
         self._ledger = ledger
         self._me = ledger.owner
 
@@ -95,17 +98,30 @@ class KeptRequests:
     async def note(self, lead: Lead, number: int, standing: bytes) -> bool:
         """Note how a job stands; False where this coordinator leads it no more."""
         of = (_JOBS.c.request_id == lead.request_id, _JOBS.c.number == number)
-        query = update(_JOBS).where(*of, _leads(lead)).values(standing=standing)
-        return bool(await self._ledger.write(lambda connection: connection.execute(query).rowcount))
+        query = update(_JOBS).where(*of).values(standing=standing)
+
+        def work(connection: Connection) -> bool:
+            return _leads(connection, lead) and bool(connection.execute(query).rowcount)
+
+        return await self._ledger.write(work)
 
     async def forget(self, lead: Lead) -> None:
         """All of its jobs have ended."""
         await self._ledger.write(partial(self.remove, lead=lead))
 
-    def remove(self, connection: Connection, lead: Lead) -> None:
-        """The same."""
-        connection.execute(delete(_JOBS).where(_JOBS.c.request_id == lead.request_id, _leads(lead)))
-        connection.execute(delete(_REQUESTS).where(_is(lead.request_id), _in_term(lead)))
+    def remove(self, connection: Connection, lead: Lead) -> bool:
+        """The same; False where this coordinator leads it no more."""
+        if not _leads(connection, lead):
+            return False
+        connection.execute(delete(_JOBS).where(_JOBS.c.request_id == lead.request_id))
+        connection.execute(delete(_REQUESTS).where(_is(lead.request_id)))
+        return True
+
+    async def leads(self, lead: Lead) -> bool:
+        """Whether this coordinator leads it still, and will for a while."""
+        await self.presence.confirm()
+        query = select(_REQUESTS.c.term).where(_is(lead.request_id), _in_term(lead))
+        return await self._ledger.read(lambda connection: connection.execute(query).first() is not None)
 
     async def let_go(self, lead: Lead) -> None:
         """Leave it to whoever claims it."""
@@ -117,13 +133,18 @@ class KeptRequests:
         query = update(_REQUESTS).where(_REQUESTS.c.leader == self._me).values(leader=None)
         await self._ledger.write(lambda connection: connection.execute(query).rowcount)
 
-    async def waiting(self, request_id: str | None = None) -> Sequence[Waiting]:
-        """The requests that nobody leads, or this one of them."""
-        query = select(*(_REQUESTS.c[name] for name in Waiting.__slots__)).where(_REQUESTS.c.leader.is_(None))
-        if request_id is not None:
-            query = query.where(_is(request_id))
+    async def waiting(self) -> Sequence[KeptHead]:
+        """The requests that nobody leads."""
+        is_led = _REQUESTS.c.leader.in_(sorted(self.presence.alive))
+        query = _heads().where(_REQUESTS.c.leader.is_(None) | ~is_led)
         rows = await self._ledger.read(lambda connection: connection.execute(query).mappings().all())
-        return [Waiting(**row) for row in rows]
+        return [KeptHead(**row) for row in rows]
+
+    async def find(self, request_id: str) -> KeptHead | None:
+        """One that runs or waits."""
+        query = _heads().where(_is(request_id))
+        row = await self._ledger.read(lambda connection: connection.execute(query).mappings().one_or_none())
+        return None if row is None else KeptHead(**row)
 
     async def claim(self, request_id: str) -> Claimed | None:
         """Lead a request that nobody leads; None where somebody does, or it is not there any more."""
@@ -131,16 +152,26 @@ class KeptRequests:
 
     def _claim(self, request_id: str, before: list[int], connection: Connection) -> Claimed | None:
         """before: the term that this very claim began, if it was committed before the connection broke."""
+        connection.execute(select(schema.head.c.id).with_for_update())  # settlements look at who leads
         query = select(_REQUESTS.c.leader, _REQUESTS.c.term, _REQUESTS.c.asked).where(_is(request_id))
         found = connection.execute(query.with_for_update()).one_or_none()
-        if found is None or (found.leader is not None and found.term not in before):
+        if found is None:
             return None
-        if found.leader is None:
+        if found.term not in before:
+            if found.leader is not None and not self._is_deposed(connection, found.leader):
+                return None
             before.append(found.term + 1)
             values = {"leader": self._me, "term": found.term + 1}
             connection.execute(update(_REQUESTS).where(_is(request_id)).values(values))
         rows = select(_JOBS.c.standing).where(_JOBS.c.request_id == request_id).order_by(_JOBS.c.number)
         return Claimed(Lead(request_id, before[-1]), found.asked, connection.execute(rows).scalars().all())
+
+    def _is_deposed(self, connection: Connection, leader: str) -> bool:
+        return self.presence.is_gone(leader) and self.presence.take_off(connection, leader)
+
+
+def _heads() -> Any:
+    return select(*(_REQUESTS.c[name] for name in KeptHead.__slots__))
 
 
 def _is(request_id: str) -> Any:
@@ -151,5 +182,7 @@ def _in_term(lead: Lead) -> Any:
     return (_REQUESTS.c.term == lead.term) & _REQUESTS.c.leader.is_not(None)
 
 
-def _leads(lead: Lead) -> Any:
-    return select(_REQUESTS.c.term).where(_is(lead.request_id), _in_term(lead)).exists()
+def _leads(connection: Connection, lead: Lead) -> bool:
+    """Whether it is led in this term, which nobody ends before this transaction."""
+    query = select(_REQUESTS.c.term).where(_is(lead.request_id), _in_term(lead)).with_for_update()
+    return connection.execute(query).first() is not None

@@ -48,6 +48,8 @@ class Submitted:
 
 # Done in the same transaction.
 Also = Callable[[Connection], object]
+# Done first in it; whether the rest still counts.
+If = Callable[[Connection], bool]
 
 
 class SubmittedJobs:
@@ -68,9 +70,15 @@ class SubmittedJobs:
         query = update(_TABLE).where(_TABLE.c.job_id == job_id, _TABLE.c.status == "queued").values(status="running")
         await self._ledger.write(lambda connection: connection.execute(query).rowcount)
 
-    async def end(self, job_id: str, status: Literal["done", "failed"], outcome: str, now: int, also: Also) -> None:
+    async def end(self, job_id: str, status: Literal["done", "failed"], outcome: str, now: int, first: If) -> None:
         """Note what came of one; whoever keeps the most loses the oldest where all together are too much."""
-        await self._ledger.write(lambda connection: _end(connection, job_id, status, outcome, now, also))
+
+        def work(connection: Connection) -> None:
+            connection.execute(select(schema.head.c.id).with_for_update())
+            if first(connection):
+                _end(connection, job_id, status, outcome, now)
+
+        await self._ledger.write(work)
 
     async def drop(self, job_id: str, also: Also) -> None:
         """Keep one no longer."""
@@ -125,13 +133,9 @@ def _add(connection: Connection, job: Submitted, now: int, also: Also) -> Submit
     return job
 
 
-def _end(
-    connection: Connection, job_id: str, status: Literal["done", "failed"], outcome: str, now: int, also: Also
-) -> None:
-    connection.execute(select(schema.head.c.id).with_for_update())
+def _end(connection: Connection, job_id: str, status: Literal["done", "failed"], outcome: str, now: int) -> None:
     values = {"status": status, "ended_at": now, "outcome": outcome, "chars": len(outcome)}
     connection.execute(update(_TABLE).where(_TABLE.c.job_id == job_id).values(values))
-    also(connection)
     while connection.execute(select(func.coalesce(func.sum(_TABLE.c.chars), 0))).scalar_one() > MAX_CHARS:
         chars = func.sum(_TABLE.c.chars)
         query = select(_TABLE.c.account).group_by(_TABLE.c.account).order_by(chars.desc(), _TABLE.c.account).limit(1)

@@ -112,11 +112,12 @@ class Ledger:
         """Charge a job for what was delivered, pay its workers, and release the rest.
 
         Args:
-            is_free: pay a job without a reservation out of `free`; else it is refused as "not_reserved".
+            is_free: pay a job without a reservation out of `free`; else it is refused as "not_reserved". One that
+                another coordinator has taken over is refused as "led_elsewhere".
             key, at: for a job of a book kept before this ledger: the transaction's key, and when it was settled.
         """
         _check_job(job)
-        return await self._writer.do(Settle(job, is_free, key, at))
+        return await self._writer.do(Settle(job, is_free, key, at, self.owner))
 
     async def release(self, job_id: str) -> Closed | Refusal:
         """Give a job's whole reservation back, unless it was settled."""

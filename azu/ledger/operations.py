@@ -131,15 +131,18 @@ class Settle:
         is_free: a job without a reservation is paid out of `free`.
         key: the transaction's, where it is not that of the job's only closing; for books kept before this ledger.
         at: when, in unix seconds; now where None.
+        owner: the coordinator that asks for it, which has to lead the job still where that outlives its coordinator.
     """
 
     job: EndedJob
     is_free: bool = False
     key: str | None = None
     at: int | None = None
+    owner: str = ""
 
     def wanted(self) -> Wanted:
-        return Wanted(jobs=(self.job.job_id,), transactions=(self.key,) if self.key else ())
+        job_id = self.job.job_id
+        return Wanted(jobs=(job_id,), transactions=(self.key,) if self.key else (), led=(job_id,))
 
     def touched(self, page: Page) -> Touched:
         paid = tuple(account for account, _ in self._pay())
@@ -151,6 +154,8 @@ class Settle:
         done = page.closed(job.job_id) if self.key is None else self._imported(page)
         if done is not None:
             return done
+        if page.leaders.get(job.job_id, self.owner) != self.owner:
+            return Refusal("led_elsewhere", f"another coordinator leads the job {job.job_id}")
         reservation = page.reservations.get(job.job_id)
         if reservation is None:
             return self._settle_free(page) if self.is_free else _not_reserved(job.job_id)

@@ -60,6 +60,7 @@ class Wanted(NamedTuple):
     deposits: tuple[tuple[str, str], ...] = ()  # chain, txid
     payouts: tuple[str, ...] = ()
     transactions: tuple[str, ...] = ()  # keys
+    led: tuple[str, ...] = ()  # jobs whose leaders count
 
 
 class Touched(NamedTuple):
@@ -93,6 +94,7 @@ class Page:
     payouts: Cells[str, Payout]
     signings: dict[str, list[str]]  # transaction ids of each payout
     known: set[str]  # keys of transactions
+    leaders: Mapping[str, str | None] = field(default_factory=dict)  # of jobs that outlive their coordinator, by id
     balances: Cells[str, int] = field(default_factory=lambda: Cells({}))
     spending: Cells[str, int] = field(default_factory=lambda: Cells({}))
     limits: Mapping[str, KeyLimit] = field(default_factory=dict)

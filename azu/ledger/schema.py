@@ -11,6 +11,7 @@ key_spending  what the reservations add up to, by API key
 api_keys      who may spend; challenges that were redeemed for one; sign_in, the secret that they are made with
 submitted     jobs that nobody waits for on the line, and what came of them, for an hour
 kept ── kept_jobs   requests that outlive their coordinator's process, while they run
+coordinators  who shares the ledger, and is alive
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ __all__ = [
     "api_keys",
     "balances",
     "challenges",
+    "coordinators",
     "deposits",
     "head",
     "jobs",
@@ -271,6 +273,14 @@ kept = Table(
     Column("manifest", Text, nullable=False),
     Column("wallet", Text, nullable=False),
     Column("asked", LargeBinary, nullable=False),  # CBOR, see coordinator/journal.py
+)
+
+coordinators = Table(
+    "coordinators",
+    METADATA,
+    Column("peer_id", Text, primary_key=True),
+    Column("beat", BigInteger, nullable=False),  # grows while it lives
+    Column("url", Text, nullable=False),
 )
 
 kept_jobs = Table(

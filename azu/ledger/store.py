@@ -53,6 +53,7 @@ def _fill(connection: Connection, operations: Sequence[Operation[Any]], now: int
         payouts=Cells(_payouts(connection, payout_ids)),
         signings=_signings(connection, payout_ids),
         known=_known(connection, {key for each in wanted for key in each.transactions}),
+        leaders=_leaders(connection, {job_id for each in wanted for job_id in each.led}),
     )
     touched = [operation.touched(page) for operation in operations]
     key_ids = {key_id for each in touched for key_id in each.key_ids}
@@ -147,6 +148,16 @@ def _signings(connection: Connection, payout_ids: Collection[str]) -> dict[str, 
 
 def _known(connection: Connection, keys: Collection[str]) -> set[str]:
     return {row["key"] for row in _rows(connection, schema.transactions, "key", keys)}
+
+
+def _leaders(connection: Connection, job_ids: Collection[str]) -> dict[str, str | None]:
+    jobs, requests = schema.kept_jobs, schema.kept
+    query = select(jobs.c.job_id, requests.c.leader).join(requests, requests.c.request_id == jobs.c.request_id)
+    found: dict[str, str | None] = {}
+    for some in _batches(job_ids):
+        for row in connection.execute(query.where(jobs.c.job_id.in_(some))):
+            found[row.job_id] = row.leader
+    return found
 
 
 def _balances(connection: Connection, accounts: Collection[str]) -> dict[str, int]:

@@ -16,6 +16,7 @@ from quart_trio.asgi import TrioASGIHTTPConnection
 from werkzeug.exceptions import HTTPException
 
 from azu.accounts.kept import KeptRequests
+from azu.accounts.presence import Presence
 from coordinator.api.auth import Gate
 from coordinator.api.completions import Completions, find_model
 from coordinator.api.errors import ApiError, from_exception, from_http_exception
@@ -72,6 +73,7 @@ class ApiApp(QuartTrio):
         self.in_flight = InFlight()
         self.submissions: Submissions | None = None
         self.unclaimed: Unclaimed | None = None
+        self.presence: Presence | None = None
         self.url = ""  # where it listens, once it does
         self.url_map.strict_slashes = False
         self.json.sort_keys = False  # type: ignore[attr-defined]  # the default provider's
@@ -84,16 +86,20 @@ def create_app(
     settings: ApiSettings,
     shards: ShardRoutes | None = None,
     money: Money | None = None,
+    presence: Presence | None = None,
 ) -> ApiApp:
     """The application over a generation service; serve it with `serve_http`.
 
     Without `shards` it cuts no models. Without `money` there are no accounts, use is free and not counted, and nothing
-    outlives a restart.
+    outlives a restart. `presence` is of the money's ledger.
     """
     app = ApiApp(__name__)
     gate = Gate() if money is None else money.gate()
     till = None if money is None else money.till()
-    journal = None if money is None else KeptRequests(money.ledger)
+    journal = None
+    if money is not None:
+        app.presence = presence or Presence(money.ledger)
+        journal = KeptRequests(money.ledger, app.presence)
     completions = Completions(service, settings, app.in_flight, gate, till, journal)
     app.unclaimed = completions.unclaimed
     _add_error_handlers(app, settings)

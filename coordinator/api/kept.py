@@ -1,4 +1,5 @@
-"""Requests that outlive the coordinator's process: noted while they run, and gone on with after a restart.
+"""Requests that outlive the coordinator's process: noted while they run, and gone on with after a restart, or by
+another coordinator that shares the ledger.
 
 A stream waits for its client, and is ended if that does not come; a whole answer, which nobody can get any more, is
 ended at once. What had been sampled is settled then. Answers that are fetched later go on by themselves.
@@ -12,7 +13,7 @@ from contextlib import asynccontextmanager
 
 import trio
 
-from azu.accounts.kept import KeptRequests, Lead, Waiting
+from azu.accounts.kept import KeptHead, KeptRequests, Lead
 from azu.errors import AzuError, InternalError
 from azu.logs import log
 from azu.tickets import JobTicket
@@ -31,6 +32,8 @@ logger = logging.getLogger(__name__)
 # After a restart, streams wait for their clients so long. Workers keep jobs for longer (`azu.wire.messages.KEEP_S`).
 CLAIM_S = 60.0
 _LOOK_S = 1.0
+_ASK_S = 5.0
+_TRIES = 3
 # Chains of workers that one coordinator tries for a job at most: each has a job id of its own, and no worker takes one
 # twice.
 _CHAINS = 16
@@ -55,6 +58,8 @@ class Kept:
         self.is_let_go = False
         self._journal = journal
         self.lead = lead
+        self._life = journal.presence.life
+        self._is_lost = False
         self._turn = trio.Lock()
 
     @classmethod
@@ -97,7 +102,24 @@ class Kept:
                 except InternalError as error:  # it does not outlive this process, then
                     log(logger, logging.WARNING, "request not noted", job=ticket.job_id.hex(), reason=error.message)
                 return True
-        return await self._journal.note(self.lead, number, standing.to_cbor())
+        self._is_lost = not await self._journal.note(self.lead, number, standing.to_cbor())
+        return not self._is_lost
+
+    async def leads(self) -> bool:
+        """Whether its jobs are this coordinator's to end and to settle.
+
+        So they are while the database is away: nobody claims anything then, and a settlement waits for it anyway.
+        """
+        if self.lead is None:
+            return True
+        presence = self._journal.presence
+        if not self._is_lost and not (presence.is_sure and presence.life == self._life):
+            try:
+                with trio.move_on_after(_ASK_S):
+                    self._is_lost = not await self._journal.leads(self.lead)
+            except InternalError as error:
+                log(logger, logging.WARNING, "not known who leads a request", reason=error.message)
+        return not self._is_lost
 
     async def note_end(self, number: int, tokens: Sequence[SampledToken], report: JobReport) -> None:
         """Note a job that is complete while others of the request may not be."""
@@ -173,29 +195,38 @@ class Unclaimed:
     """
 
     def __init__(
-        self, journal: KeptRequests, is_served: Callable[[str], bool], give_up: Handler, is_stopping: Callable[[], bool]
+        self,
+        journal: KeptRequests,
+        is_served: Callable[[str], bool],
+        give_up: Handler,
+        is_stopping: Callable[[], bool],
     ) -> None:
         self.handlers: dict[Kind, Handler] = {}
         self._is_stopping = is_stopping
         self._journal = journal
+        self._presence = journal.presence
         self._is_served = is_served
         self._give_up = give_up
+        self._left: set[str] = set()  # requests that others may go on with, and this coordinator may not
 
     async def claim(self, stream: str, wallet: str) -> Unfinished:
-        """Hand a stream to its client, once.
+        """Hand a stream to its client, once; one whose leader seems to live is waited for until it is known.
 
         Raises:
-            ApiError: status 404 where none of its wallet waits.
+            ApiError: status 404 where none of its wallet waits, 409 where another coordinator has it.
         """
-        found = [
-            each
-            for each in await self._journal.waiting(stream)
-            if each.kind == "stream" and each.wallet == wallet and self._is_served(each.manifest)
-        ]
-        claimed = await self._claim(stream) if found else None
-        if claimed is None:
-            raise no_such_stream()
-        return claimed
+        for _ in range(_TRIES):  # its leader may be another one each time
+            found = await self._journal.find(stream)
+            if found is None or (found.kind, found.wallet) != ("stream", wallet) or not self._is_served(found.manifest):
+                break
+            if (leader := found.leader) is None or self._presence.is_gone(leader):
+                if (claimed := await self._claim(stream)) is not None:
+                    return claimed
+                if stream in self._left:
+                    raise _elsewhere("", "")
+            elif leader == self._presence.me or await self._presence.lives(leader):
+                raise _elsewhere(leader, self._presence.url_of(leader))
+        raise no_such_stream()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Take up, or end, what waits, until cancelled; reports by `task_status` when all that an earlier life of this
@@ -215,37 +246,51 @@ class Unclaimed:
     async def _look(self, nursery: trio.Nursery, since: dict[str, float]) -> None:
         now = trio.current_time()
         waiting = {each.request_id: each for each in await self._journal.waiting()}
+        self._left &= waiting.keys()
         for gone in since.keys() - waiting.keys():
             del since[gone]
         for request_id, each in waiting.items():
-            if self._is_stopping() or now < since.setdefault(request_id, now) + self._patience(each):
+            waited = now - since.setdefault(request_id, now)
+            is_old = waited >= KEEP_S  # no worker has it any more, so that it does not matter who goes on with it
+            is_due = is_old or (waited >= self._patience(each) and request_id not in self._left)
+            if self._is_stopping() or not is_due:
                 continue
-            if (claimed := await self._claim(request_id)) is not None:
-                log(logger, logging.INFO, "request of before the restart", kind=each.kind, jobs=len(claimed.standings))
+            if (claimed := await self._claim(request_id, is_old=is_old)) is not None:
+                log(logger, logging.INFO, "request taken over", kind=each.kind, jobs=len(claimed.standings))
                 nursery.start_soon(self._handle, claimed)
 
-    async def _claim(self, request_id: str) -> Unfinished | None:
-        claimed = await self._journal.claim(request_id)
+    async def _claim(self, request_id: str, *, is_old: bool = False) -> Unfinished | None:
+        """A request that this coordinator may go on with: those who signed its tickets named it."""
+        row = await self._journal.claim(request_id)
+        if row is None:
+            return None
         try:
-            return None if claimed is None else Unfinished.of(claimed)
+            claimed = Unfinished.of(row)
+            tickets = [each.job_ticket() for each in claimed.standings]
         except AzuError as error:
             log(logger, logging.WARNING, "noted request is damaged", reason=error.message)
-            await self._journal.forget(Lead(request_id) if claimed is None else claimed.lead)
+            await self._journal.forget(row.lead)
             return None
+        if all(ticket is None or ticket.may_be_led_by(self._presence.me) for ticket in tickets):
+            return claimed
+        if is_old:
+            return claimed.begun_anew()
+        self._left.add(request_id)
+        await self._journal.let_go(row.lead)
+        return None
 
-    def _patience(self, each: Waiting) -> float:
+    def _patience(self, each: KeptHead) -> float:
         """Seconds for which it is left to others, first of all to its client."""
         if not self._is_served(each.manifest):
-            return KEEP_S  # no worker has it any more
+            return KEEP_S
         return CLAIM_S if each.kind == "stream" else 0.0
 
     async def _handle(self, claimed: Unfinished) -> None:
         try:
             await self.handlers[claimed.asked.kind](claimed)
         except Exception as error:  # a border: there is nobody to be told
-            log(
-                logger, logging.WARNING, "request not gone on with", reason=from_exception(error, ApiSettings()).message
-            )
+            reason = from_exception(error, ApiSettings()).message
+            log(logger, logging.WARNING, "request not gone on with", reason=reason)
             try:
                 await self._give_up(claimed)
             except AzuError as again:  # the next start finds it
@@ -259,4 +304,16 @@ def no_such_stream() -> ApiError:
         status=404,
         code="stream_not_found",
         remedy=f"After a restart, streams wait for {CLAIM_S:.0f} s. Send the request again.",
+    )
+
+
+def _elsewhere(peer_id: str, url: str) -> ApiError:
+    where = f": {peer_id}{f' at {url}' if url else ''}" if peer_id else ""
+    return ApiError(
+        f"Another connection, or another coordinator, has this stream{where}",
+        status=409,
+        code="stream_elsewhere",
+        remedy="Go on with it there, or here once that is gone.",
+        details={"coordinator": peer_id, "url": url},
+        headers={"Retry-After": "5"},
     )

@@ -63,5 +63,7 @@ def taken_up_job(journal: KeptRequests, unfinished: Unfinished, model: ServedMod
 
 
 def _noted(job: ChatJob, kept: Kept) -> ChatJob:
-    requests = (replace(each, note=partial(kept.note, number)) for number, each in enumerate(job.requests))
+    requests = (
+        replace(each, note=partial(kept.note, number), leads=kept.leads) for number, each in enumerate(job.requests)
+    )
     return replace(job, requests=tuple(requests), kept=kept)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import socket
-from contextlib import suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 
 import hypercorn.trio
 import trio
@@ -21,6 +22,7 @@ BACKLOG = 256  # connections that wait to be accepted
 IDLE_S = 75.0
 # A client that does not read for so long is gone: its job holds memory in every stage.
 STALLED_MS = 30_000
+_ANY = ("0.0.0.0", "::")  # noqa: S104 - compared, not bound
 # Between ending the jobs and cutting the connections: time for their last words.
 LAST_WORDS_S = 1.0
 
@@ -48,7 +50,7 @@ async def serve_http(
     stop = trio.Event() if stop is None else stop
     listener = await _listen(host, port)
     url = app.url = _url(listener)
-    async with trio.open_nursery() as nursery:
+    async with _present(app, "" if host in _ANY else url), trio.open_nursery() as nursery:
         if app.submissions is not None:
             await nursery.start(app.submissions.run)
         if app.unclaimed is not None:
@@ -63,6 +65,16 @@ async def serve_http(
 
         await nursery.start(serve)
         task_status.started(url)
+
+
+@asynccontextmanager
+async def _present(app: ApiApp, url: str) -> AsyncIterator[None]:
+    """Show other coordinators that this one lives, until all that it runs is ended or let go."""
+    async with trio.open_nursery() as nursery:
+        if app.presence is not None:
+            await nursery.start(app.presence.run, url)
+        yield
+        nursery.cancel_scope.cancel()
 
 
 async def _cut_after_grace(app: ApiApp, stop: trio.Event, grace_s: float) -> None:
@@ -114,6 +126,6 @@ def _config(listener: socket.socket, grace_s: float) -> Config:
 def _url(listener: socket.socket) -> str:
     """Where a client on this machine finds it."""
     host, port = listener.getsockname()[:2]
-    if host in ("0.0.0.0", "::"):  # noqa: S104 - compared, not bound
+    if host in _ANY:
         host = "127.0.0.1"
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

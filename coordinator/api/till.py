@@ -82,8 +82,10 @@ class Till:
             yield
         except BaseException as error:  # also where the client left: what was delivered is settled by now
             is_ended = isinstance(error, trio.Cancelled)  # the process, where nothing else cancels it
-            if kept is None or not (kept.is_let_go or (is_ended and kept.outlives(is_stopped=False))):
-                with trio.CancelScope(shield=True):
+            with trio.CancelScope(shield=True):
+                if kept is None or not (
+                    kept.is_let_go or (is_ended and kept.outlives(is_stopped=False)) or not await kept.leads()
+                ):
                     await self.release([each.job_id for each in jobs])
             raise
 

@@ -108,6 +108,26 @@ async def test_a_job_that_no_chain_takes_costs_nothing(tmp_path: Path) -> None:
         assert await bank.has() == (MONEY, 0)
 
 
+async def test_what_is_put_aside_for_a_job_without_a_token_is_left_to_whoever_begins_it_again(tmp_path: Path) -> None:
+    """A coordinator that stops then: its next life tries other chains, for other ids of the same job."""
+    async with bank_of(tmp_path, (0, 4, idle)) as bank:
+        asked = replace(paid(), first_chain=16)
+        await bank.ledger.reserve(asked.job_id.hex(), WALLET, 50, expires_at=2**40)
+
+        async def run() -> None:
+            async with bank.swarm.runner.generate(asked):
+                raise AssertionError("it gives no token")
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(run)
+            while not bank.swarm.workers[0].tickets:
+                await trio.sleep(0.01)
+            nursery.cancel_scope.cancel()
+        assert await bank.has() == (MONEY - 50, 50)
+        assert [ticket.job_id for ticket in bank.swarm.workers[0].tickets] == [asked.job_id[:-1] + b"\x10"]
+        await bank.ledger.release(asked.job_id.hex())
+
+
 async def test_a_client_that_leaves_before_the_first_token_pays_nothing(tmp_path: Path) -> None:
     async with bank_of(tmp_path, (0, 4, idle)) as bank:
         with trio.CancelScope() as scope:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import trio
 
 from azu.errors import NetworkError
 from azu.tickets import JobTicket
@@ -15,10 +16,12 @@ from coordinator import mender as mender_module
 from coordinator.agreement import Handover
 from coordinator.generation import GenerationRequest
 from coordinator.job import RunningJob
+from coordinator.jobs import JobRunner
 from coordinator.journal import Left
+from coordinator.swarm import SwarmView
 from tests.coordinator.test_draining import leaves_after
 from tests.coordinator.test_failover import CHUNKS, COUNT, POSITIONS, PROMPT, THREE, pair
-from tests.node.real_stages import TinyModel, tiny_model
+from tests.node.real_stages import TinyModel, identity, peer, tiny_model
 from tests.real_swarm import RealSwarm, real_swarm
 
 
@@ -137,3 +140,53 @@ async def test_who_left_before_is_paid_for_what_it_did(
         assert leaver.peer_id in {stage.peer_id for stage in report.stages}
         assert {stage.state for stage in report.stages} == {"credited"}
         assert sum(stage.token_layers for stage in report.stages) == report.token_layers
+
+
+async def test_another_coordinator_goes_on_with_it(model: TinyModel, tmp_path: Path) -> None:
+    """If the first one's ticket named it; and what that one still says of the job counts no more."""
+    async with real_swarm(model, tmp_path, *THREE) as swarm, peer(98) as overlay, trio.open_nursery() as nursery:
+        swarm.runner._successors = lambda: [identity(98).peer_id]
+        for worker in swarm.workers:
+            await overlay.connect(worker.peer_id, worker.real.overlay.addrs)
+        view = SwarmView(overlay)
+        nursery.start_soon(view.run)
+        for worker in swarm.workers:
+            view._meet(worker.peer_id)
+        runner = JobRunner(identity(98), overlay, view, swarm.meter, price=2)
+        async with let_go(swarm) as (request, tickets, before):
+            first = tickets[-1]
+            async with runner.take_up(request, first, ()) as job:
+                tokens = [sampled.token async for sampled in job.tokens()]
+                report = await job.finish()
+        assert tokens == model.greedy(PROMPT, COUNT)
+        assert tokens[: len(before)] == before
+        assert all(sum(worker.rows) == POSITIONS for worker in swarm.workers)
+        assert {stage.state for stage in report.stages} == {"credited"}
+        assert job.ticket.coordinator == identity(98).peer_id
+        assert job.ticket.epoch > first.epoch
+        nursery.cancel_scope.cancel()
+
+
+async def test_who_leads_a_job_no_more_ends_and_settles_nothing(model: TinyModel, tmp_path: Path) -> None:
+    async def leads() -> bool:
+        return False
+
+    async with real_swarm(model, tmp_path, *THREE) as swarm, let_go(swarm) as (request, tickets, _):
+        async with swarm.runner.take_up(replace(request, leads=leads), tickets[-1], ()) as job:
+            report = await job.finish()
+        assert (await swarm.meter.earnings(), report.credited) == ({}, 0)
+        tokens, _ = await rest_of(swarm, request, job.ticket)
+        assert tokens == model.greedy(PROMPT, COUNT)
+        assert sum((await swarm.meter.earnings()).values()) > 0
+
+
+async def test_a_job_that_cannot_be_amended_any_more_ends_as_led_elsewhere(model: TinyModel, tmp_path: Path) -> None:
+    async with real_swarm(model, tmp_path, *THREE) as swarm, let_go(swarm) as (request, tickets, _):
+
+        async def note(_ticket: JobTicket, _handovers: object) -> bool:
+            return False
+
+        with pytest.RaisesGroup(NetworkError, flatten_subgroups=True) as lost:
+            await rest_of(swarm, replace(request, note=note), tickets[-1])
+        (error,) = lost.value.exceptions
+        assert getattr(error, "code", "") == "led_elsewhere"

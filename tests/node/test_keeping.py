@@ -26,9 +26,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
     return tiny_model(tmp_path_factory.mktemp("tiny"))
 
 
-async def left_alone(coordinator: Coordinator, keep_s: int) -> JobTicket:
+async def left_alone(coordinator: Coordinator, keep_s: int, *successors: str) -> JobTicket:
     """The ticket of a job in a single stage, whose stream ends after some tokens."""
-    ticket = coordinator.ticket(len(PROMPT), 3_000)
+    ticket = coordinator.ticket(len(PROMPT), 3_000).model_copy(update={"successors": successors})
     async with await coordinator.overlay.open_stream(coordinator.stages[0].peer_id, JOB_PROTOCOL) as stream:
         channel = Channel(stream, JOB)
         await channel.send(Open(keep_s=keep_s), sign_ticket(coordinator.identity, ticket))
@@ -39,14 +39,20 @@ async def left_alone(coordinator: Coordinator, keep_s: int) -> JobTicket:
 
 
 @asynccontextmanager
+async def coordinator_stream(coordinator: Coordinator, overlay: Overlay | None) -> AsyncIterator[Channel]:
+    """A new job stream to the only stage."""
+    stage = coordinator.stages[0]
+    opened = (overlay or coordinator.overlay).open_stream(stage.peer_id, JOB_PROTOCOL, addrs=stage.overlay.addrs)
+    async with await opened as stream:
+        yield Channel(stream, JOB)
+
+
+@asynccontextmanager
 async def amending(
     coordinator: Coordinator, ticket: JobTicket, signer: Identity | None = None, overlay: Overlay | None = None
 ) -> AsyncIterator[Channel]:
     """A stream that begins with an amendment by this ticket."""
-    stage = coordinator.stages[0]
-    opened = (overlay or coordinator.overlay).open_stream(stage.peer_id, JOB_PROTOCOL, addrs=stage.overlay.addrs)
-    async with await opened as stream:
-        channel = Channel(stream, JOB)
+    async with coordinator_stream(coordinator, overlay) as channel:
         await channel.send(Amend(known=0), sign_ticket(signer or coordinator.identity, ticket))
         yield channel
 
@@ -158,4 +164,27 @@ async def test_nobody_else_takes_a_job_up(model: TinyModel) -> None:
             await job.resume((await job.paused()).position)
             await job.goes_on(model)
             await channel.send(Forget())
+            await coordinator.stages[0].until_idle()
+
+
+async def test_a_coordinator_that_was_named_goes_on_with_it(model: TinyModel) -> None:
+    """If the worker trusts it; and nobody before it any more, but whom it names."""
+    heir, stranger = identity(98), identity(50)
+    async with real_ring(model, 1) as coordinator, peer(98) as follower, peer(50) as other:
+        ticket = next_epoch(await left_alone(coordinator, 100, heir.peer_id, stranger.peer_id))
+        taken = ticket.model_copy(update={"coordinator": stranger.peer_id})
+        async with amending(coordinator, taken, stranger, other) as channel:
+            assert (await next_of(channel, Refused)).code == "untrusted_coordinator"
+        async with coordinator_stream(coordinator, other) as channel:  # nor does its stage end the job that is kept
+            await channel.send(Open(keep_s=0), sign_ticket(stranger, next_epoch(taken)))
+            assert (await next_of(channel, Refused)).code == "untrusted_coordinator"
+        mine = ticket.model_copy(update={"coordinator": heir.peer_id, "successors": ()})
+        async with amending(coordinator, mine, heir, follower) as channel:
+            job = Running(coordinator, channel, mine, [])
+            await job.resume((await job.paused()).position)
+            await job.goes_on(model)
+            async with amending(coordinator, next_epoch(ticket)) as late:
+                assert (await next_of(late, Refused)).code == "wrong_signer"
+            await channel.send(End(tokens=3))
+            await job.until(ReceiptReply)
             await coordinator.stages[0].until_idle()

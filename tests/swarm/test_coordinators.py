@@ -138,6 +138,11 @@ class Client:
             return self  # it was killed
         return self
 
+    def refused(self, url: str) -> Any:
+        """Why a coordinator does not go on with it."""
+        headers = self._headers | {"Last-Event-ID": self.last}
+        return httpx.post(f"{url}/v1/chat/completions", json=self._body, headers=headers, timeout=60).json()["error"]
+
     def _take(self, event: dict[str, str]) -> None:
         self.last = event.get("id", self.last)
         if event.get("data", "[DONE]") != "[DONE]":
@@ -192,36 +197,44 @@ def result(url: str, key: str, job_id: str) -> Any:
 
 @pytest.mark.parametrize("end", [Program.kill, Program.stop])
 def test_answers_outlive_their_coordinator(swarm: Pair, key: str, end: Callable[[Program], object]) -> None:
-    """Streams, a submitted job, and an answer that its client has named. The other's streams only notice a worker that
-    is stopped meanwhile, so that no answer is complete.
+    """Streams, a submitted job, and an answer that its client has named: at the other coordinator after a kill, and at
+    the same one after a restart. The other's streams only notice a worker that is stopped meanwhile, so that no answer
+    is complete.
     """
     before, _ = money(swarm.other_url, key)
-    tokens = 600
+    tokens, refusals = 400, list[Any]()
 
     def interrupt() -> None:
         worker = swarm.workers[0].process
         worker.send_signal(signal.SIGSTOP)
+        refusals.append(client.refused(swarm.other_url))
         end(swarm.coordinator)
         worker.send_signal(signal.SIGCONT)
 
-    with ThreadPoolExecutor(3) as pool:
+    with ThreadPoolExecutor(4) as pool:
         undisturbed = pool.submit(Client(swarm, key, tokens).read, swarm.other_url)
         job_id = submit(swarm, key, tokens)
         named = pool.submit(once, swarm, key, tokens, end.__name__)
         two = pool.submit(Client(swarm, key, tokens, choices=2).read, swarm.url)
-        client = Client(swarm, key, tokens).read(swarm.url, 20, interrupt)
+        client = Client(swarm, key, tokens)
+        client.read(swarm.url, 20, interrupt)
         assert client.end is None or client.end["code"] == "restarting"
+        assert [(each["code"], each["azu"]["url"]) for each in refusals] == [("stream_elsewhere", swarm.url)]
         interrupted = two.result()
-        swarm.coordinator, swarm.url = swarm.start_coordinator()
-        again = pool.submit(interrupted.read, swarm.url)
-        client.read(swarm.url)
-        reference = undisturbed.result()
-        clients = [client, again.result(), reference]
+        if end is Program.stop:
+            swarm.coordinator, swarm.url = swarm.start_coordinator()
+        there = swarm.other_url if end is Program.kill else swarm.url
+        again = pool.submit(interrupted.read, there)
+        client.read(there)
+        clients = [client, again.result(), undisturbed.result()]
+        if end is Program.kill:
+            swarm.coordinator, swarm.url = swarm.start_coordinator()
         answer = named.result()
     wait_until(lambda: result(swarm.other_url, key, job_id)["ended_at"] is not None, "the submitted job")
     submitted = result(swarm.url, key, job_id)
     texts = [text for each in clients for text in each.texts]
-    assert set(texts) == {submitted["result"], answer.choices[0].message.content}
+    assert set(texts) == {answer.choices[0].message.content}
+    assert (submitted["status"], submitted["usage"]["completion_tokens"]) == ("done", tokens)  # drawn, and not greedy
     assert [each.end["completion_tokens"] for each in clients] == [tokens, 2 * tokens, tokens]
     usages = [*(each.end["azu"] for each in clients), submitted["usage"]["azu"], answer.usage.model_extra["azu"]]
     assert money(swarm.url, key) == (before - sum(int(each["cost"]) for each in usages), 0)

@@ -15,6 +15,7 @@ from solders.keypair import Keypair
 from sqlalchemy import func, select
 
 from azu.accounts.store import key_limits
+from azu.identity import Identity
 from azu.ledger import Ledger, schema
 from azu.payments import PaymentProvider, open_provider
 from azu.payments.settings import PaymentSettings
@@ -114,6 +115,8 @@ def cost(positions: int) -> int:
     return positions * LAYERS * PRICE
 
 
+# Peer ids of coordinators.
+OWNER, OTHER = (Identity(bytes([number]) * 32).peer_id for number in (7, 8))
 API = ApiSettings(max_body_bytes=100_000)
 
 
@@ -128,7 +131,7 @@ async def open_bank(
     is_new: bool = True,
     settings: dict[str, Any] | None = None,
     stop: trio.Event | None = None,
-    owner: str = "test",
+    owner: str = OWNER,
     api: ApiSettings = API,
     **options: Any,
 ) -> AsyncIterator[Bank]:

@@ -13,11 +13,13 @@ import httpx
 import openai
 import pytest
 import trio
+from sqlalchemy import insert, select, update
 
+from azu.ledger import Ledger, schema
 from coordinator.api.place import parse_place
 from coordinator.api.settings import ApiSettings
 from tests.coordinator.api.conftest import in_thread
-from tests.coordinator.api.paying import ALICE, BOB, PRICE, Bank, EvmWallet, cost, open_bank
+from tests.coordinator.api.paying import ALICE, BOB, OTHER, OWNER, PRICE, Bank, EvmWallet, cost, open_bank
 from tests.coordinator.api.twin import MODEL_ID, Twin
 
 MONEY = 10**18
@@ -240,3 +242,65 @@ async def test_choices_that_nobody_claims_are_paid_as_far_as_they_came(
         assert (await bank.has())[1] == 0
         assert await bank.ledger.verify() == []
         assert (await house.ask(bank, last_of(before))).status_code == 404
+
+
+async def test_a_stream_goes_on_at_another_coordinator(house: House) -> None:
+    house.twin.successors = (OTHER,)
+    before = await house.interrupted(n=2)
+    async with house.life(owner=OTHER) as bank:
+        refused = await house.ask(bank, last_of(before), BOB)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (404, "stream_not_found")
+        after = events_of((await house.ask(bank, last_of(before))).text)
+        for index in range(2):
+            assert text_of(before, index) + text_of(after, index) == house.twin.answer
+        usage = after[-2][1]["usage"]
+        spent = cost(2 * (usage["prompt_tokens"] - 1) + usage["completion_tokens"])
+        assert await bank.has() == (MONEY - spent, 0)
+        assert await bank.ledger.verify() == []
+        await bank.until_none_is_kept()
+
+
+async def test_only_one_that_was_named_goes_on_with_it(house: House) -> None:
+    before = await house.interrupted()
+    async with house.life(owner=OTHER) as bank:
+        for _ in range(2):
+            refused = await house.ask(bank, last_of(before))
+            assert (refused.status_code, refused.json()["error"]["code"]) == (409, "stream_elsewhere")
+    async with house.life() as bank:
+        after = events_of((await house.ask(bank, last_of(before))).text)
+        assert text_of(before) + text_of(after) == house.twin.answer
+
+
+async def test_one_whose_coordinator_died_is_waited_for_until_that_is_known(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    house.twin.successors = (OTHER,)
+    before = await house.interrupted()
+    monkeypatch.setattr("azu.accounts.presence.BEAT_S", 0.05)
+    monkeypatch.setattr("azu.accounts.presence.LEASE_S", 0.5)
+    async with Ledger.open(house.folder / "ledger.sqlite3", currency="wei") as ledger:
+        await ledger.write(lambda connection: connection.execute(update(schema.kept).values(leader=OWNER)))
+        row = {"peer_id": OWNER, "beat": 7, "url": ""}
+        await ledger.write(lambda connection: connection.execute(insert(schema.coordinators), row))
+    async with house.life(owner=OTHER) as bank:
+        after = events_of((await house.ask(bank, last_of(before))).text)
+        assert text_of(before) + text_of(after) == house.twin.answer
+        await bank.until_none_is_kept()
+        assert (await bank.has())[1] == 0
+
+
+async def test_one_whose_coordinator_lives_is_to_be_had_there(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("azu.accounts.presence.BEAT_S", 0.05)
+    house.twin.stall_after = 5
+    async with house.life() as bank, trio.open_nursery() as nursery:
+        nursery.start_soon(house.ask, bank)
+        await house.twin.stalled.wait()
+        query = select(schema.kept.c.request_id)
+        stream = await bank.ledger.read(lambda connection: connection.execute(query).scalar_one())
+        async with house.life(owner=OTHER) as other:
+            for asked in (other, bank):
+                refused = await house.ask(asked, f"{stream}-1-00000000")
+                error = refused.json()["error"]
+                assert (refused.status_code, error["code"]) == (409, "stream_elsewhere")
+                assert error["azu"] == {"coordinator": OWNER, "url": bank.url}
+        nursery.cancel_scope.cancel()

@@ -12,7 +12,7 @@ import pytest
 import trio
 
 from azu.errors import NetworkError
-from tests.coordinator.api.paying import ALICE, BOB, PRICE, Bank, cost, open_bank
+from tests.coordinator.api.paying import ALICE, BOB, OTHER, PRICE, Bank, cost, open_bank
 from tests.coordinator.api.twin import LAYERS, MODEL_ID, Twin
 
 JOB: dict[str, Any] = {"model_id": MODEL_ID, "prompt": "What is the capital of France?", "est_tokens": 40}
@@ -170,7 +170,7 @@ async def test_another_coordinator_knows_what_became_of_it(bank: Bank, twin: Twi
     twin.stall_after = 1
     running = await submitted(bank, key)
     await twin.stalled.wait()
-    async with open_bank(twin, tmp_path, tmp_path, is_new=False, owner="other") as other:
+    async with open_bank(twin, tmp_path, tmp_path, is_new=False, owner=OTHER) as other:
         assert await result_of(other, key, done) == expected
         assert (await other.send("GET", f"/results/{running}", key=key)).json()["status"] == "running"
     twin.stall_after = None

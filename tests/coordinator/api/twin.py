@@ -134,6 +134,7 @@ class Twin:
     stalled: trio.Event = field(default_factory=trio.Event)
     covered: bool = True
     ledger: Ledger | None = None  # which it settles in
+    successors: tuple[str, ...] = ()  # in its tickets
     price: int = 2
 
     def models(self) -> Sequence[ServedModel]:
@@ -165,7 +166,7 @@ class Twin:
                 if not self.begins or request.sampling.seed == self.unbegun:
                     await trio.sleep_forever()
                 if request.note is not None:
-                    await request.note(ticket_of(request, self.price), ())
+                    await request.note(ticket_of(request, self.price, self.ledger, self.successors), ())
                 try:
                     yield generation
                 finally:
@@ -237,8 +238,10 @@ class TwinGeneration:
         return JobReport(self._job_id, prompt, self._sampled, positions * LAYERS, cost, stages)
 
 
-def ticket_of(request: GenerationRequest, price: int) -> JobTicket:
-    """One with a single stage."""
+def ticket_of(
+    request: GenerationRequest, price: int, ledger: Ledger | None = None, successors: tuple[str, ...] = ()
+) -> JobTicket:
+    """One with a single stage, by the ledger's owner."""
     peer_id = Identity(bytes(32)).peer_id
     manifest = request.model.manifest
     return JobTicket.model_validate(
@@ -257,7 +260,8 @@ def ticket_of(request: GenerationRequest, price: int) -> JobTicket:
             "begun_at": 1,
             "issued_at": 1,
             "expires_at": 2,
-            "coordinator": peer_id,
+            "coordinator": peer_id if ledger is None else ledger.owner,
+            "successors": successors,
         }
     )
 

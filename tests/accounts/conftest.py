@@ -1,0 +1,5 @@
+from __future__ import annotations
+
+from tests.ledger.conftest import postgres, url
+
+__all__ = ["postgres", "url"]
