@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
@@ -19,8 +18,7 @@ from azu.logs import log
 from azu.models.manifest import Manifest
 from azu.models.memory import first_positions
 from azu.overlay import Overlay
-from azu.planning import Demand, Placement, Range, WorkerView, links_of, views_for
-from azu.records import WorkerRecord
+from azu.planning import Demand, Placement, WorkerView, links_of, views_for
 from azu.tickets import MAX_SUCCESSORS, JobTicket
 from azu.wire.tensors import WeightFormat
 from coordinator.admission import Admission, Grant
@@ -35,6 +33,7 @@ from coordinator.planning import Route, cut_anew, find_route, stand_in
 from coordinator.planning.moving import cache_seconds
 from coordinator.relief import Relief
 from coordinator.reserves import Reserves
+from coordinator.room import Room
 from coordinator.swarm import SwarmView
 
 __all__ = ["JobRunner"]
@@ -61,6 +60,9 @@ class JobRunner:
 
     Args:
         successors: the peer ids of who may go on with jobs when this coordinator is gone.
+
+    Attributes:
+        room: what running jobs take.
     """
 
     def __init__(
@@ -79,13 +81,10 @@ class JobRunner:
         self._swarm = swarm
         self._meter = meter
         self._price = price
-        self._reserved: Counter[str] = Counter()  # positions of KV cache that our running jobs began with, by peer id
-        self._granted: dict[str, tuple[int, int]] = {}  # those of them since the peer's record of this sequence number
+        self.room = Room(swarm.workers)
         self._disputes = Disputes(identity.peer_id)
-        self._running: Counter[str] = Counter()
-        self._cuts: Counter[tuple[str, Range]] = Counter()  # running jobs' stages, by model
-        self._relief = Relief(swarm.worker, swarm.usual, self._running.__getitem__)
-        self._admission = Admission(self._find_room, self._refusal, self._free_room)
+        self._relief = Relief(swarm.worker, swarm.usual, self.room.jobs)
+        self._admission = Admission(self._find_room, self._refusal, self.room.free)
 
     @asynccontextmanager
     async def generate(self, request: GenerationRequest) -> AsyncIterator[RunningJob]:
@@ -115,7 +114,7 @@ class JobRunner:
         chain = tuple(Placement(stage.peer_id, stage.start, stage.end) for stage in ticket.stages)
         grant = Grant(chain, ticket.dtype, first_positions(ticket.prompt_tokens), ticket.manifest)
         ticket = ticket.model_copy(update=self._leaders())
-        self._count(grant, 1)
+        self.room.take(grant)
         try:
             async with self._run(request, ticket, grant, is_back=True, handovers=handovers) as job:
                 job.is_abandoned = not await job.begins()
@@ -193,42 +192,9 @@ class JobRunner:
             return None
         route, dtype = found
         grant = Grant(route.stages, dtype, first_positions(len(request.prompt)), request.model.manifest.digest)
-        self._count(grant, 1)
-        self._note_granted({stage.peer_id for stage in grant.chain}, grant.tokens)
+        self.room.take(grant)
+        self.room.note({stage.peer_id for stage in grant.chain}, grant.tokens)
         return grant
-
-    def _free_room(self, grant: Grant) -> None:
-        self._count(grant, -1)
-
-    def cuts(self, manifest: str) -> list[Range]:
-        """The stages [start, end) into which running jobs cut a model, those of most jobs first."""
-        found = [(jobs, end - start, (start, end)) for (digest, (start, end)), jobs in self._cuts.items()
-                 if digest == manifest]  # fmt: skip
-        return [range_ for *_, range_ in sorted(found, reverse=True)]
-
-    def _count(self, grant: Grant, jobs: int) -> None:
-        for cut in ((grant.manifest, (stage.start, stage.end)) for stage in grant.chain):
-            self._cuts[cut] += jobs
-            if not self._cuts[cut]:
-                del self._cuts[cut]
-        for peer_id in (stage.peer_id for stage in grant.chain):
-            self._reserved[peer_id] += jobs * grant.tokens
-            self._running[peer_id] += jobs
-            if not self._running[peer_id]:
-                del self._running[peer_id], self._reserved[peer_id]
-                self._granted.pop(peer_id, None)
-
-    def _note_granted(self, peer_ids: Collection[str], tokens: int) -> None:
-        """Count positions that these workers' records do not tell of yet."""
-        for worker in self._swarm.workers():
-            if worker.peer_id in peer_ids:
-                since = self._granted_since(worker.peer_id, worker.sequence)
-                self._granted[worker.peer_id] = worker.sequence, since + tokens
-
-    def _granted_since(self, peer_id: str, sequence: int) -> int:
-        """Positions of KV cache that the worker's record of this sequence number does not tell of yet."""
-        known, tokens = self._granted.get(peer_id, (sequence, 0))
-        return tokens if known == sequence else 0
 
     def _refusal(self, request: GenerationRequest) -> CapacityError | None:
         """Why the job would wait in vain, if it would."""
@@ -248,7 +214,7 @@ class JobRunner:
         first = first_positions(len(request.prompt))
         demand = Demand(len(request.prompt), min(request.max_tokens, _EXPECTED_TOKENS))
         manifest = request.model.manifest
-        workers = self._able(len(request.prompt) + request.max_tokens, when_empty=when_empty)
+        workers = self.room.able(len(request.prompt) + request.max_tokens, when_empty=when_empty)
         faults = {worker.peer_id: self._swarm.faults(worker.peer_id) for worker in workers}
         for most in sorted(set(faults.values())):
             routes: list[tuple[float, WeightFormat, Route]] = []
@@ -264,19 +230,6 @@ class JobRunner:
                 _, best, route = min(routes, key=lambda each: each[:2])
                 return route, best
         return None
-
-    def _able(self, tokens: int, *, when_empty: bool = False) -> list[WorkerRecord]:
-        """The adjusted records of workers whose whole KV cache has so many positions."""
-        able = (worker for worker in self._swarm.workers() if worker.kv_tokens >= tokens)
-        return [self._adjusted(worker, when_empty=when_empty) for worker in able]
-
-    def _adjusted(self, worker: WorkerRecord, *, when_empty: bool) -> WorkerRecord:
-        """A record with our own running jobs counted in, which may be newer than the record."""
-        told = worker.kv_tokens_free - self._granted_since(worker.peer_id, worker.sequence)
-        free = min(worker.kv_tokens - self._reserved[worker.peer_id], told)
-        jobs = max(worker.jobs, self._running[worker.peer_id])
-        free = worker.kv_tokens if when_empty else max(free, 0)
-        return worker.model_copy(update={"kv_tokens_free": free, "jobs": jobs})
 
     def _pace(self, chain: tuple[Placement, ...]) -> float:
         """Seconds that a position takes through the chain, as its workers measured."""
@@ -313,7 +266,7 @@ class JobRunner:
             accepts: asked about the best peer for a stage, and for no other if that one will not do.
             away_s: seconds of a step that a worker costs beside its layers.
         """
-        alike = [worker for worker in self._able(ticket.total_tokens) if worker.dtype == ticket.dtype]
+        alike = [worker for worker in self.room.able(ticket.total_tokens) if worker.dtype == ticket.dtype]
         views = views_for(manifest, alike, self._swarm.faults)
         without = {*unwanted, *(each.peer_id for index, each in enumerate(grant.chain) if index not in lost)}
         found: dict[int, str] = {}
@@ -324,10 +277,10 @@ class JobRunner:
                 return None
             found[index] = chosen.peer_id
             without.add(chosen.peer_id)
-        self._changed(
+        self.room.change(
             grant, (replace(each, peer_id=found.get(index, each.peer_id)) for index, each in enumerate(grant.chain))
         )
-        self._note_granted(found.values(), grant.tokens)
+        self.room.note(found.values(), grant.tokens)
         return found
 
     def _cut(
@@ -336,7 +289,7 @@ class JobRunner:
         """The ticket with several stages in the place of lost ones, and their peers, which count as running the job
         from then on; or None.
         """
-        alike = [worker for worker in self._able(ticket.total_tokens) if worker.dtype == ticket.dtype]
+        alike = [worker for worker in self.room.able(ticket.total_tokens) if worker.dtype == ticket.dtype]
         stages = cut_anew(
             ticket.stages,
             lost,
@@ -349,15 +302,9 @@ class JobRunner:
         if stages is None:
             return None
         peers = {index: stage.peer_id for index, stage in enumerate(stages) if stage not in ticket.stages}
-        self._changed(grant, (Placement(stage.peer_id, stage.start, stage.end) for stage in stages))
-        self._note_granted(peers.values(), grant.tokens)
+        self.room.change(grant, (Placement(stage.peer_id, stage.start, stage.end) for stage in stages))
+        self.room.note(peers.values(), grant.tokens)
         return ticket.model_copy(update={"stages": stages}), peers
-
-    def _changed(self, grant: Grant, chain: Iterable[Placement]) -> None:
-        """Count a job at the workers that have it now, and not at those that had it."""
-        self._count(grant, -1)
-        grant.chain = tuple(chain)
-        self._count(grant, 1)
 
     def _ticket(self, request: GenerationRequest, number: int, grant: Grant) -> JobTicket:
         now = int(time.time())

@@ -173,7 +173,7 @@ async def _serve(
         presence = Presence(money.ledger)
         runner = JobRunner(identity, overlay, swarm, meter, price=money.price, successors=presence.others)
         models, kv_tokens = serving.manifests, settings.kv_tokens
-        placer = Placer(identity, swarm, models, kv_tokens=kv_tokens, retired=serving.retired, cuts=runner.cuts)
+        placer = Placer(identity, swarm, models, kv_tokens=kv_tokens, retired=serving.retired, cuts=runner.room.cuts)
         shards = ShardQueue(partial(sharder.shard, only_hub=True))
         nursery.start_soon(
             partial(stay_joined, overlay, settings.bootstrap, book=PeerBook(settings.data_dir / "peers.json"))

@@ -36,10 +36,10 @@ async def test_tokens_come_in_order_and_every_stage_hears_the_end(tmp_path: Path
     async with swarm_of(tmp_path, (0, 2, honest), (2, 4, honest)) as swarm:
         async with swarm.runner.generate(request(5)) as job:
             tokens = [(sampled.token, sampled.finish) async for sampled in job.tokens()]
-            assert sorted(swarm.runner.cuts(MANIFEST.digest)) == [(0, 2), (2, 4)]
-            assert swarm.runner.cuts("another") == []
+            assert sorted(swarm.runner.room.cuts(MANIFEST.digest)) == [(0, 2), (2, 4)]
+            assert swarm.runner.room.cuts("another") == []
             report = await job.finish()
-        assert swarm.runner.cuts(MANIFEST.digest) == []
+        assert swarm.runner.room.cuts(MANIFEST.digest) == []
         assert tokens == [(7, ""), (8, ""), (9, ""), (10, ""), (11, "length")]
         assert [stage.state for stage in report.stages] == ["credited", "credited"]
         assert report.token_layers == (4 + 5 - 1) * 4
