@@ -156,7 +156,7 @@ class Azu:
         return place(view.shape, view.workers, view.links)
 
     def route(self, view: View, tokens: int, chance: random.Random) -> Chain | None:
-        found = find_route(view.shape.n_layers, view.workers, tokens, links=view.links)
+        found = find_route(view.shape.n_layers, view.workers, tokens, links=view.links, parts=True)
         if found is None:
             return None
         index = {worker.peer_id: i for i, worker in enumerate(view.workers)}

@@ -7,7 +7,7 @@ Three ways to place layers and to choose a job's workers:
     random   a random range of as many layers as fit; of those that hold the next layer a random worker, to its end
     Petals   when a worker joins, the range whose layers have the least throughput, as many layers as fit; then the
              path with the least time per token over lines and layers, lines measured, load unknown (arXiv:2312.08361)
-    azu      its own planner as it is: place() at each step, find_route() of whole ranges; of the lines it knows
+    azu      its own planner as it is: place() at each step, find_route() with parts of ranges; of the lines it knows
              what workers' records say, which is those to 16 others for each, and works the rest out from that
 
 Clients ask one thing after the other, and each job reserves KV cache until it ends. Time goes in steps. In one, a
