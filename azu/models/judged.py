@@ -61,7 +61,7 @@ def check_architecture(config: Mapping[str, Any]) -> None:
         log(logger, logging.WARNING, "whether workers can run this model is not known here", architecture=architecture)
         return
     log(logger, logging.INFO, "looking whether its layers can be cut apart", architecture=architecture)  # takes seconds
-    command = [sys.executable, "-m", "azu.models.judge_process"]
+    command = [sys.executable, "-P", "-m", "azu.models.judge_process"]  # -P: nothing is imported from here
     try:
         done = subprocess.run(  # noqa: S603 - our own program
             command, input=json.dumps(config), capture_output=True, text=True, check=True, timeout=_PATIENCE_S
