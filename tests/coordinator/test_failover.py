@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import trio
 from azu.channel import Channel
 from azu.economics import split, token_layers
 from azu.errors import NetworkError
+from azu.tickets import JobTicket
 from azu.wire.messages import RING, RING_PROTOCOL, Hello, Refused
 from coordinator import mender as mender_module
 from coordinator.job import RunningJob
@@ -148,6 +150,35 @@ async def test_one_substitute_after_the_other_dies(model: TinyModel, tmp_path: P
         assert [(stage.state, stage.tokens, stage.start) for stage in report.stages] == [
             ("credited", POSITIONS, start) for start in range(4)
         ]
+
+
+async def test_who_is_lost_while_a_ticket_is_written_down_is_replaced_next(
+    model: TinyModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In that ticket two have the place of another, and the stage behind them has another number."""
+    caplog.set_level(logging.INFO, "coordinator.mender")
+    async with real_swarm(model, tmp_path, *THREE, (1, 2), (2, 3), (3, 4)) as swarm:
+        first, whole, _, *halves, _ = swarm.workers
+        last, heir = pair(swarm, 3)
+        for half in halves:
+            swarm.view.blame(half.peer_id, 1, NetworkError("so that the job begins with the one that has both layers"))
+        whole.dies_after = CHUNKS + 8
+        jobs: list[RunningJob] = []
+
+        async def note(ticket: JobTicket, _: object) -> bool:
+            if len(ticket.stages) == 4 and not last.scope.cancel_called:
+                last.kill()
+                while len(jobs[0]._mender._lost) < 2:
+                    await trio.sleep(0.01)
+            return True
+
+        async with swarm.runner.generate(replace(swarm.request(PROMPT, COUNT), note=note)) as job:
+            jobs.append(job)
+            tokens = [sampled.token async for sampled in job.tokens()]
+        assert tokens == model.greedy(PROMPT, COUNT)
+        assert [stage.peer_id for stage in job.ticket.stages] == [w.peer_id for w in (first, *halves, heir)]
+        events = [record.message for record in caplog.records if record.name == "coordinator.mender"]
+        assert events == ["stage lost", "stage lost", "job amended", "job amended", "job goes on"]
 
 
 async def test_however_many_substitutes_die_a_job_with_tokens_goes_on(model: TinyModel, tmp_path: Path) -> None:
