@@ -112,9 +112,10 @@ class Submissions:
                 raise ApiError("The answer is not kept any more", status=503, code="not_kept", remedy="Send it again.")
             if found.ended_at is not None:
                 break
-            ended = self._running.get(job_id, trio.Event())
-            with trio.move_on_after(_LOOK_S):
+            if (ended := self._running.get(job_id)) is not None:
                 await ended.wait()
+            else:  # it runs elsewhere, or waits to be taken up
+                await trio.sleep(_LOOK_S)
         outcome = json.loads(found.outcome)
         if found.status == "failed":
             raise failure_of(outcome)

@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 
 from azu.accounts.kept import Lead
+from azu.errors import NetworkError
 from azu.tickets import Sampling
 from coordinator.api.kept import Kept
+from coordinator.api.till import Till
 from coordinator.generation import GenerationRequest
 from coordinator.journal import Asked, Standing, row_of
 from tests.accounts.test_kept import House, two
-from tests.coordinator.api.paying import OWNER
+from tests.coordinator.api.paying import ALICE, OWNER, provider
 from tests.coordinator.api.twin import Twin, ticket_of
 
 ASKED = Asked(
@@ -72,6 +74,31 @@ async def test_what_it_notes_tells_it_too(tmp_path: Path, twin: Twin) -> None:
         assert Standing.from_cbor(claimed.standings[0]).job_ticket() == ticket_of(request, 2)
         assert not await kept.note(0, ticket_of(request, 2), ())
         assert not await kept.leads()
+
+
+async def test_who_leads_no_more_gives_nothing_back(
+    tmp_path: Path, twin: Twin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is put aside is for whoever leads the job now to settle."""
+    async with provider("hyperliquid") as chain, two(f"sqlite:///{tmp_path / 'ledger'}") as (one, other):
+        await one.ledger.deposit("hyperliquid", chain.chain, "0x1", ALICE.address, 10**18)
+        kept = await kept_by(one)
+        asked = GenerationRequest(twin.served[0], (1,), 3, Sampling(), (), wallet=ALICE.address, job_id=b"j" * 16)
+
+        async def fail(kept: Kept, *, is_claimed: bool) -> None:
+            async with Till(one.ledger, chain, 2).reserved([asked], kept):
+                if is_claimed:
+                    other.take_for_gone(OWNER)
+                    assert await other.kept.claim(ASKED.request_id) is not None
+                    monkeypatch.setattr("azu.accounts.presence.LEASE_S", 0.0)
+                raise NetworkError("its stages have gone over to the other one")
+
+        with pytest.raises(NetworkError):
+            await fail(kept, is_claimed=True)
+        assert await one.ledger.balance(f"reserved:{ALICE.address}") > 0
+        with pytest.raises(NetworkError):
+            await fail(Kept(one.kept, ASKED), is_claimed=False)
+        assert await one.ledger.balance(f"reserved:{ALICE.address}") == 0
 
 
 async def test_while_the_database_is_away_it_leads_what_it_led(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
