@@ -201,6 +201,7 @@ def test_answers_outlive_their_coordinator(swarm: Pair, key: str, end: Callable[
     the same one after a restart. The other's streams only notice a worker that is stopped meanwhile, so that no answer
     is complete.
     """
+    wait_until(lambda: swarm.is_covered(swarm.url), "coverage after a restart")
     before, _ = money(swarm.other_url, key)
     tokens, refusals = 400, list[Any]()
 
