@@ -85,18 +85,26 @@ class Channel:
             ProtocolError: the bytes are not this protocol's. The stream must be reset.
             NetworkError: the stream broke inside a frame.
         """
+        if idle == silence == math.inf:  # scopes are for time: the ring's next step waits for this
+            return await self._receive()
         with trio.move_on_after(idle):
-            while (frame := self._reader.next_frame()) is None:
+            return await self._receive(silence)
+        return None
+
+    async def _receive(self, silence: float = math.inf) -> tuple[Message, bytearray] | None:
+        while (frame := self._reader.next_frame()) is None:
+            if silence == math.inf:
+                buffers = await self.stream.receive_buffers(_READ_BYTES)
+            else:
                 with trio.fail_after(silence):
                     buffers = await self.stream.receive_buffers(_READ_BYTES)
-                if not buffers:
-                    if self._reader.is_idle:
-                        return None
-                    raise NetworkError(f"{self.peer_id} went away in the middle of a frame", code="stream_broken")
-                for buffer in buffers:
-                    self._reader.receive_data(buffer)
-            return self._codec.decode(frame), frame.body
-        return None
+            if not buffers:
+                if self._reader.is_idle:
+                    return None
+                raise NetworkError(f"{self.peer_id} went away in the middle of a frame", code="stream_broken")
+            for buffer in buffers:
+                self._reader.receive_data(buffer)
+        return self._codec.decode(frame), frame.body
 
     async def expect(self, *kinds: type[M]) -> tuple[M, bytearray]:
         """The next message, which has to be of one of these kinds.

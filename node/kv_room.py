@@ -53,6 +53,10 @@ class KvRoom:
         self._freed.set()
         self._freed = trio.Event()
 
+    def grow_at_once(self, job_id: bytes, tokens: int) -> bool:
+        """Have a job hold `tokens` positions; False where it has to wait for that."""
+        return self._blocks.grow(job_id, tokens)
+
     async def grow(self, job_id: bytes, tokens: int, tell: Callable[[], Awaitable[None]]) -> None:
         """Have a job hold `tokens` positions. While it has to wait for that, `tell` is called. Safe to cancel."""
         next_told = -inf

@@ -17,6 +17,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import trio
 
@@ -27,6 +28,7 @@ from azu.identity import Identity
 from azu.logs import log
 from azu.overlay import Overlay
 from azu.tickets import JobTicket
+from azu.wire.frames import Buffer
 from azu.wire.messages import (
     Chunk,
     Credit,
@@ -280,10 +282,7 @@ class Leg:
         for position, body in self._progress.history.replay(self._send_from, session.rows):
             rows = len(body) // (session.hidden_size * ITEMSIZE[session.dtype])
             header = TensorHeader(dtype=session.dtype, shape=(rows, session.hidden_size))
-            with self._pausable():
-                chunk = Chunk(position=position, tensor=header, sample=position + rows == session.base)
-                self.sent.note(position, rows, body)
-                await self._link.send_chunk(chunk, body)
+            await self._send_on(Chunk(position=position, tensor=header, sample=position + rows == session.base), body)
 
     async def _step(self, state: JobState, message: Chunk | Next, body: bytearray, rows: int) -> None:
         if isinstance(message, Next):
@@ -295,8 +294,10 @@ class Leg:
     async def _run(self, step: Step, then: Callable[[], Awaitable[None]] | None = None) -> None:
         """Compute a step, and pass on what it gives."""
         progress, position = self._progress, self._progress.positions
-        with self._pausable():
-            await self._around.kv.grow(self.ticket.job_id, position + step.rows, self._tell_waiting)
+        kv, job, positions = self._around.kv, self.ticket.job_id, position + step.rows
+        if not kv.grow_at_once(job, positions):
+            with self._pausable():
+                await kv.grow(job, positions, self._tell_waiting)
         try:
             returns_to = self._number if step.sample else 0
             output: Output = await self._around.device.step(step.job.stage, step, step.rows, returns_to)
@@ -308,9 +309,9 @@ class Leg:
             progress.history.add(output.body)
         if output.token is not None:
             progress.tokens.append(output.token)
+        await self._pass_on(output, position, step)  # first: the rest of the ring waits for it
         if then is not None:
             await then()
-        await self._pass_on(output, position, step)
 
     async def _tell_waiting(self) -> None:
         await self._around.coordinator.send(Waiting())
@@ -329,15 +330,23 @@ class Leg:
             skipped = min(max(0, self._send_from - position), step.rows)  # rows that the next stage has
             if skipped == step.rows:
                 return
-            rows = step.rows - skipped
-            body = output.body[len(output.body) // step.rows * skipped :]
-            header = output.tensor.model_copy(update={"shape": (rows, self._session.hidden_size)})
-            with self._pausable():
-                chunk = Chunk(position=position + skipped, tensor=header, sample=step.sample)
-                self.sent.note(chunk.position, rows, body)
-                await self._link.send_chunk(chunk, body)
+            rows, body, header = step.rows, output.body, output.tensor
+            if skipped:
+                rows -= skipped
+                body = body[len(body) // step.rows * skipped :]
+                header = header.model_copy(update={"shape": (rows, self._session.hidden_size)})
+            await self._send_on(Chunk(position=position + skipped, tensor=header, sample=step.sample), body)
         elif output.token is not None:
             await self._pass_token(self._session.sampled(output.token))
+
+    async def _send_on(self, chunk: Chunk, body: Buffer) -> None:
+        """To the next stage, and note it even where that fails: it may have left."""
+        link: Any = self._link  # who calls this has one
+        try:
+            with self._pausable():
+                await link.send_chunk(chunk, body)
+        finally:  # afterwards: the next stage waits for it
+            self.sent.note(chunk.position, chunk.tensor.shape[0], body)
 
     async def _pass_token(self, token: Token) -> None:
         """To the first stage first, since the next step waits for it there."""

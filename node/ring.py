@@ -160,9 +160,12 @@ class RingLink:
 
     async def send_chunk(self, chunk: Chunk, body: Buffer) -> None:
         """Send hidden states on, once there is credit; raises NetworkError if the peer is gone."""
-        since = time.perf_counter()
-        await self._credits.acquire()
-        self._meter.credit_s += time.perf_counter() - since
+        try:
+            self._credits.acquire_nowait()  # without a trip through the scheduler
+        except trio.WouldBlock:
+            since = time.perf_counter()
+            await self._credits.acquire()
+            self._meter.credit_s += time.perf_counter() - since
         await self._send(await self._opened(), chunk, body)
 
     async def send_next(self, message: Next) -> None:

@@ -172,6 +172,7 @@ class Stage:
         self.model: PreTrainedModel = model
         self._incoming: Any = getattr(model, "azu_incoming", None)  # in all stages but the first
         self._device = next(model.parameters()).device
+        self._dtype: torch.dtype = model.dtype  # the model looks for it each time
         self._solo: str = model.config._attn_implementation
         self.can_pack = can_pack(model, self.new_cache())
 
@@ -271,7 +272,7 @@ class Stage:
         if self.is_first:
             fits = inputs.ndim == 1 and inputs.dtype == torch.int64
         else:
-            fits = inputs.ndim == 2 and inputs.shape[1] == self.hidden_size and inputs.dtype == self.model.dtype
+            fits = inputs.ndim == 2 and inputs.shape[1] == self.hidden_size and inputs.dtype == self._dtype
         if not fits or not inputs.shape[0]:
             problem = f"a stage cannot take {inputs.dtype} of shape {list(inputs.shape)}"
             raise InputError(problem, code="bad_stage_input")

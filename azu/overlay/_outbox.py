@@ -1,7 +1,8 @@
 """Where the streams of one connection leave their frames: what waits at the same time leaves with one socket call.
 
 A stage passes a whole batch on at once, each job's states on a stream of its own. Sent one by one they would cost a
-call and a wake-up of the other end each, and the other end would begin to compute with the first of them.
+call and a wake-up of the other end each, and the other end would begin to compute with the first of them. So a write
+waits for the end of its turn of the event loop, unless the last ones have shown that nobody else writes then.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ __all__ = ["Outbox"]
 
 SMALL_BYTES = 32 * 1024  # a decoded token's states and every control frame: these overtake prompts and files
 LARGE_BYTES = 256 * 1024  # of the others that leave with one call; one at least
+ALONE = 8  # writes in a row that met no other, after which none waits for one any more
 
 
 class _Entry:
@@ -43,6 +45,7 @@ class Outbox:
         self._send = send
         self._waiting: deque[_Entry] = deque()
         self._is_sending = False
+        self._alone = 0  # writes since two last met
 
     async def write(self, frames: Sequence[bytes]) -> None:
         """Write frames whole. Cancelling is safe: they leave whole, or not at all.
@@ -54,6 +57,7 @@ class Outbox:
         entry = _Entry(frames)
         self._waiting.append(entry)
         if self._is_sending:
+            self._alone = 0
             await self._wait(entry)
             if entry.has_left:
                 if entry.error is not None:
@@ -61,8 +65,9 @@ class Outbox:
                 return
         else:
             self._is_sending = True
-            # Whoever else writes in this turn of the event loop comes along.
-            await trio.lowlevel.cancel_shielded_checkpoint()
+            self._alone += 1
+            if self._alone <= ALONE:  # whoever else writes in this turn of the event loop comes along
+                await trio.lowlevel.cancel_shielded_checkpoint()
         await self._flush()
 
     async def _wait(self, entry: _Entry) -> None:

@@ -66,12 +66,13 @@ class AzuYamuxStream(YamuxStream):
         """The same without a copy."""
         conn, sid = self.conn, self.stream_id
         await trio.lowlevel.checkpoint_if_cancelled()
+        has_waited = False
         while True:
             inbox = conn.stream_buffers.get(sid)
             if inbox:
                 before = len(inbox)
                 data = inbox.take(limit)
-                await self._give_credit(before - len(inbox))
+                await self._give_credit(before - len(inbox), has_waited)
                 return data
             if self.reset_received:
                 raise MuxedStreamReset("stream was reset")
@@ -81,8 +82,9 @@ class AzuYamuxStream(YamuxStream):
             if event.is_set():
                 event = conn.stream_events[sid] = trio.Event()
             await event.wait()
+            has_waited = True
 
-    async def _give_credit(self, taken: int) -> None:
+    async def _give_credit(self, taken: int, has_waited: bool) -> None:
         self._unreturned += taken
         if self.closed or self.recv_closed:
             if self.closed:
@@ -90,7 +92,8 @@ class AzuYamuxStream(YamuxStream):
             await trio.lowlevel.cancel_shielded_checkpoint()
             return
         if self._unreturned < self.target_recv_window // 2:
-            await trio.lowlevel.cancel_shielded_checkpoint()  # a reader of a full buffer must not starve others
+            if not has_waited:  # a reader of a full buffer must not starve others
+                await trio.lowlevel.cancel_shielded_checkpoint()
             return
         increment, self._unreturned = self._unreturned, 0
         grow = min(self.target_recv_window, MAX_WINDOW - self.target_recv_window)

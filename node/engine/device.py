@@ -68,8 +68,11 @@ class _Work:
     abandoned: bool = False
 
 
-class DeviceThread:
-    """Runs calls in the order in which they were submitted, and steps in passes. Made by `open_device_thread`."""
+class DeviceThread(trio.abc.Instrument):
+    """Runs calls in the order in which they were submitted, and steps in passes. Made by `open_device_thread`.
+
+    It is an instrument of the event loop only to be told where a turn ends: a callback would cost another turn.
+    """
 
     def __init__(self) -> None:
         self.passes = Passes()
@@ -106,14 +109,14 @@ class DeviceThread:
         await trio.lowlevel.checkpoint_if_cancelled()
         work = _Work(None, trio.lowlevel.current_task(), runner, step, rows, returns_to)
         self._arriving.append(work)
-        self._trio.run_sync_soon(self._hand_over, idempotent=True)
         return await self._wait_for(work)
 
     def ended(self, job: int) -> None:
         """No token of this job will come any more."""
         self._queue.put(job)
 
-    def _hand_over(self) -> None:
+    def before_io_wait(self, timeout: float) -> None:
+        """Hand over the steps that came in the turn that ends."""
         if self._arriving:
             self._queue.put(self._arriving)
             self._arriving = []
@@ -231,7 +234,9 @@ def _deliver(done: list[tuple[_Work, outcome.Outcome[Any]]]) -> None:
 async def open_device_thread() -> AsyncIterator[DeviceThread]:
     """A running device thread; it ends with the context."""
     device = DeviceThread()
+    trio.lowlevel.add_instrument(device)
     try:
         yield device
     finally:
+        trio.lowlevel.remove_instrument(device)
         device.close()

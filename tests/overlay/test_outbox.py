@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from libp2p.io.exceptions import ConnectionClosedError
 
-from azu.overlay._outbox import LARGE_BYTES, SMALL_BYTES, Outbox
+from azu.overlay._outbox import ALONE, LARGE_BYTES, SMALL_BYTES, Outbox
+from tests.turns import counted_turns
 
 LIMIT = 60.0
 
@@ -51,6 +52,25 @@ async def test_who_writes_in_the_same_turn_goes_together() -> None:
             for stream in range(16):
                 nursery.start_soon(outbox.write, [frame(stream, 2_000)])
     assert [len(call) for call in socket.calls] == [16]
+
+
+async def test_who_never_meets_another_writer_does_not_wait_for_one() -> None:
+    socket = Socket()
+    outbox = Outbox(socket.send)
+    with trio.fail_after(LIMIT):
+        for number in range(ALONE + 2):
+            socket.may_go_on.release()
+            with counted_turns() as turns:
+                await outbox.write([frame(0, 100)])
+            assert turns.count == (2 if number < ALONE else 1), number
+        for calls in ([1, 1], [2]):  # two meet once, and go together from then on
+            socket.calls.clear()
+            for _ in range(2):
+                socket.may_go_on.release()
+            async with trio.open_nursery() as nursery:
+                for stream in range(2):
+                    nursery.start_soon(outbox.write, [frame(stream, 100)])
+            assert [len(call) for call in socket.calls] == calls
 
 
 async def test_small_frames_overtake_large_ones_but_not_those_of_their_own_stream() -> None:

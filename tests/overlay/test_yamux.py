@@ -14,6 +14,7 @@ from libp2p.stream_muxer.exceptions import MuxedStreamEOF, MuxedStreamError, Mux
 
 from azu.overlay import _yamux, _yamux_stream
 from azu.overlay._yamux import AzuYamux
+from tests.turns import counted_turns
 
 DATA, WINDOW, PING, GO_AWAY = range(4)
 SYN, ACK, FIN, RST = 1, 2, 4, 8
@@ -88,6 +89,25 @@ async def test_frames_may_be_cut_anywhere() -> None:
         assert got == b"hello world"
         with pytest.raises(MuxedStreamEOF):
             await stream.read(3)
+
+
+async def test_a_reader_that_waits_has_what_comes_a_turn_after_it_came() -> None:
+    async with muxer_and_wire() as (muxer, wire):
+        await wire.write(frame(WINDOW, SYN, 1, 0))
+        stream: Any = await muxer.accept_stream()
+        async with trio.open_nursery() as nursery:
+            read: list[tuple[bytes, int]] = []
+
+            async def read_one() -> None:
+                data = await stream.read(5)
+                read.append((data, turns.count))
+
+            nursery.start_soon(read_one)
+            await trio.testing.wait_all_tasks_blocked()
+            with counted_turns() as turns:
+                await wire.write(frame(DATA, 0, 1, 5, b"hello"))  # the muxer takes it in the next turn
+                await trio.testing.wait_all_tasks_blocked()
+        assert read == [(b"hello", 2)]
 
 
 async def test_bytes_beyond_the_window_end_the_connection() -> None:

@@ -16,6 +16,7 @@ import trio.lowlevel
 import trio.testing
 
 from node.engine.device import DeviceThread, open_device_thread
+from tests.turns import counted_turns
 
 LIMIT = 30.0  # seconds; only keeps a hung test from hanging the run
 
@@ -291,6 +292,14 @@ async def test_steps_that_wait_go_together_where_they_can(can_pack: bool) -> Non
     assert (counted.passes, counted.steps, counted.tokens, counted.rows) == (len(adder.passes), 5, 5, 5)
     assert counted.token_layers == 5 * 3
     assert counted.largest == (5 if can_pack else 1)
+
+
+async def test_a_step_takes_two_turns_of_the_event_loop() -> None:
+    async with open_device_thread() as device:
+        for _ in range(3):
+            with counted_turns() as turns:  # one in which it is handed over, one in which its result comes
+                assert await device.step(Adder(), [1, 2], 1) == 3
+            assert turns.count == 2
 
 
 async def test_the_first_stage_waits_for_tokens_that_are_away_and_not_for_jobs_that_ended() -> None:
