@@ -104,13 +104,13 @@ class Crew:
 
         Args:
             known: tokens that have come.
-            left: those of these stages whose workers leave properly, and are paid for what they did until now.
-            cut: the ticket with other stages in the place of some, where these change; nobody leaves properly then.
+            left: the stages, by their index until now, whose workers leave properly, and are paid for what they did.
+            cut: the ticket with other stages in the place of some, where these change, and what those are paid for.
         """
         if left:
             self.handovers.append(Handover(self.ticket, known, left))
             self._noting = self._epoch + 1
-        paid_from = dict.fromkeys(left, self.ticket.positions(known))
+        paid_from = {} if cut else dict.fromkeys(left, self.ticket.positions(known))
         self._epoch += 1
         ticket = (cut or self.ticket).amended(peers, int(time.time()), paid_from, epoch=self._epoch)
         if not await self.note(ticket, self.handovers) or self._is_over:
@@ -132,11 +132,10 @@ class Crew:
 
     def note_word(self, stage: Attendance) -> None:
         """Keep what a stage that is paused says of the epoch in which others left, if any did."""
-        last = self.handovers[-1] if self.handovers else None
-        if last is None or self.ticket.epoch != self._noting or stage.index in last.left:
-            return
-        if stage.word is not None:
-            last.words[stage.index] = stage.word
+        if self.handovers and self.ticket.epoch == self._noting and stage.word is not None:
+            index = self.handovers[-1].ticket.stage_of(stage.peer_id)  # which may be another one now
+            if index is not None:
+                self.handovers[-1].words[index] = stage.word
 
     async def resume(self, starts: Sequence[Start], known: Sequence[int]) -> None:
         """Tell all stages, which are paused, where to go on."""

@@ -32,7 +32,7 @@ from coordinator.placement import layers_text, missing_layers
 from coordinator.planning import Route, cut_anew, find_route, stand_in
 from coordinator.planning.moving import cache_seconds
 from coordinator.relief import Relief
-from coordinator.reserves import Reserves
+from coordinator.reserves import Change, Reserves
 from coordinator.room import Room
 from coordinator.swarm import SwarmView
 
@@ -285,10 +285,8 @@ class JobRunner:
 
     def _cut(
         self, manifest: Manifest, grant: Grant, ticket: JobTicket, lost: Collection[int], unwanted: Collection[str]
-    ) -> tuple[JobTicket, dict[int, str]] | None:
-        """The ticket with several stages in the place of lost ones, and their peers, which count as running the job
-        from then on; or None.
-        """
+    ) -> Change | None:
+        """Several stages in the place of lost ones, whose peers count as running the job from then on; or None."""
         alike = [worker for worker in self.room.able(ticket.total_tokens) if worker.dtype == ticket.dtype]
         stages = cut_anew(
             ticket.stages,
@@ -304,7 +302,7 @@ class JobRunner:
         peers = {index: stage.peer_id for index, stage in enumerate(stages) if stage not in ticket.stages}
         self.room.change(grant, (Placement(stage.peer_id, stage.start, stage.end) for stage in stages))
         self.room.note(peers.values(), grant.tokens)
-        return ticket.model_copy(update={"stages": stages}), peers
+        return Change(peers, cut=ticket.model_copy(update={"stages": stages}))
 
     def _ticket(self, request: GenerationRequest, number: int, grant: Grant) -> JobTicket:
         now = int(time.time())

@@ -24,7 +24,6 @@ from azu.errors import AzuError, NetworkError, ProtocolError, TrustError
 from azu.logs import log
 from azu.models.memory import MAX_CHUNK_ROWS
 from azu.overlay import Overlay
-from azu.tickets import JobTicket
 from azu.wire.messages import Failed
 from coordinator.answer import Answer
 from coordinator.attendance import Attendance
@@ -32,7 +31,7 @@ from coordinator.crew import Crew
 from coordinator.generation import known_as
 from coordinator.hedging import Hedging
 from coordinator.mending import settle, work_of
-from coordinator.reserves import Reserves
+from coordinator.reserves import Change, Reserves
 
 __all__ = ["Mender", "OnLeaving", "OnLost"]
 
@@ -218,7 +217,7 @@ class Mender:
                 with trio.move_on_after(_LOOK_S if self._leaving() else _GLANCE_S):
                     await self._crew.news()
                 continue
-            if heirs and not await self._hand_over_caches(nursery, heirs):
+            if heirs and not heirs.cut and not await self._hand_over_caches(nursery, heirs.peers):
                 continue
             self.is_mending = True
             if heirs is None or not await self._change(nursery, heirs):
@@ -228,7 +227,7 @@ class Mender:
             self._moved_at = trio.current_time()
             self._due = self._crew.ticket.prompt_tokens + len(self._answer.tokens)
 
-    def _find_relief(self) -> Mapping[int, str] | None:
+    def _find_relief(self) -> Change | None:
         """Who takes a stage over that has become slow; None where all go on."""
         done, ticket = len(self._answer.tokens), self._crew.ticket
         if not done or self._is_mended:
@@ -239,7 +238,7 @@ class Mender:
                 self._hedging.moved(slow.peer_id)
                 times = {"step_s": round(slow.step_s, 3), "usual_s": round(slow.usual_s, 3)}
                 log(logger, logging.INFO, "stage is slow", job=self._job, peer=slow.peer_id, part=slow.kind, **times)
-                return peers
+                return Change(peers, tuple(peers))
         return None
 
     async def _amend(self, nursery: trio.Nursery) -> None:
@@ -251,22 +250,19 @@ class Mender:
             is_too_late = trio.current_time() >= self._patience
             if is_hard:
                 await trio.sleep(_AGAIN_S)
-            peers, cut = self._find_substitutes(), None
-            if peers is None and (found := self._reserves.cut(self._crew.ticket, self._lost.keys(), self._unwanted())):
-                cut, peers = found
-            if self._lost and is_too_late and (peers is None or is_hard):
+            change = self._find_substitutes()
+            if self._lost and is_too_late and (change is None or is_hard):
                 index, error = next(iter(self._lost.items()))
                 self._answer.give_up(self._loss_of(self._crew.stages[index], error))
-            elif peers is None:
+            elif change is None:
                 with trio.move_on_after(_LOOK_S):
                     await self._crew.news()
-            elif await self._change(nursery, peers, cut):
+            elif await self._change(nursery, change):
                 return
 
-    async def _change(self, nursery: trio.Nursery, peers: Mapping[int, str], cut: JobTicket | None = None) -> bool:
-        """Have these peers take stages over; whether the ring runs then, or nobody needs it any more."""
-        left = () if cut else tuple(index for index in sorted(peers) if index not in self._lost)
-        if not await self._begin_epoch(nursery, peers, left, cut):
+    async def _change(self, nursery: trio.Nursery, change: Change) -> bool:
+        """Have peers take stages over; whether the ring runs then, or nobody needs it any more."""
+        if not await self._begin_epoch(nursery, change):
             return True
         await self._until_paused()
         if not self._lost:
@@ -277,14 +273,21 @@ class Mender:
         """The stages whose workers are about to leave, but for those that are lost already."""
         return [stage.index for stage in self._crew.stages if stage.is_leaving and stage.index not in self._lost]
 
-    def _find_heirs(self) -> Mapping[int, str] | None:
+    def _find_heirs(self) -> Change | None:
         """Peers for the stages that are left; None where none are, or there are none, or it is not worth it."""
         leaving = self._leaving()
         if not leaving:
             return self._find_relief()
         if self._answer.ends_within <= _ENDS_S:
             return None
-        return self._reserves.substitutes(self._crew.ticket, leaving, self._unwanted())
+        ticket, unwanted = self._crew.ticket, self._unwanted()
+        peers = self._reserves.substitutes(ticket, leaving, unwanted)
+        if peers is not None:
+            return Change(peers, tuple(leaving))
+        paid_from = dict.fromkeys(leaving, ticket.positions(len(self._answer.tokens)))
+        paid_up = ticket.amended({}, ticket.issued_at, paid_from, epoch=ticket.epoch)
+        found = self._reserves.cut(paid_up, leaving, unwanted)
+        return None if found is None else found._replace(left=tuple(leaving))
 
     async def _hand_over_caches(self, nursery: trio.Nursery, heirs: Mapping[int, str]) -> bool:
         """Have heirs get the KV caches for which that is faster, while the job runs on; False where one of them, or
@@ -316,36 +319,38 @@ class Mender:
         self._crew.disinherit()
         return False
 
-    def _find_substitutes(self) -> Mapping[int, str] | None:
+    def _find_substitutes(self) -> Change | None:
         """Peers for the stages that are lost, and for those that are left too, if there are any."""
+        ticket, unwanted = self._crew.ticket, self._unwanted()
         if leaving := self._leaving():
-            peers = self._reserves.substitutes(self._crew.ticket, [*self._lost, *leaving], self._unwanted())
+            peers = self._reserves.substitutes(ticket, [*self._lost, *leaving], unwanted)
             if peers is not None:
-                return peers
-        return self._reserves.substitutes(self._crew.ticket, self._lost.keys(), self._unwanted())
+                return Change(peers, tuple(leaving))
+        peers = self._reserves.substitutes(ticket, self._lost.keys(), unwanted)
+        if peers is not None:
+            return Change(peers)
+        return self._reserves.cut(ticket, self._lost.keys(), unwanted)
 
     def _unwanted(self) -> set[str]:
         now = trio.current_time()
         shunned = {peer_id for peer_id, until in self._shunned.items() if until > now}
         return shunned | {stage.peer_id for stage in self._crew.stages if stage.is_leaving}
 
-    async def _begin_epoch(
-        self, nursery: trio.Nursery, peers: Mapping[int, str], left: tuple[int, ...], cut: JobTicket | None
-    ) -> bool:
+    async def _begin_epoch(self, nursery: trio.Nursery, change: Change) -> bool:
         self.amendments += 1
         self._in_vain += 1
         self._known = len(self._answer.tokens)
-        before, replaced = self._crew.ticket, set(self._lost if cut else peers)
-        if not await self._crew.amend(nursery, peers, self._known, left, cut):
+        before, replaced = self._crew.ticket, set(self._lost if change.cut else change.peers)
+        if not await self._crew.amend(nursery, change.peers, self._known, change.left, change.cut):
             if not self._answer.is_over:
                 self._answer.give_up(NetworkError("another coordinator leads this job now", code="led_elsewhere"))
             return False
         # What was lost meanwhile may have another index now.
         now = {stage.peer_id: index for index, stage in enumerate(self._crew.ticket.stages)}
-        meanwhile = [(index, error) for index, error in self._lost.items() if index not in replaced]
-        self._lost = {now[before.stages[index].peer_id]: error for index, error in meanwhile}
+        lost = {before.stages[index].peer_id: error for index, error in self._lost.items() if index not in replaced}
+        self._lost = {now[peer_id]: error for peer_id, error in lost.items() if peer_id in now}
         epoch = self._crew.ticket.epoch
-        log(logger, logging.INFO, "job amended", job=self._job, epoch=epoch, peers=list(peers.values()))
+        log(logger, logging.INFO, "job amended", job=self._job, epoch=epoch, peers=list(change.peers.values()))
         return True
 
     async def _until_paused(self) -> None:

@@ -11,6 +11,7 @@ import pytest
 import trio
 
 from azu.economics import split
+from azu.errors import NetworkError
 from coordinator import mender as mender_module
 from coordinator.generation import JobReport
 from coordinator.job import RunningJob
@@ -81,6 +82,25 @@ async def test_a_job_moves_to_others(model: TinyModel, tmp_path: Path, left: set
             earned = await swarm.meter.earnings()
             assert all(earned[leaver.peer_id] > 0 for leaver in leavers)
         assert_no_faults(swarm)
+
+
+async def test_two_in_a_row_take_a_stage_over(model: TinyModel, tmp_path: Path) -> None:
+    """Where nobody else has all of its layers; and then one of the two leaves as well."""
+    async with real_swarm(model, tmp_path, *THREE, (1, 2), (2, 3), (2, 3)) as swarm:
+        first, whole, last, *halves = swarm.workers
+        for half in halves:
+            swarm.view.blame(half.peer_id, 1, NetworkError("so that the job begins with the one that has both layers"))
+        leaves_after(swarm, CHUNKS + 8, whole, whole)
+        one, two = pair(swarm, 2)
+        leaves_after(swarm, CHUNKS + 8, one, one)
+        tokens, job = await swarm.ask(PROMPT, COUNT)
+        assert tokens == model.greedy(PROMPT, COUNT)
+        report = await job.finish()
+        now = [first.peer_id, halves[0].peer_id, two.peer_id, last.peer_id]
+        assert [stage.peer_id for stage in report.stages] == [*now, whole.peer_id, one.peer_id]
+        assert_paid(report, model)
+        assert [sorted(each.words) for each in job._crew.handovers] == [[0, 2], [0, 1, 3]]  # by their index until then
+        assert sum(first.rows) == sum(last.rows) == POSITIONS
 
 
 async def test_the_others_run_nothing_twice(model: TinyModel, tmp_path: Path) -> None:
