@@ -19,7 +19,7 @@ from azu.models.manifest import Manifest
 from azu.models.memory import first_positions
 from azu.overlay import Overlay
 from azu.planning import Demand, Placement, WorkerView, links_of, views_for
-from azu.tickets import MAX_SUCCESSORS, JobTicket
+from azu.tickets import MAX_SUCCESSORS, JobTicket, StageEntry
 from azu.wire.tensors import WeightFormat
 from coordinator.admission import Admission, Grant
 from coordinator.agreement import Handover
@@ -238,17 +238,20 @@ class JobRunner:
 
     def _relieve(
         self, manifest: Manifest, grant: Grant, ticket: JobTicket, slow: Slow, done: int, unwanted: Collection[str]
-    ) -> dict[int, str] | None:
-        """Who takes over a slow stage of a job after so many tokens, as `_substitutes`; None where all stay."""
+    ) -> Change | None:
+        """Who takes over a slow stage of a job after so many tokens; None where all stay."""
         index = ticket.stage_of(slow.peer_id)
         if index is None:
             return None
         accepts = partial(self._relief.accepts, manifest, ticket, slow, done)
         away_s = self._relief.away_s(manifest, ticket, index)
-        found = self._substitutes(manifest, grant, ticket, [index], {*unwanted, slow.peer_id}, accepts, away_s)
-        if found is not None:
-            self._relief.moved(slow.peer_id, *found.values())
-        return found
+        terms = (manifest, grant, ticket, [index], {*unwanted, slow.peer_id}, accepts)
+        found = self._substitutes(*terms, away_s)
+        change = Change(found) if found is not None else self._cut(*terms)
+        if change is None:
+            return None
+        self._relief.moved(slow.peer_id, *change.peers.values())
+        return change._replace(left=(index,))
 
     def _substitutes(
         self,
@@ -257,7 +260,7 @@ class JobRunner:
         ticket: JobTicket,
         lost: Collection[int],
         unwanted: Collection[str],
-        accepts: Callable[[str], bool] = lambda _: True,
+        accepts: Callable[[Sequence[StageEntry]], bool] = lambda _: True,
         away_s: Callable[[WorkerView], float] = lambda _: 0.0,
     ) -> dict[int, str] | None:
         """Peers that take the lost stages over, and count as running the job from then on, or None.
@@ -273,7 +276,7 @@ class JobRunner:
         for index in lost:
             stage = ticket.stages[index]
             chosen = stand_in(views, stage.start, stage.end, grant.tokens, without=without, parts=True, away_s=away_s)
-            if chosen is None or not accepts(chosen.peer_id):
+            if chosen is None or not accepts([stage.model_copy(update={"peer_id": chosen.peer_id})]):
                 return None
             found[index] = chosen.peer_id
             without.add(chosen.peer_id)
@@ -284,7 +287,13 @@ class JobRunner:
         return found
 
     def _cut(
-        self, manifest: Manifest, grant: Grant, ticket: JobTicket, lost: Collection[int], unwanted: Collection[str]
+        self,
+        manifest: Manifest,
+        grant: Grant,
+        ticket: JobTicket,
+        lost: Collection[int],
+        unwanted: Collection[str],
+        accepts: Callable[[Sequence[StageEntry]], bool] = lambda _: True,
     ) -> Change | None:
         """Several stages in the place of lost ones, whose peers count as running the job from then on; or None."""
         alike = [worker for worker in self.room.able(ticket.total_tokens) if worker.dtype == ticket.dtype]
@@ -299,7 +308,10 @@ class JobRunner:
         )
         if stages is None:
             return None
-        peers = {index: stage.peer_id for index, stage in enumerate(stages) if stage not in ticket.stages}
+        found = {index: stage for index, stage in enumerate(stages) if stage not in ticket.stages}
+        if not accepts(list(found.values())):
+            return None
+        peers = {index: stage.peer_id for index, stage in found.items()}
         self.room.change(grant, (Placement(stage.peer_id, stage.start, stage.end) for stage in stages))
         self.room.note(peers.values(), grant.tokens)
         return Change(peers, cut=ticket.model_copy(update={"stages": stages}))

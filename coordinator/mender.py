@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import trio
 
@@ -24,6 +24,7 @@ from azu.errors import AzuError, NetworkError, ProtocolError, TrustError
 from azu.logs import log
 from azu.models.memory import MAX_CHUNK_ROWS
 from azu.overlay import Overlay
+from azu.tickets import JobTicket
 from azu.wire.messages import Failed
 from coordinator.answer import Answer
 from coordinator.attendance import Attendance
@@ -233,12 +234,13 @@ class Mender:
         if not done or self._is_mended:
             return None
         for slow in self._hedging.look(done, self._answer.told_at, self._reserves.parts(ticket)):
-            peers = self._reserves.relief(ticket, slow, done, {*self._unwanted(), *self._hedging.left})
-            if peers is not None:
+            paid_up = self._paid_up([ticket.stage_of(slow.peer_id) or 0])
+            change = self._reserves.relief(paid_up, slow, done, {*self._unwanted(), *self._hedging.left})
+            if change is not None:
                 self._hedging.moved(slow.peer_id)
                 times = {"step_s": round(slow.step_s, 3), "usual_s": round(slow.usual_s, 3)}
                 log(logger, logging.INFO, "stage is slow", job=self._job, peer=slow.peer_id, part=slow.kind, **times)
-                return Change(peers, tuple(peers))
+                return change
         return None
 
     async def _amend(self, nursery: trio.Nursery) -> None:
@@ -284,10 +286,14 @@ class Mender:
         peers = self._reserves.substitutes(ticket, leaving, unwanted)
         if peers is not None:
             return Change(peers, tuple(leaving))
-        paid_from = dict.fromkeys(leaving, ticket.positions(len(self._answer.tokens)))
-        paid_up = ticket.amended({}, ticket.issued_at, paid_from, epoch=ticket.epoch)
-        found = self._reserves.cut(paid_up, leaving, unwanted)
+        found = self._reserves.cut(self._paid_up(leaving), leaving, unwanted)
         return None if found is None else found._replace(left=tuple(leaving))
+
+    def _paid_up(self, stages: Iterable[int]) -> JobTicket:
+        """The ticket in force, in which whoever takes these stages over is paid from now on."""
+        ticket = self._crew.ticket
+        paid_from = dict.fromkeys(stages, ticket.positions(len(self._answer.tokens)))
+        return ticket.amended({}, ticket.issued_at, paid_from, epoch=ticket.epoch)
 
     async def _hand_over_caches(self, nursery: trio.Nursery, heirs: Mapping[int, str]) -> bool:
         """Have heirs get the KV caches for which that is faster, while the job runs on; False where one of them, or

@@ -6,7 +6,7 @@ worker has a part in one move, and then in none until its record can tell what c
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import trio
 
@@ -56,17 +56,27 @@ class Relief:
                 found[Part(stage.peer_id, "line", neighbour)] = Reading(line_s)
         return found
 
-    def accepts(self, manifest: Manifest, ticket: JobTicket, slow: Slow, done: int, peer_id: str) -> bool:
-        """Whether a job that has so many tokens is to leave a slow worker for this one."""
-        record, stage = self._record(peer_id), ticket.stages[ticket.stage_of(slow.peer_id) or 0]
-        step_s = self._step_s(stage, peer_id, more=1)
-        if record is None or not step_s or self._is_resting(slow.peer_id) or self._is_resting(peer_id):
+    def accepts(
+        self, manifest: Manifest, ticket: JobTicket, slow: Slow, done: int, stages: Sequence[StageEntry]
+    ) -> bool:
+        """Whether a job that has so many tokens is to leave a slow worker for this one, or several in a row."""
+        offers = [self._offer(manifest, ticket, slow, done, stage) for stage in stages]
+        found = [offer for offer in offers if offer is not None]
+        if len(found) < len(offers) or self._is_resting(slow.peer_id):
             return False
+        # Lines between them count twice, which is on the safe side.
+        offer = Offer(sum(each.step_s for each in found), sum(each.replay_s for each in found))
+        return is_worth_it(slow, offer, done=done, left=ticket.max_tokens - done)
+
+    def _offer(self, manifest: Manifest, ticket: JobTicket, slow: Slow, done: int, stage: StageEntry) -> Offer | None:
+        record, step_s = self._record(stage.peer_id), self._step_s(stage, stage.peer_id, more=1)
+        if record is None or not step_s or self._is_resting(stage.peer_id):
+            return None
         prefill_s = (stage.end - stage.start) * record.speed.prefill_ns / 1e9 or step_s
         row_bytes = manifest.hidden_size * ITEMSIZE[ACTIVATIONS[ticket.dtype]]
         replay_s = ticket.positions(done) * (prefill_s + row_bytes / DIRECT.bandwidth)
-        step_s += self._way_s(manifest, ticket, slow.peer_id, peer_id) + self._answer_s(slow.peer_id, peer_id)
-        return is_worth_it(slow, Offer(step_s, replay_s), done=done, left=ticket.max_tokens - done)
+        way_s = self._way_s(manifest, ticket, slow.peer_id, stage.peer_id)
+        return Offer(step_s + way_s + self._answer_s(slow.peer_id, stage.peer_id), replay_s)
 
     def away_s(self, manifest: Manifest, ticket: JobTicket, index: int) -> Callable[[WorkerView], float]:
         """What the lines to a stage's neighbours cost another worker for a step, in seconds."""

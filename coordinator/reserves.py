@@ -33,7 +33,7 @@ class Reserves:
     Attributes:
         substitutes: for the stages of these indices, for which those given last are not wanted; None while there are
             none.
-        relief: for a stage that is slow, after so many tokens, in the same way; None where a move is not worth it.
+        relief: for a stage that is slow, after so many tokens; None where a move is not worth it.
         parts: what a step costs in each stage.
         cache_s: seconds that it takes to send the KV cache of so many positions of this stage to that peer, where
             this is faster than to have the peer compute it; else None.
@@ -42,7 +42,7 @@ class Reserves:
     """
 
     substitutes: Callable[[JobTicket, Collection[int], Collection[str]], Mapping[int, str] | None]
-    relief: Callable[[JobTicket, Slow, int, Collection[str]], Mapping[int, str] | None]
+    relief: Callable[[JobTicket, Slow, int, Collection[str]], Change | None]
     parts: Callable[[JobTicket], Mapping[Part, Reading]]
     cache_s: Callable[[JobTicket, int, str, int], float | None]
     cut: Callable[[JobTicket, Collection[int], Collection[str]], Change | None]

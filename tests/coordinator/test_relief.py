@@ -7,6 +7,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 
@@ -14,10 +15,11 @@ import pytest
 import trio
 
 from azu.economics import split, token_layers
+from azu.errors import NetworkError
 from azu.identity import Identity
 from azu.planning import views_for
 from azu.records import Link, Speed, WorkerRecord
-from azu.tickets import JobTicket
+from azu.tickets import JobTicket, StageEntry
 from coordinator import hedging as hedging_module
 from coordinator import mender as mender_module
 from coordinator import relief as relief_module
@@ -161,6 +163,25 @@ async def test_a_job_leaves_a_worker_whose_line_to_the_next_stage_has_become_slo
         await check_a_move(await measured(swarm), answer, lengthen)
 
 
+async def test_two_in_a_row_take_over_from_a_slow_worker(
+    model: TinyModel, answer: list[int], tmp_path: Path, earnest: None
+) -> None:
+    """Where nobody else has all of its layers."""
+    async with real_swarm(model, tmp_path, *THREE, (1, 2), (2, 3)) as swarm:
+        await measured(swarm)
+        first, whole, last, *halves = (worker.peer_id for worker in swarm.workers)
+        for half in halves:
+            swarm.view.blame(half, 1, NetworkError("so that the job begins with the one that has both layers"))
+        tokens, job, slow = await ask(swarm, SLOW_AT, partial(slow_down, seconds=2 * LONG_S))
+        assert tokens == answer
+        assert (slow.peer_id, job.amendments) == (whole, 1)
+        assert [stage.peer_id for stage in job.ticket.stages] == [first, *halves, last]
+        report = await job.finish()
+        assert {stage.state for stage in report.stages} == {"credited"}
+        assert sum(stage.token_layers for stage in report.stages) == report.token_layers
+        assert swarm.view.faults(whole) == 0
+
+
 async def test_where_nobody_else_has_the_layers_a_slow_worker_keeps_its_job(
     model: TinyModel, answer: list[int], tmp_path: Path
 ) -> None:
@@ -264,8 +285,14 @@ async def test_a_job_goes_where_passes_and_lines_together_are_faster() -> None:
     known = Records()
     ticket = known.ticket(ONE, TWO, THIRD)
 
-    def accepts(step_s: float, peer_id: str) -> bool:
-        return known.relief.accepts(MANIFEST, ticket, Slow(TWO, step_s, 0.02, step_s), 500, peer_id)
+    def accepts(step_s: float, *peer_ids: str) -> bool:
+        slow = ticket.stages[1]
+        borders = [slow.start, slow.start + 1, slow.end] if len(peer_ids) == 2 else [slow.start, slow.end]
+        stages = [
+            StageEntry(peer_id=peer_id, start=start, end=end)
+            for peer_id, (start, end) in zip(peer_ids, pairwise(borders), strict=True)
+        ]
+        return known.relief.accepts(MANIFEST, ticket, Slow(TWO, step_s, 0.02, step_s), 500, stages)
 
     # Near: 16 ms of a pass with two jobs, 10 ms of lines, 2 ms of answers; far: 316 ms and 2 ms.
     assert accepts(0.1, NEAR)
@@ -273,6 +300,9 @@ async def test_a_job_goes_where_passes_and_lines_together_are_faster() -> None:
     assert not accepts(0.319, FAR)
     assert accepts(0.4, FAR)
     assert not accepts(0.029, NEAR)
+    # In a row they compute as much together, over the lines of both.
+    assert not accepts(0.32, NEAR, FAR)
+    assert accepts(0.5, NEAR, FAR)
     away_s = known.relief.away_s(MANIFEST, ticket, 1)
     views = {view.peer_id: view for view in views_for(MANIFEST, known.records.values())}
     assert [away_s(views[peer_id]) for peer_id in (NEAR, FAR)] == [pytest.approx(0.01), pytest.approx(0.3)]
