@@ -63,7 +63,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def earnest(monkeypatch: pytest.MonkeyPatch, quick: None) -> None:
     """A move has to be worth what it is elsewhere, so that nothing else that the machine does is a reason for one."""
     monkeypatch.setattr(hedging_module, "_PAUSE_S", 2.0)
-    monkeypatch.setattr(mender_module, "_GLANCE_S", 0.1)
+    monkeypatch.setattr(mender_module, "_GLANCE_S", 0.05)
 
 
 async def measured(swarm: RealSwarm) -> RealSwarm:
@@ -94,13 +94,17 @@ def slow_down(worker: Worker, seconds: float) -> None:
 
 
 async def ask(swarm: RealSwarm, slow_at: int, slow: Callable[[Worker], object]) -> tuple[list[int], RunningJob, Worker]:
-    """A job whose middle stage's worker becomes slow after so many tokens: the tokens, the job, and that worker."""
+    """A job whose middle stage's worker becomes slow after so many tokens, not before the coordinator knows how fast
+    they usually come: the tokens, the job, and that worker.
+    """
     tokens: list[int] = []
+    is_slow = False
     async with swarm.runner.generate(swarm.request(PROMPT, COUNT)) as job:
         middle = next(each for each in swarm.workers if each.peer_id == job.ticket.stages[1].peer_id)
         async for sampled in job.tokens():
             tokens.append(sampled.token)
-            if len(tokens) == slow_at:
+            if len(tokens) >= slow_at and not is_slow and len(job._mender._hedging._trips) >= hedging_module._LOOKS:
+                is_slow = True
                 slow(middle)
         await job.finish()
     return tokens, job, middle
