@@ -124,7 +124,10 @@ class Links:
         )
 
     def _peer(self, peer_id: str) -> _Peer:
-        return self._peers.setdefault(peer_id, _Peer())
+        peer = self._peers.get(peer_id)
+        if peer is None:  # nothing is made for a message of a ring that runs
+            peer = self._peers[peer_id] = _Peer()
+        return peer
 
     def _drop(self) -> None:
         if len(self._peers) > MAX_LINKS:
