@@ -19,6 +19,7 @@ from azu.models.manifest import Manifest
 from azu.models.memory import first_positions
 from azu.overlay import Overlay
 from azu.planning import Demand, Placement, WorkerView, links_of, views_for
+from azu.records import WorkerRecord
 from azu.tickets import MAX_SUCCESSORS, JobTicket, StageEntry
 from azu.wire.tensors import WeightFormat
 from coordinator.admission import Admission, Grant
@@ -269,7 +270,7 @@ class JobRunner:
             accepts: asked about the best peer for a stage, and for no other if that one will not do.
             away_s: seconds of a step that a worker costs beside its layers.
         """
-        alike = [worker for worker in self.room.able(ticket.total_tokens) if worker.dtype == ticket.dtype]
+        alike = self._alike(ticket)
         views = views_for(manifest, alike, self._swarm.faults)
         without = {*unwanted, *(each.peer_id for index, each in enumerate(grant.chain) if index not in lost)}
         found: dict[int, str] = {}
@@ -296,7 +297,7 @@ class JobRunner:
         accepts: Callable[[Sequence[StageEntry]], bool] = lambda _: True,
     ) -> Change | None:
         """Several stages in the place of lost ones, whose peers count as running the job from then on; or None."""
-        alike = [worker for worker in self.room.able(ticket.total_tokens) if worker.dtype == ticket.dtype]
+        alike = self._alike(ticket)
         stages = cut_anew(
             ticket.stages,
             lost,
@@ -315,6 +316,10 @@ class JobRunner:
         self.room.change(grant, (Placement(stage.peer_id, stage.start, stage.end) for stage in stages))
         self.room.note(peers.values(), grant.tokens)
         return Change(peers, cut=ticket.model_copy(update={"stages": stages}))
+
+    def _alike(self, ticket: JobTicket) -> list[WorkerRecord]:
+        """The adjusted records of workers that could have a part in a running job."""
+        return [worker for worker in self.room.able(ticket.total_tokens) if worker.dtype == ticket.dtype]
 
     def _ticket(self, request: GenerationRequest, number: int, grant: Grant) -> JobTicket:
         now = int(time.time())
