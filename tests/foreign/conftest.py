@@ -60,5 +60,12 @@ async def node() -> AsyncIterator[Overlay]:
 async def js(open_js: OpenJs, node: Overlay) -> AsyncIterator[JsPeer]:
     """A js-libp2p node that has dialled `node`."""
     async with open_js() as peer:
-        await peer.call("dial", addr=node.addrs[0])
+        await dialled(peer, node)
         yield peer
+
+
+async def dialled(peer: JsPeer, node: Overlay) -> None:
+    """Have a js-libp2p node dial; for it the connection exists a little earlier than for `node`."""
+    await peer.call("dial", addr=node.addrs[0])
+    while not node.is_connected(peer.peer_id):
+        await trio.sleep(0.02)

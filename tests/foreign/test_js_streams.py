@@ -10,7 +10,7 @@ import trio
 
 from azu.errors import NetworkError
 from azu.overlay import Overlay, OverlayStream
-from tests.foreign.conftest import OpenJs
+from tests.foreign.conftest import OpenJs, dialled
 from tests.foreign.js_peer import JsPeer
 from tests.overlay.conftest import LIMIT
 
@@ -150,7 +150,7 @@ async def test_many_streams_at_once(serving: Overlay, js: JsPeer) -> None:
 
 async def test_a_killed_peer_ends_its_streams_and_nobody_elses(serving: Overlay, js: JsPeer, open_js: OpenJs) -> None:
     async with open_js() as other:
-        await other.call("dial", addr=serving.addrs[0])
+        await dialled(other, serving)
         stream = await serving.open_stream(js.peer_id, "/test/echo")
         async with trio.open_nursery() as nursery:
             nursery.start_soon(pour_until_it_breaks, stream)
@@ -176,7 +176,7 @@ async def test_a_stopped_peer_holds_up_nobody_else_and_loses_nothing(
 ) -> None:
     size, answer = 4 * MIB, bytearray()
     async with open_js() as other:
-        await other.call("dial", addr=serving.addrs[0])
+        await dialled(other, serving)
         async with await serving.open_stream(js.peer_id, "/test/echo") as stream, trio.open_nursery() as nursery:
             js.stop()
             nursery.start_soon(pour, stream, size)
@@ -195,7 +195,7 @@ async def test_goodbyes_are_understood(serving: Overlay, js: JsPeer, open_js: Op
     while await js.call("connections"):
         await serving.disconnect(js.peer_id)
         await trio.sleep(0.02)
-    await js.call("dial", addr=serving.addrs[0])
+    await dialled(js, serving)
     assert await js.call("connections") == [[serving.peer_id, False]]
     while serving.is_connected(js.peer_id):
         await js.call("hangUp", peer=serving.peer_id)
