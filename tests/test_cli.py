@@ -310,6 +310,16 @@ class Started:
         return self.process.returncode, out, err
 
 
+@pytest.fixture
+def hangup(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What a program that is started now does at SIGHUP: these tests, too, may run under nohup."""
+    before = signal.signal(signal.SIGHUP, request.param)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("hangup")
+@pytest.mark.parametrize("hangup", [signal.SIG_DFL], indirect=True, ids=["terminal"])
 @pytest.mark.parametrize("how", ["well", "asked"])
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_signal_stops_cleanly(number: signal.Signals, code: int, how: str) -> None:
@@ -317,6 +327,14 @@ def test_a_signal_stops_cleanly(number: signal.Signals, code: int, how: str) -> 
     assert (returned, out) == (code, "cleaning\nclean\n")
     assert "Traceback" not in err
     assert f"stopping  signal={number.name}" in err
+
+
+@pytest.mark.usefixtures("hangup")
+@pytest.mark.parametrize("hangup", [signal.SIG_IGN], indirect=True, ids=["nohup"])
+def test_under_nohup_it_outlives_its_terminal() -> None:
+    returned, out, err = Started("well").end(signal.SIGHUP, signal.SIGTERM)
+    assert (returned, out) == (0, "cleaning\nclean\n")
+    assert "signal=SIGTERM" in err
 
 
 def test_a_second_signal_ends_at_once() -> None:
