@@ -33,9 +33,10 @@ setup: ## make .venv with everything in it, unless it is there already
 demo: setup ## run a bootstrap node, a coordinator and three workers here, and ask them a question
 	@exec $(BIN)/azu-demo $(ARGS)
 
-# A process for each core, four at most: a test that starts a swarm takes some GiB. A module's tests stay together, in
-# the order of tests/conftest.py.
-PARALLEL ?= --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# A process more than cores, as tests wait a third of their time; four at most, as one that starts a swarm takes some
+# GiB. A module's tests stay together, in the order of tests/conftest.py.
+PROCESSES ?= $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$((cores < 4 ? cores + 1 : 4)))
+PARALLEL ?= --numprocesses $(PROCESSES) --dist loadfile --no-loadscope-reorder
 
 # Every step runs even after an earlier one failed, so that one run shows all there is to mend; pytest closes.
 test: setup ## lint, types and the whole test suite
