@@ -76,7 +76,8 @@ def _parameter(cls: type[BaseAzuSettings], name: str, field: FieldInfo, is_posit
         return click.Argument([name], nargs=-1 if many else 1, required=False, metavar=shown, type=str)
     option, text = _option_name(name, field), _help(cls, name, field)
     if kind is bool:
-        return click.Option([f"{option}/--no-{option[2:]}", name], default=None, help=text)
+        opposite = "--" + option[5:] if option.startswith("--no-") else "--no-" + option[2:]
+        return click.Option([f"{option}/{opposite}", name], default=None, help=text)
     choices = click.Choice(get_args(kind)) if get_origin(kind) is Literal else click.STRING
     # Text as typed: pydantic converts and checks it, as it does for a variable.
     return click.Option([option, name], multiple=many, type=choices, metavar=_metavar(field), help=text)

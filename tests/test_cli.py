@@ -113,6 +113,13 @@ def test_the_command_line_beats_the_variable(monkeypatch: pytest.MonkeyPatch) ->
     assert result.stdout == f'none {{"log_json":false,"bootstrap":["{BOOTSTRAP}"],"device":"cpu"}}\n'
 
 
+def test_what_is_switched_off_by_its_name_is_switched_on_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert '"no_hub":true' in run("join", "--no-hub").stdout
+    monkeypatch.setenv("AZU_NO_HUB", "true")
+    assert '"no_hub":false' in run("join", "--hub").stdout
+    assert "--no-no-" not in run("join", "--help").stdout
+
+
 def test_a_list_is_one_option_repeated() -> None:
     assert run("serve", "--model", "a", "--model", "b").stdout == '{"models":["a","b"]}\n'
 
