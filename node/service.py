@@ -50,6 +50,7 @@ async def serve(settings: NodeSettings, leave: trio.Event) -> None:
     device = find_device(settings.device, settings.vram, settings.threads or usable_cpus())
     dtype = device.native_dtype if settings.dtype == "auto" else settings.dtype
     require_packages(dtype, device)  # now, and not at the first stage
+    _check_cache(settings.cache_limit, device.vram)
     with open_data_dir(settings.data_dir) as identity:
         library = Library(settings.data_dir, cache_limit=settings.cache_limit)
         config = overlay_config(settings, identity, AGENT, relay=RelayLimits() if settings.relay else None)
@@ -86,3 +87,15 @@ async def serve(settings: NodeSettings, leave: trio.Event) -> None:
             await leave.wait()
             await worker.leave(settings.leave_patience)
             nursery.cancel_scope.cancel()
+
+
+def _check_cache(limit: int | None, vram: int) -> None:
+    if limit is not None and limit < vram:
+        log(
+            logger,
+            logging.WARNING,
+            "the layer files of a stage that fills the memory will not fit the cache, and it will not be loaded",
+            cache_limit=format_size(limit),
+            vram=format_size(vram),
+            remedy="Raise --cache-limit above --vram, or offer less memory with --vram",
+        )
