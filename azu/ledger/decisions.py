@@ -4,7 +4,7 @@
     for the client   held:<peer id> and the platform's share -> client:<wallet>, or free where the job was
 
 The transaction's key is the stage's, its kind the outcome. A client gets no more back than it was charged: where the
-platform bore a part of the job, that part stays with it.
+platform bore a part of the job, that part stays with it. What it gets back, its API key has not spent.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _DECIDED: dict[str, Outcome] = {kind: outcome for outcome, kind in OUTCOMES.item
 class HeldEarning:
     """Earnings of one stage that are, or were, held; never changed but for the outcome.
 
-    refund: what the client gets back if it is decided so. wallet: "" where the job was free.
+    refund: what the client gets back if it is decided so. wallet, key_id: who paid; "" and None where the job was free.
     outcome: None while nobody has decided.
     """
 
@@ -49,6 +49,7 @@ class HeldEarning:
     receipt: bytes | None
     settled_at: int
     wallet: str
+    key_id: str | None
     refund: int
     outcome: Outcome | None
 
@@ -77,12 +78,15 @@ class Decide:
         return Wanted(transactions=(self.earning.key,))
 
     def touched(self, page: Page) -> Touched:
-        return Touched(tuple(account for account, _ in self.earning.moves(self.outcome)))
+        accounts = tuple(account for account, _ in self.earning.moves(self.outcome))
+        return Touched(accounts, () if self.earning.key_id is None else (self.earning.key_id,))
 
     def decide(self, page: Page) -> Outcome | Refusal:
         if self.earning.key in page.known:
             return Refusal("decided_before", "it was decided before, and a decision is final")
         page.post(self.earning.key, OUTCOMES[self.outcome], self.earning.moves(self.outcome))
+        if self.outcome == "client" and (key_id := self.earning.key_id) is not None:
+            page.spending.put(key_id, page.spent(key_id) - self.earning.refund)
         return self.outcome
 
 
@@ -101,6 +105,7 @@ def find_held(
             stages,
             jobs.c.settled_at,
             jobs.c.wallet,
+            jobs.c.key_id,
             jobs.c.cost,
             jobs.c.token_layers.label("all_layers"),
             reservations.c.captured,
@@ -140,6 +145,7 @@ def _held_of(row: Mapping[str, Any] | RowMapping) -> HeldEarning:
         receipt=row["receipt"],
         settled_at=row["settled_at"],
         wallet=row["wallet"] if is_reserved else "",
+        key_id=row["key_id"] if is_reserved else None,
         refund=share * charged // row["cost"] if row["cost"] else 0,
         outcome=_DECIDED.get(row["kind"] or ""),
     )

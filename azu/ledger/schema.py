@@ -7,7 +7,7 @@ transactions ─┬─ postings             append-only; each digest covers the 
               ├─ reservations         open -> settled | released, once
               └─ payouts ── payout_transactions (append-only)
 balances      what the postings add up to, by account
-key_spending  what the reservations add up to, by API key
+key_spending  what the reservations add up to, by API key, less what was given back
 api_keys      who may spend; challenges that were redeemed for one; sign_in, the secret that they are made with
 submitted     jobs that nobody waits for on the line, and what came of them, for an hour
 kept ── kept_jobs   requests that outlive their coordinator's process, while they run
@@ -138,7 +138,7 @@ key_spending = Table(
     "key_spending",
     METADATA,
     Column("key_id", Text, primary_key=True),
-    Column("spent", Amount, nullable=False),  # captured, and reserved for running jobs
+    Column("spent", Amount, nullable=False),  # captured and not given back, and reserved for running jobs
 )
 
 deposits = Table(

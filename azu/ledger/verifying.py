@@ -52,6 +52,7 @@ def verify(connection: Connection) -> list[Finding]:
         *_check_deposits(connection, book),
         *_check_jobs(connection, book),
         *_check_decisions(connection, book),
+        *_check_keys(connection, book),
         *_check_payouts(connection, book),
     ]
     return [*found, *(Finding(key, "nothing tells what this transaction was for") for key in book.unclaimed())]
@@ -62,6 +63,7 @@ class _Book:
 
     def __init__(self) -> None:
         self.balances: Counter[str] = Counter()
+        self.spent: Counter[str] = Counter()  # by API key
         self._moves: dict[str, int] = {}  # their hashes: there may be millions
 
     def add(self, entry: Entry) -> None:
@@ -120,7 +122,6 @@ def _check_balances(connection: Connection, book: _Book) -> Iterator[Finding]:
 
 def _check_reservations(connection: Connection, book: _Book) -> Iterator[Finding]:
     reserved_sums: Counter[str] = Counter()
-    key_sums: Counter[str] = Counter()
     for row in connection.execute(select(schema.reservations)):
         place, mine = reserved(row.wallet), client(row.wallet)
         yield from book.claim(f"reserve:{row.job_id}", (mine, -row.amount), (place, row.amount))
@@ -129,16 +130,12 @@ def _check_reservations(connection: Connection, book: _Book) -> Iterator[Finding
         elif row.state == "released":
             yield from book.claim(f"close:{row.job_id}", (place, -row.amount), (mine, row.amount))
         if row.key_id is not None:
-            key_sums[row.key_id] += row.amount if row.state == "open" else row.captured
+            book.spent[row.key_id] += row.amount if row.state == "open" else row.captured
         if not 0 <= row.captured <= row.amount or (row.captured and row.state != "settled"):
             yield Finding(f"reservation {row.job_id}", f"{row.captured} of {row.amount} is captured")
     for account in {name for name in book.balances if kind_of(name) == "reserved"} | reserved_sums.keys():
         if book.balances[account] != reserved_sums[account]:
             yield Finding(account, f"open reservations are {reserved_sums[account]}, it has {book.balances[account]}")
-    kept = {row.key_id: row.spent for row in connection.execute(select(schema.key_spending))}
-    for key_id in sorted(kept.keys() | key_sums.keys()):
-        if kept.get(key_id, 0) != key_sums[key_id]:
-            yield Finding(f"key {key_id}", f"it has spent {key_sums[key_id]}, not {kept.get(key_id, 0)}")
 
 
 def _check_deposits(connection: Connection, book: _Book) -> Iterator[Finding]:
@@ -203,6 +200,16 @@ def _check_decisions(connection: Connection, book: _Book) -> Iterator[Finding]:
 def _check_payouts(connection: Connection, book: _Book) -> Iterator[Finding]:
     under_way: Counter[str] = Counter()
     for row in connection.execute(select(schema.payouts)):
+        if earning.outcome == "client" and earning.key_id is not None:
+            book.spent[earning.key_id] -= earning.refund
+
+
+def _check_keys(connection: Connection, book: _Book) -> Iterator[Finding]:
+    """After all that lets keys spend, or gives back what they spent."""
+    kept = {row.key_id: row.spent for row in connection.execute(select(schema.key_spending))}
+    for key_id in sorted(kept.keys() | book.spent.keys()):
+        if kept.get(key_id, 0) != book.spent[key_id]:
+            yield Finding(f"key {key_id}", f"it has spent {book.spent[key_id]}, not {kept.get(key_id, 0)}")
         own, aside, key = worker(row.peer_id), paying(row.peer_id), f"payout:{row.payout_id}"
         yield from book.claim(f"{key}:planned", (own, -row.amount), (aside, row.amount))
         if row.state == "confirmed":

@@ -9,9 +9,10 @@ from pathlib import Path
 import trio
 from hypothesis import given
 from hypothesis import strategies as st
+from sqlalchemy import Connection, update
 
 from azu.economics import split
-from azu.ledger import Earning, EndedJob, Ledger, Outcome, Refusal
+from azu.ledger import Earning, EndedJob, Ledger, Outcome, Refusal, Reserved, Shortfall, schema
 from azu.ledger.accounts import FREE, PLATFORM, client, held, worker
 from azu.ledger.decisions import OUTCOMES, _held_of
 from tests.ledger.books import FOREVER, PEERS, WALLET, opened
@@ -58,6 +59,40 @@ async def test_held_earnings_go_back_to_the_client_with_the_platforms_share(url:
         await settled(ledger)
         assert await ledger.decide(JOB, 0, 1, "client") == "client"
         assert await balances(ledger) == (0, 0, 80, 600)
+
+
+async def test_what_a_client_gets_back_its_key_may_spend_again(url: str) -> None:
+    async with opened(url, key_limits=lambda _, key_ids: dict.fromkeys(key_ids, 700)) as ledger:
+        await ledger.deposit("none", "test", "1", WALLET, 10_000)
+        await ledger.reserve(JOB, WALLET, 700, "key", expires_at=FOREVER)
+        await ledger.settle(ended(JOB, 1, 2))
+        assert await ledger.spent("key") == COST
+        await ledger.decide(JOB, 0, 2, "worker")
+        assert await ledger.spent("key") == COST
+        for _ in range(2):
+            await ledger.decide(JOB, 0, 1, "client")
+            assert await ledger.spent("key") == COST - 200
+        assert isinstance(await ledger.reserve("b" * 32, WALLET, 301, "key", expires_at=FOREVER), Shortfall)
+        assert isinstance(await ledger.reserve("b" * 32, WALLET, 300, "key", expires_at=FOREVER), Reserved)
+
+
+async def test_what_clients_were_given_back_before_is_taken_off_their_keys(url: str) -> None:
+    """As a ledger of before revision 0006 has it, in which only balances knew of it."""
+    async with opened(url, key_limits=lambda _, key_ids: {}) as ledger:
+        await ledger.deposit("none", "test", "1", WALLET, 10_000)
+        for job_id, key_id in ((JOB, "key"), ("b" * 32, None)):
+            await ledger.reserve(job_id, WALLET, 700, key_id, expires_at=FOREVER)
+            await ledger.settle(ended(job_id, 1, 2))
+            await ledger.decide(job_id, 0, 1, "client")
+
+        def go_back(connection: Connection) -> None:
+            connection.execute(update(schema.key_spending).values(spent=COST))
+            connection.exec_driver_sql("UPDATE alembic_version SET version_num = '0005'")
+
+        await ledger.write(go_back)
+        assert [each.where for each in await ledger.verify()] == ["key key"]
+        async with opened(url) as again:
+            assert await again.spent("key") == COST - 200
 
 
 async def test_a_decision_is_made_once(url: str) -> None:
@@ -141,6 +176,7 @@ def test_what_is_given_back_never_exceeds_what_was_charged(
                 "receipt": None,
                 "settled_at": 0,
                 "wallet": WALLET,
+                "key_id": None,
                 "captured": charged,
                 "cost": cost,
                 "kind": None,

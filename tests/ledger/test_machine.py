@@ -130,6 +130,8 @@ class Model:
         if o.payout_id not in self.payouts and self.balances[worker(o.peer_id)] >= o.amount:
             self.move(worker(o.peer_id), paying(o.peer_id), o.amount)
             self.payouts[o.payout_id] = (o.peer_id, o.amount, "planned")
+        if earning.key_id:
+            self.spent[earning.key_id] -= earning.refund
 
     def _step(self, o: Any, states: set[str], state: str) -> bool:
         if any(self.payouts.get(each, ("", 0, ""))[2] not in states for each in o.payout_ids):
