@@ -120,8 +120,8 @@ class Ledger:
         return await self._writer.do(Settle(job, is_free, key, at, self.owner))
 
     async def release(self, job_id: str) -> Closed | Refusal:
-        """Give a job's whole reservation back, unless it was settled."""
-        return await self._writer.do(Release(job_id))
+        """Give a job's whole reservation back, unless it was settled; "led_elsewhere" as `settle`."""
+        return await self._writer.do(Release(job_id, self.owner))
 
     async def release_abandoned(self) -> list[Closed | Refusal]:
         """Release what this coordinator's jobs of an earlier life hold, and what others gave up a day ago; but for jobs

@@ -102,12 +102,17 @@ class Reserve:
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """Give a job's whole reservation back; one that is closed stays as it is."""
+    """Give a job's whole reservation back; one that is closed stays as it is.
+
+    Args:
+        owner: the coordinator that asks for it, as in `Settle`.
+    """
 
     job_id: str
 
     def wanted(self) -> Wanted:
-        return Wanted(jobs=(self.job_id,))
+    owner: str = ""
+        return Wanted(jobs=(self.job_id,), led=(self.job_id,))
 
     def touched(self, page: Page) -> Touched:
         return _touched_for(page, self.job_id)
@@ -117,6 +122,8 @@ class Release:
             return done
         reservation = page.reservations.get(self.job_id)
         if reservation is None:
+        if (refusal := _led_elsewhere(page, self.job_id, self.owner)) is not None:
+            return refusal
             return _not_reserved(self.job_id)
         moves = ((reserved(reservation.wallet), -reservation.amount), (client(reservation.wallet), reservation.amount))
         page.post(f"close:{self.job_id}", "release", moves)
@@ -154,8 +161,8 @@ class Settle:
         done = page.closed(job.job_id) if self.key is None else self._imported(page)
         if done is not None:
             return done
-        if page.leaders.get(job.job_id, self.owner) != self.owner:
-            return Refusal("led_elsewhere", f"another coordinator leads the job {job.job_id}")
+        if (refusal := _led_elsewhere(page, job.job_id, self.owner)) is not None:
+            return refusal
         reservation = page.reservations.get(job.job_id)
         if reservation is None:
             return self._settle_free(page) if self.is_free else _not_reserved(job.job_id)
@@ -221,3 +228,10 @@ def _close(page: Page, reservation: Reserved, captured: int, *, is_settled: bool
 
 def _not_reserved(job_id: str) -> Refusal:
     return Refusal("not_reserved", f"nothing is reserved for the job {job_id}")
+def _led_elsewhere(page: Page, job_id: str, owner: str) -> Refusal | None:
+    """Why a coordinator may not close a job; None where it may."""
+    if page.leaders.get(job_id, owner) == owner:
+        return None
+    return Refusal("led_elsewhere", f"another coordinator leads the job {job_id}")
+
+

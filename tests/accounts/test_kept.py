@@ -87,6 +87,7 @@ async def test_who_is_gone_leads_no_more(url: str) -> None:
         found = await other.kept.find(ROW.request_id)
         assert found is not None
         assert found.leader == OTHER
+        assert await one.ledger.release(JOB) == refused
         assert await other.kept.leads(Lead(ROW.request_id, 2))
         assert isinstance(await other.settle(), Closed)
         await other.kept.forget(Lead(ROW.request_id, 2))
