@@ -124,14 +124,14 @@ class Meter:
         wallet: str = "",
         key_id: str | None = None,
     ) -> None:
-        self._ledger = ledger
+        self.ledger = ledger
+        self.unsettled = unsettled
         self._is_free = is_free
-        self._unsettled = unsettled
         self._asker = (wallet, key_id)
 
     def asked_by(self, wallet: str, key_id: str | None) -> Meter:
         """The same, for the jobs of one who asks."""
-        return Meter(self._ledger, is_free=self._is_free, unsettled=self._unsettled, wallet=wallet, key_id=key_id)
+        return Meter(self.ledger, is_free=self._is_free, unsettled=self.unsettled, wallet=wallet, key_id=key_id)
 
     async def settle(
         self,
@@ -154,9 +154,9 @@ class Meter:
         try:
             await self.settle_ended(job)
         except InternalError as error:
-            if self._unsettled is None or not is_away(error):
+            if self.unsettled is None or not is_away(error):
                 raise
-            await self._unsettled.keep(job)
+            await self.unsettled.keep(job)
             log(logger, logging.ERROR, "job is settled later", job=job.job_id, reason=str(error))
         return report
 
@@ -166,13 +166,23 @@ class Meter:
         Raises:
             InternalError: the ledger cannot be written, or nothing is reserved for the job.
         """
-        closed = await self._ledger.settle(job, is_free=self._is_free)
+        closed = await self.ledger.settle(job, is_free=self._is_free)
         if isinstance(closed, Refusal):
             raise InternalError(f"job {job.job_id} cannot be settled: {closed.message}", code=closed.code)
 
+    async def settle_kept(self) -> None:
+        """Settle the jobs that the ledger could not take when they ended; raises InternalError where it cannot yet."""
+        if self.unsettled is not None:
+            await self.unsettled.settle(self.settle_ended)
+
+    async def run(self) -> None:
+        """Do that again and again until cancelled."""
+        if self.unsettled is not None:
+            await self.unsettled.run(self.settle_ended)
+
     async def earnings(self) -> dict[str, int]:
         """What workers are owed, by peer id."""
-        return await self._ledger.balances("worker")
+        return await self.ledger.balances("worker")
 
 
 def _ended(ticket: JobTicket, report: JobReport, envelopes: Sequence[bytes | None]) -> EndedJob:

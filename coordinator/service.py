@@ -122,10 +122,10 @@ async def _publish_and_serve(
         nursery.start_soon(_set_when_cancelled, stop)
         # From here on a cancel means: let the running answers end first.
         with trio.CancelScope(shield=True):
-            async with _opened_ledger(settings, identity, provider) as ledger:
+            async with _opened_ledger(settings, identity, provider) as meter:
                 price = settings.price_per_token_layer or PRICES[settings.payment_provider]
-                money = Money(ledger, provider, mode, price, settings.public_url)
-                await _serve(settings, identity, library, sharder, serving, money, token, stop)
+                money = Money(meter.ledger, provider, mode, price, settings.public_url, meter.unsettled or ())
+                await _serve(settings, identity, library, sharder, serving, meter, money, token, stop)
         nursery.cancel_scope.cancel()
 
 
@@ -139,16 +139,17 @@ async def _set_when_cancelled(stop: trio.Event) -> None:
 @asynccontextmanager
 async def _opened_ledger(
     settings: CoordinatorSettings, identity: Identity, provider: PaymentProvider
-) -> AsyncIterator[Ledger]:
-    """The ledger, with nothing left in it of this coordinator's earlier life but what it goes on with."""
+) -> AsyncIterator[Meter]:
+    """The ledger's meter, with nothing left in it of this coordinator's earlier life but what it goes on with."""
     currency = provider.coin.unit if provider.address else _FREE_CURRENCY
     place = ledger_place(settings)
     async with Ledger.open(place, currency=currency, owner=identity.peer_id, key_limits=key_limits) as ledger:
         await take_over_meter(settings.data_dir / "meter.sqlite", ledger)
-        await Unsettled(settings.data_dir).settle(Meter(ledger, is_free=not provider.address).settle_ended)
+        meter = Meter(ledger, is_free=not provider.address, unsettled=Unsettled(settings.data_dir))
+        await meter.settle_kept()
         if released := await ledger.release_abandoned():
             log(logger, logging.WARNING, "reservations of jobs that never ended released", jobs=len(released))
-        yield ledger
+        yield meter
 
 
 async def _serve(
@@ -157,6 +158,7 @@ async def _serve(
     library: Library,
     sharder: Sharder,
     serving: Serving,
+    meter: Meter,
     money: Money,
     token: str,
     stop: trio.Event,
@@ -168,8 +170,6 @@ async def _serve(
         overlay.handle(LAYERS_PROTOCOL, layers.handle)
         overlay.handle(ACCOUNT_PROTOCOL, Owed(identity, money.ledger).handle)
         swarm = SwarmView(overlay)
-        unsettled = Unsettled(settings.data_dir)
-        meter = Meter(money.ledger, is_free=not money.provider.address, unsettled=unsettled)
         presence = Presence(money.ledger)
         runner = JobRunner(identity, overlay, swarm, meter, price=money.price, successors=presence.others)
         models, kv_tokens = serving.manifests, settings.kv_tokens
@@ -178,9 +178,8 @@ async def _serve(
         nursery.start_soon(
             partial(stay_joined, overlay, settings.bootstrap, book=PeerBook(settings.data_dir / "peers.json"))
         )
-        for task in (swarm.run, placer.run, serving.follow, shards.run):
+        for task in (swarm.run, placer.run, serving.follow, shards.run, meter.run):
             nursery.start_soon(task)
-        nursery.start_soon(unsettled.run, meter.settle_ended)
         nursery.start_soon(keep_paying, settings, money.ledger, money.provider, swarm)
         nursery.start_soon(_advertise, identity, overlay, serving, settings.kv_tokens)
         service = Service(serving, swarm, runner)

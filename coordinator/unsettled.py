@@ -1,7 +1,8 @@
 """Ended jobs that the ledger could not take, in the data folder until it can: nobody loses money by a database that is
 away.
 
-One file each, synced before the job counts as ended. What was put aside for a job stays put aside meanwhile.
+One file each, synced before the job counts as ended. What was put aside for a job stays put aside meanwhile, unless
+another coordinator that shares the ledger takes the job for lost: then the platform bears what it cost.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 import trio
 from pydantic import TypeAdapter, ValidationError
 
-from azu.durable import write_file
+from azu.durable import make_folder, write_file
 from azu.errors import AzuError, InternalError
 from azu.ledger import EndedJob
 from azu.logs import log
@@ -38,10 +39,13 @@ def is_away(error: AzuError) -> bool:
 
 
 class Unsettled:
-    """The files of one coordinator."""
+    """The files of one coordinator; a container of the ids of their jobs."""
 
     def __init__(self, data_dir: Path) -> None:
         self._folder = data_dir / "unsettled"
+
+    def __contains__(self, job_id: object) -> bool:
+        return self._path_of(str(job_id)).exists()
 
     async def keep(self, job: EndedJob) -> None:
         """Write a job down.
@@ -50,8 +54,7 @@ class Unsettled:
             InternalError: the disk does not take it either.
         """
         try:
-            self._folder.mkdir(mode=0o700, exist_ok=True)
-            await trio.to_thread.run_sync(write_file, self._folder / f"{job.job_id}.cbor", _encode(job))
+            await trio.to_thread.run_sync(_write, self._path_of(job.job_id), _encode(job))
         except OSError as error:
             raise InternalError(
                 f"job {job.job_id} can be kept neither in the ledger nor in {self._folder}: {error.strerror}",
@@ -59,22 +62,32 @@ class Unsettled:
             ) from error
 
     async def settle(self, settle: Settle) -> None:
-        """Settle what is kept; what is refused or cannot be read is put aside for a person to look at.
+        """Settle what is kept, but for what another coordinator leads now: that is left until it has ended there. What
+        is refused or cannot be read is put aside for a person to look at.
 
         Raises:
-            InternalError: the ledger is away.
+            InternalError: the ledger is away, or the folder cannot be used.
         """
-        for path in sorted(self._folder.glob("*.cbor")):
-            try:
-                await settle(_JOB.validate_python(decode_cbor(path.read_bytes(), limit=_MAX_FILE_BYTES)))
-            except (AzuError, ValidationError) as error:
-                if isinstance(error, AzuError) and is_away(error):
-                    raise
-                aside = path.rename(path.with_suffix(".refused"))
-                log(logger, logging.ERROR, "kept job cannot be settled", file=str(aside), reason=str(error))
-            else:
-                path.unlink()
-                log(logger, logging.INFO, "kept job settled", job=path.stem)
+        try:
+            for path in sorted(self._folder.glob("*.cbor")):
+                await self._settle(path, settle)
+        except OSError as error:
+            raise InternalError(f"{self._folder} cannot be used: {error.strerror}", code="not_settled") from error
+
+    async def _settle(self, path: Path, settle: Settle) -> None:
+        try:
+            await settle(_read(path))
+        except (AzuError, ValidationError) as error:
+            if isinstance(error, AzuError) and is_away(error):
+                raise
+            if isinstance(error, AzuError) and error.code == "led_elsewhere":
+                return
+            _put_aside(path, reason=str(error))
+        else:
+            _remove(path)
+
+    def _path_of(self, job_id: str) -> Path:
+        return self._folder / f"{job_id}.cbor"
 
     async def run(self, settle: Settle) -> None:
         """Try again and again until cancelled."""
@@ -83,7 +96,26 @@ class Unsettled:
             try:
                 await self.settle(settle)
             except InternalError as error:
-                log(logger, logging.WARNING, "kept jobs wait for the ledger", reason=str(error))
+                log(logger, logging.WARNING, "kept jobs are not settled yet", reason=str(error))
+
+
+def _write(path: Path, data: bytes) -> None:
+    make_folder(path.parent)
+    write_file(path, data)
+
+
+def _read(path: Path) -> EndedJob:
+    return _JOB.validate_python(decode_cbor(path.read_bytes(), limit=_MAX_FILE_BYTES))
+
+
+def _put_aside(path: Path, reason: str) -> None:
+    aside = path.rename(path.with_suffix(".refused"))
+    log(logger, logging.ERROR, "kept job cannot be settled", file=str(aside), reason=reason)
+
+
+def _remove(path: Path) -> None:
+    path.unlink()
+    log(logger, logging.INFO, "kept job settled", job=path.stem)
 
 
 def _encode(job: EndedJob) -> bytes:

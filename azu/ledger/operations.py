@@ -4,8 +4,10 @@
     reserve   client:<wallet>   -> reserved:<wallet>
     settle    reserved:<wallet> -> worker:<peer>, held:<peer>, platform; the rest -> client:<wallet>
     release   reserved:<wallet> -> client:<wallet>
+    late      platform          -> worker:<peer>, held:<peer>
 
-What a job costs beyond its reservation the platform bears. A job without a reservation can be settled out of `free`.
+What a job costs beyond its reservation the platform bears; so it bears all of a job that is settled after its
+reservation was released. A job without a reservation can be settled out of `free`.
 """
 
 from __future__ import annotations
@@ -109,9 +111,9 @@ class Release:
     """
 
     job_id: str
+    owner: str = ""
 
     def wanted(self) -> Wanted:
-    owner: str = ""
         return Wanted(jobs=(self.job_id,), led=(self.job_id,))
 
     def touched(self, page: Page) -> Touched:
@@ -120,10 +122,10 @@ class Release:
     def decide(self, page: Page) -> Closed | Refusal:
         if (done := page.closed(self.job_id)) is not None:
             return done
-        reservation = page.reservations.get(self.job_id)
-        if reservation is None:
         if (refusal := _led_elsewhere(page, self.job_id, self.owner)) is not None:
             return refusal
+        reservation = page.reservations.get(self.job_id)
+        if reservation is None:
             return _not_reserved(self.job_id)
         moves = ((reserved(reservation.wallet), -reservation.amount), (client(reservation.wallet), reservation.amount))
         page.post(f"close:{self.job_id}", "release", moves)
@@ -158,14 +160,15 @@ class Settle:
 
     def decide(self, page: Page) -> Closed | Refusal:
         job = self.job
-        done = page.closed(job.job_id) if self.key is None else self._imported(page)
-        if done is not None:
+        if (done := self._done(page)) is not None:
             return done
         if (refusal := _led_elsewhere(page, job.job_id, self.owner)) is not None:
             return refusal
         reservation = page.reservations.get(job.job_id)
         if reservation is None:
             return self._settle_free(page) if self.is_free else _not_reserved(job.job_id)
+        if reservation.state == "released":
+            return self._settle_late(page, reservation)
         captured = min(job.cost, reservation.amount)
         moves = [
             (reserved(reservation.wallet), -reservation.amount),
@@ -177,16 +180,30 @@ class Settle:
         self._note(page, seq, reservation.wallet, reservation.key_id)
         return _close(page, reservation, captured, is_settled=True)
 
-    def _imported(self, page: Page) -> Closed | None:
-        return Closed(self.job.job_id, self.job.cost, 0) if self.key in page.known else None
+    def _done(self, page: Page) -> Closed | None:
+        """How it was settled before, or closed for good."""
+        job_id = self.job.job_id
+        if self.key is not None:
+            return Closed(job_id, self.job.cost, 0) if self.key in page.known else None
+        reservation = page.reservations.get(job_id)
+        is_released = reservation is not None and reservation.state == "released"
+        return page.settled.get(job_id) if is_released else page.closed(job_id)
 
     def _settle_free(self, page: Page) -> Closed:
         job = self.job
-        moves = [(FREE, -job.cost), *self._pay()]
-        seq = page.post(self.key or f"close:{job.job_id}", "settle", moves, at=self.at)
+        seq = page.post(self.key or f"close:{job.job_id}", "settle", [(FREE, -job.cost), *self._pay()], at=self.at)
         self._note(page, seq, job.wallet, job.key_id)
-        closed = Closed(job.job_id, captured=job.cost, released=0)
-        page.settled[job.job_id] = closed
+        return self._note_closed(page, captured=job.cost)
+
+    def _settle_late(self, page: Page, reservation: Reserved) -> Closed:
+        """What a job's coordinator could not write down before another one had taken it for lost."""
+        seq = page.post(f"late:{self.job.job_id}", "settle", [(PLATFORM, -self.job.cost), *self._pay()])
+        self._note(page, seq, reservation.wallet, reservation.key_id)
+        return self._note_closed(page, captured=0)
+
+    def _note_closed(self, page: Page, captured: int) -> Closed:
+        closed = Closed(self.job.job_id, captured, released=0)
+        page.settled[closed.job_id] = closed
         return closed
 
     def _pay(self) -> Iterator[tuple[str, int]]:
@@ -226,8 +243,6 @@ def _close(page: Page, reservation: Reserved, captured: int, *, is_settled: bool
     return Closed(reservation.job_id, captured, released)
 
 
-def _not_reserved(job_id: str) -> Refusal:
-    return Refusal("not_reserved", f"nothing is reserved for the job {job_id}")
 def _led_elsewhere(page: Page, job_id: str, owner: str) -> Refusal | None:
     """Why a coordinator may not close a job; None where it may."""
     if page.leaders.get(job_id, owner) == owner:
@@ -235,3 +250,5 @@ def _led_elsewhere(page: Page, job_id: str, owner: str) -> Refusal | None:
     return Refusal("led_elsewhere", f"another coordinator leads the job {job_id}")
 
 
+def _not_reserved(job_id: str) -> Refusal:
+    return Refusal("not_reserved", f"nothing is reserved for the job {job_id}")

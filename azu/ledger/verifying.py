@@ -181,6 +181,11 @@ def _check_job(rows: list[Row[Any]], book: _Book) -> Iterator[Finding]:
                 yield Finding(where, f"stage {row.stages_stage} has {row.stages_token_layers} token-layers")
     shares.append((PLATFORM, job.jobs_cost - sum(amount for _, amount in shares)))
     amount, captured = job.reservations_amount, job.reservations_captured
+    if key == f"late:{job.jobs_job_id}":
+        yield from book.claim(key, (PLATFORM, -job.jobs_cost), *shares)
+        if job.reservations_state != "released":
+            yield Finding(where, "it is settled late, and its reservation was not released")
+        return
     if amount is None or key != f"close:{job.jobs_job_id}":
         yield from book.claim(key, (FREE, -job.jobs_cost), *shares)
         return
@@ -195,11 +200,6 @@ def _check_decisions(connection: Connection, book: _Book) -> Iterator[Finding]:
     for earning in find_held(connection, limit=None):
         if earning.outcome is not None:
             yield from book.claim(earning.key, *earning.moves(earning.outcome))
-
-
-def _check_payouts(connection: Connection, book: _Book) -> Iterator[Finding]:
-    under_way: Counter[str] = Counter()
-    for row in connection.execute(select(schema.payouts)):
         if earning.outcome == "client" and earning.key_id is not None:
             book.spent[earning.key_id] -= earning.refund
 
@@ -210,6 +210,11 @@ def _check_keys(connection: Connection, book: _Book) -> Iterator[Finding]:
     for key_id in sorted(kept.keys() | book.spent.keys()):
         if kept.get(key_id, 0) != book.spent[key_id]:
             yield Finding(f"key {key_id}", f"it has spent {book.spent[key_id]}, not {kept.get(key_id, 0)}")
+
+
+def _check_payouts(connection: Connection, book: _Book) -> Iterator[Finding]:
+    under_way: Counter[str] = Counter()
+    for row in connection.execute(select(schema.payouts)):
         own, aside, key = worker(row.peer_id), paying(row.peer_id), f"payout:{row.payout_id}"
         yield from book.claim(f"{key}:planned", (own, -row.amount), (aside, row.amount))
         if row.state == "confirmed":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, Final
@@ -42,6 +42,7 @@ class Money:
     Args:
         price: smallest units per token-layer.
         public_url: where clients find this coordinator; where it listens, if None.
+        unsettled: ids of ended jobs that are settled later.
     """
 
     ledger: Ledger
@@ -49,6 +50,7 @@ class Money:
     mode: AuthMode
     price: int
     public_url: str | None = None
+    unsettled: Container[str] = ()
 
     def gate(self) -> Gate:
         """Who is let in."""
@@ -56,7 +58,7 @@ class Money:
 
     def till(self) -> Till:
         """What takes the money."""
-        return Till(self.ledger, self.provider, self.price)
+        return Till(self.ledger, self.provider, self.price, self.unsettled)
 
     def site(self, url: str) -> Site:
         """Who clients sign in at, where the coordinator listens at `url`."""

@@ -7,7 +7,7 @@ put aside for a job that never came so far is released here; after a crash the n
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Container, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -43,10 +43,12 @@ class Till:
 
     Args:
         price: smallest units per token-layer.
+        unsettled: ids of ended jobs that are settled later; what is put aside for these stays so.
     """
 
-    def __init__(self, ledger: Ledger, provider: PaymentProvider, price: int) -> None:
+    def __init__(self, ledger: Ledger, provider: PaymentProvider, price: int, unsettled: Container[str] = ()) -> None:
         self._ledger = ledger
+        self._unsettled = unsettled
         self._provider = provider
         self.price = price
 
@@ -90,9 +92,10 @@ class Till:
             raise
 
     async def release(self, job_ids: Iterable[bytes]) -> None:
-        """Give back what is put aside for these jobs, but for those that are settled."""
+        """Give back what is put aside for these jobs, but for those that are settled, or will be."""
         for job_id in job_ids:
-            await self._ledger.release(job_id.hex())
+            if job_id.hex() not in self._unsettled:
+                await self._ledger.release(job_id.hex())
 
     async def _reserve(self, request: GenerationRequest) -> Reserved | Refusal:
         amount = self.quote([request]).cost

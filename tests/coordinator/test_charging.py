@@ -18,6 +18,7 @@ from azu.payments.settings import PaymentSettings
 from coordinator.api.till import Till
 from coordinator.generation import GenerationRequest, known_as
 from coordinator.meter import Meter
+from coordinator.unsettled import Unsettled
 from tests.coordinator.fake_workers import Plan, Swarm, honest, idle, refuses, request, swarm_of
 
 WALLET = check_evm_address("0x00000000000000000000000000000000000000bb")
@@ -82,6 +83,31 @@ async def test_a_job_pays_its_workers_and_gives_back_the_rest(tmp_path: Path) ->
         assert report.job_id == known_as(asked.job_id)
         (use,) = await bank.ledger.usage(WALLET)
         assert (use.job_id, use.cost) == (asked.job_id.hex(), cost)
+
+
+async def test_what_is_put_aside_for_a_job_that_is_settled_later_stays_so(tmp_path: Path) -> None:
+    """The database was away when the job ended, and is back when its client has gone."""
+    async with bank_of(tmp_path, (0, 4, honest)) as bank:
+        async with Ledger.open(tmp_path / "paid.sqlite3", currency="wei") as away:
+            pass
+        unsettled = Unsettled(tmp_path)
+        bank.swarm.runner._meter = Meter(away, is_free=False, unsettled=unsettled)
+        till = Till(bank.ledger, bank.till._provider, PRICE, unsettled)
+        asked = paid()
+        cost = (len(asked.prompt) + 3 - 1) * LAYERS * PRICE
+
+        async def ask_and_leave() -> None:
+            async with till.reserved([asked]), bank.swarm.runner.generate(asked) as job:
+                assert [sampled.token async for sampled in job.tokens()] == [7, 8, 9]
+                await job.finish()
+                raise NetworkError("the client has gone")
+
+        with pytest.raises(BaseExceptionGroup):
+            await ask_and_leave()
+        assert await bank.has() == (MONEY - cost, cost)
+        await Meter(bank.ledger, is_free=False, unsettled=unsettled).settle_kept()
+        assert await bank.has() == (MONEY - cost, 0)
+        assert sum((await bank.ledger.balances("worker")).values()) > 0
 
 
 async def test_another_chain_is_paid_out_of_the_same_reservation(tmp_path: Path) -> None:

@@ -10,9 +10,13 @@ import pytest
 
 from azu.errors import InternalError
 from azu.ledger import EndedJob, Ledger, Refusal
+from azu.ledger.accounts import PLATFORM, client
 from coordinator.meter import Meter
 from coordinator.unsettled import Unsettled
+from tests.accounts.test_kept import JOB, ROW, two
+from tests.coordinator.api.paying import OWNER
 from tests.coordinator.test_meter import receipts, settled, ticket
+from tests.ledger.books import FOREVER, WALLET, ended
 
 SUBJECT = ticket(price=2**62)
 
@@ -97,3 +101,34 @@ async def test_it_reads_what_it_writes(tmp_path: Path) -> None:
         assert not isinstance(closed, Refusal)
         assert closed.captured == found[0].cost == 7 * 10 * 2**62
     assert all(each.receipt for each in found[0].earnings)
+
+
+async def test_what_another_coordinator_leads_is_left_until_that_ends_it(tmp_path: Path) -> None:
+    """That one took the job for lost, since this one could not say that it had ended: nobody loses money by it."""
+    async with two(f"sqlite:///{tmp_path / 'ledger.sqlite3'}") as (one, other):
+        await one.ledger.deposit("none", "test", "1", WALLET, 1_000)
+        await one.ledger.reserve(JOB, WALLET, 700, expires_at=FOREVER)
+        await one.kept.begin(ROW)
+        meter = Meter(one.ledger, is_free=False, unsettled=Unsettled(tmp_path))
+        await Unsettled(tmp_path).keep(ended(JOB, 600))
+        other.take_for_gone(OWNER)
+        claimed = await other.kept.claim(ROW.request_id)
+        assert claimed is not None
+        await meter.settle_kept()
+        assert (kept(tmp_path), await one.ledger.balances("worker")) == ([".cbor"], {})
+
+        await other.ledger.release(JOB)
+        await other.kept.forget(claimed.lead)
+        await meter.settle_kept()
+        assert kept(tmp_path) == []
+        earned = sum((await one.ledger.balances("worker")).values())
+        assert 0 < earned == -await one.ledger.balance(PLATFORM)
+        assert await one.ledger.balance(client(WALLET)) == 1_000
+        assert await one.ledger.verify() == []
+
+
+async def test_a_folder_that_cannot_be_used_is_told_of(tmp_path: Path) -> None:
+    (tmp_path / "unsettled/00.cbor").mkdir(parents=True)
+    async with opened(tmp_path) as ledger:
+        with pytest.raises(InternalError, match="unsettled cannot be used"):
+            await Meter(ledger, unsettled=Unsettled(tmp_path)).settle_kept()

@@ -64,14 +64,29 @@ async def test_each_change_happens_once(url: str) -> None:
         assert len(await ledger.export()) == 3
 
 
-async def test_a_released_job_is_settled_no_more(url: str) -> None:
+async def test_a_released_job_is_settled_once_more_at_the_platforms_expense(url: str) -> None:
     async with opened(url) as ledger:
         await ledger.deposit("solana", "main", "sig", WALLET, 100)
         await ledger.reserve("job", WALLET, 50, expires_at=FOREVER)
         for _ in range(2):
             assert await ledger.release("job") == Closed("job", captured=0, released=50)
-        assert await ledger.settle(ended("job", 30)) == Closed("job", captured=0, released=50)
-        assert await ledger.balances("worker") == {}
+        for cost in (300, 500):
+            closed = await ledger.settle(ended("job", cost))
+            assert isinstance(closed, Closed)
+            assert await ledger.balance(worker(FIRST)) == split(150).worker
+        assert await ledger.balance(PLATFORM) == -sum((await ledger.balances("worker")).values())
+        assert await ledger.release("job") == Closed("job", captured=0, released=50)
+        assert await ledger.balance(client(WALLET)) == 100
+        assert [use.cost for use in await ledger.usage(WALLET)] == [300]
+
+
+async def test_of_a_job_that_was_settled_late_a_client_gets_nothing_back(url: str) -> None:
+    async with opened(url) as ledger:
+        await ledger.deposit("solana", "main", "sig", WALLET, 100)
+        await ledger.reserve("job", WALLET, 50, expires_at=FOREVER)
+        await ledger.release("job")
+        await ledger.settle(ended("job", 600, held=(0,)))
+        assert await ledger.decide("job", 0, 0, "client") == "client"
         assert await ledger.balance(client(WALLET)) == 100
 
 

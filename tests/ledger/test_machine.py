@@ -61,6 +61,7 @@ class Model:
     balances: Counter[str] = field(default_factory=Counter)
     claimed: set[str] = field(default_factory=set)
     open: dict[str, tuple[str, int, str | None]] = field(default_factory=dict)
+    released: set[str] = field(default_factory=set)
     over: set[str] = field(default_factory=set)
     spent: Counter[str] = field(default_factory=Counter)
     payouts: dict[str, tuple[str, int, str]] = field(default_factory=dict)
@@ -82,7 +83,11 @@ class Model:
     def reserve(self, o: Reserve) -> None:
         limit = LIMITS.get(o.key_id or "")
         fits = limit is None or self.spent[o.key_id or ""] + o.amount <= limit
-        if o.job_id not in self.open.keys() | self.over and self.balances[client(o.wallet)] >= o.amount and fits:
+        if (
+            o.job_id not in self.open.keys() | self.released | self.over
+            and self.balances[client(o.wallet)] >= o.amount
+            and fits
+        ):
             self.move(client(o.wallet), reserved(o.wallet), o.amount)
             self.open[o.job_id] = (o.wallet, o.amount, o.key_id)
             if o.key_id:
@@ -90,9 +95,9 @@ class Model:
 
     def settle(self, o: Settle) -> None:
         job = o.job
-        if job.job_id in self.over or (job.job_id not in self.open and not o.is_free):
+        if job.job_id in self.over or (job.job_id not in self.open.keys() | self.released and not o.is_free):
             return
-        source = FREE
+        source = PLATFORM if job.job_id in self.released else FREE
         if job.job_id in self.open:
             wallet, amount, key_id = self.open[job.job_id]
             source = reserved(wallet)
@@ -110,7 +115,7 @@ class Model:
         if o.job_id in self.open:
             wallet, amount, key_id = self.open.pop(o.job_id)
             self.move(reserved(wallet), client(wallet), amount)
-            self.over.add(o.job_id)
+            self.released.add(o.job_id)
             if key_id:
                 self.spent[key_id] -= amount
 
@@ -125,13 +130,13 @@ class Model:
         back = client(earning.wallet) if earning.wallet else FREE
         self.move(held(earning.peer_id), back, earning.earned)
         self.move(PLATFORM, back, earning.refund - earning.earned)
+        if earning.key_id:
+            self.spent[earning.key_id] -= earning.refund
 
     def planpayout(self, o: PlanPayout) -> None:
         if o.payout_id not in self.payouts and self.balances[worker(o.peer_id)] >= o.amount:
             self.move(worker(o.peer_id), paying(o.peer_id), o.amount)
             self.payouts[o.payout_id] = (o.peer_id, o.amount, "planned")
-        if earning.key_id:
-            self.spent[earning.key_id] -= earning.refund
 
     def _step(self, o: Any, states: set[str], state: str) -> bool:
         if any(self.payouts.get(each, ("", 0, ""))[2] not in states for each in o.payout_ids):

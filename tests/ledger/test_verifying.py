@@ -33,6 +33,9 @@ async def fill(url: str) -> None:
         await ledger.reserve("released", WALLET, 5, expires_at=FOREVER)
         await ledger.release("released")
         await ledger.settle(ended("gift", 90), is_free=True)
+        await ledger.reserve("late", WALLET, 5, expires_at=FOREVER)
+        await ledger.release("late")
+        await ledger.settle(ended("late", 30))
         for number in range(3):
             await ledger.payout_plan(f"p{number}", PEERS[0], "c", "a", 10)
         await ledger.payout_signed(["p0"], "t", b"raw")
@@ -114,6 +117,8 @@ TAMPERED = [
     ("UPDATE deposits SET wallet = 'mine' WHERE txid = 'tx1'", "deposit:main:tx1: the postings"),
     ("DELETE FROM deposits WHERE txid = 'tx1'", "deposit:main:tx1: nothing tells what"),
     ("UPDATE jobs SET cost = '1' WHERE job_id = 'gift'", "close:gift: the postings"),
+    ("UPDATE stages SET earned = '1' WHERE job_id = 'late' AND stage = 0", "late:late: the postings"),
+    ("UPDATE reservations SET state = 'settled' WHERE job_id = 'late'", "job late: it is settled late"),
     ("UPDATE stages SET earned = '1' WHERE job_id = 'job0' AND stage = 0", "close:job0: the postings"),
     ("UPDATE stages SET state = 'credited' WHERE job_id = 'job0' AND stage = 1", "close:job0: the postings"),
     ("UPDATE stages SET peer_id = 'mine' WHERE job_id = 'gift'", "close:gift: the postings"),
