@@ -5,6 +5,9 @@
 
 No two clocks are compared: everybody measures by its own for how long a number has not grown, and only while it reads
 the database without a gap. Who could not beat for LEASE_S asks before it ends a job (`is_sure`).
+
+Who sees nobody else alive only looks, which costs the database no commit, and beats as soon as anything has changed:
+whoever comes, or comes back, watches for LEASE_S before it takes anybody for gone.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from functools import partial
+from typing import NamedTuple
 
 import trio
 from sqlalchemy import Connection, delete, insert, select, update
@@ -66,7 +70,7 @@ class Presence:
         self.life = 0
         self._ledger = ledger
         self._watch = Watch()
-        self._urls: dict[str, str] = {}
+        self._rows: list[_Row] | None = None  # as they were last seen
         self._beat_at = trio.current_time()
         self._looked = trio.Event()  # set with each look, and then replaced
 
@@ -112,7 +116,7 @@ class Presence:
 
     def url_of(self, peer_id: str) -> str:
         """Where clients find a coordinator; empty where that is not known."""
-        return self._urls.get(peer_id, "")
+        return next((row.url for row in self._rows or () if row.peer_id == peer_id), "")
 
     def others(self) -> tuple[str, ...]:
         """Those that live besides this one."""
@@ -137,22 +141,35 @@ class Presence:
 
     async def _beat(self, url: str) -> None:
         started = trio.current_time()
-        rows, was_gone = await self._ledger.write(partial(_beat, self.me, url))
-        self.life += was_gone
-        self._beat_at = started
-        self._urls = {peer_id: each for peer_id, _, each in rows}
-        self.alive = self._watch.look({peer_id: beat for peer_id, beat, _ in rows}, trio.current_time()) | {self.me}
+        rows = None if self.others() else await self._ledger.read(_look)
+        if rows is None or rows != self._rows:
+            was_gone: list[bool] = []
+            rows = await self._ledger.write(partial(_beat, self.me, url, was_gone))
+            self.life += any(was_gone)
+        self._beat_at, self._rows = started, rows
+        self.alive = self._watch.look({row.peer_id: row.beat for row in rows}, trio.current_time()) | {self.me}
         self._looked.set()
         self._looked = trio.Event()
 
 
-def _beat(me: str, url: str, connection: Connection) -> tuple[list[tuple[str, int, str]], bool]:
+class _Row(NamedTuple):
+    peer_id: str
+    beat: int
+    url: str
+
+
+def _look(connection: Connection) -> list[_Row]:
+    rows = connection.execute(select(*(_TABLE.c[name] for name in _Row._fields)).order_by(_TABLE.c.peer_id))
+    return [_Row(*row) for row in rows]
+
+
+def _beat(me: str, url: str, was_gone: list[bool], connection: Connection) -> list[_Row]:
+    """was_gone: whether others had taken it off the list, in each try; the last one finds what one before committed."""
     query = update(_TABLE).where(_TABLE.c.peer_id == me).values(beat=_TABLE.c.beat + 1, url=url)
-    was_gone = not connection.execute(query).rowcount
-    if was_gone:
+    was_gone.append(not connection.execute(query).rowcount)
+    if was_gone[-1]:
         connection.execute(insert(_TABLE), {"peer_id": me, "beat": 1, "url": url})
-    rows = connection.execute(select(_TABLE.c.peer_id, _TABLE.c.beat, _TABLE.c.url))
-    return [(row.peer_id, row.beat, row.url) for row in rows], was_gone
+    return _look(connection)
 
 
 def _remove(me: str, connection: Connection) -> None:

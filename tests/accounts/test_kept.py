@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import replace
 
 import pytest
 import trio
+from sqlalchemy import Connection, select
+from sqlalchemy.exc import OperationalError
 
 from azu.accounts.kept import Claimed, KeptRequests, KeptRow, Lead
 from azu.accounts.presence import Presence
-from azu.ledger import Closed, EndedJob, Ledger, Refusal
+from azu.errors import InternalError
+from azu.ledger import Closed, Database, EndedJob, Ledger, Refusal, schema
 from tests.coordinator.api.paying import ALICE, OTHER, OWNER
+from tests.ledger.postgres import Server
 
 JOB = "0" * 32
 ROW = KeptRow("a" * 32, "stream", "d" * 64, ALICE.address, b"asked", ((JOB, b"before"), ("1" * 32, b"other")))
@@ -83,11 +87,11 @@ async def test_who_is_gone_leads_no_more(url: str) -> None:
         refused = await one.settle()
         assert isinstance(refused, Refusal)
         assert refused.code == "led_elsewhere"
+        assert await one.ledger.release(JOB) == refused
         assert one.presence.life == life + 1, "it is told with its next beat"
         found = await other.kept.find(ROW.request_id)
         assert found is not None
         assert found.leader == OTHER
-        assert await one.ledger.release(JOB) == refused
         assert await other.kept.leads(Lead(ROW.request_id, 2))
         assert isinstance(await other.settle(), Closed)
         await other.kept.forget(Lead(ROW.request_id, 2))
@@ -159,3 +163,55 @@ async def cancellable(presence: Presence, *, task_status: trio.TaskStatus[trio.C
         async with trio.open_nursery() as nursery:
             await nursery.start(presence.run, "http://other")
             task_status.started(scope)
+async def beat_of(house: House) -> int:
+    query = select(schema.coordinators.c.beat).where(schema.coordinators.c.peer_id == house.presence.me)
+    return await house.ledger.read(lambda connection: connection.execute(query).scalar_one())
+
+
+async def test_who_sees_nobody_else_only_looks(url: str) -> None:
+    async with Ledger.open(url, currency="wei", owner=OWNER) as ledger:
+        one = House(ledger)
+        for _ in range(4):
+            await one.presence.confirm()
+        assert (await beat_of(one), one.presence.is_sure, one.presence.life) == (1, True, 1)
+        async with Ledger.open(url, currency="wei", owner=OTHER) as others:
+            other = House(others)
+            await other.presence.confirm()
+            for beat in (2, 3):
+                await one.presence.confirm()
+                assert await beat_of(one) == beat
+            assert one.presence.others() == (OTHER,)
+
+
+async def test_who_is_taken_off_the_list_comes_back_to_it(url: str) -> None:
+    async with two(url) as (one, other):
+        one.presence.alive -= {OTHER}  # as where it has been silent for long
+        life = one.presence.life
+        await other.ledger.write(lambda connection: other.presence.take_off(connection, OWNER))
+        await one.presence.confirm()
+        assert (await beat_of(one), one.presence.life) == (1, life + 1)
+
+
+async def test_a_beat_whose_commit_was_not_confirmed_tells_that_others_took_its_place(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with two(url) as (one, other):
+        life = one.presence.life
+        await one.presence.confirm()
+        await other.presence.confirm()
+        assert await other.ledger.write(lambda connection: other.presence.take_off(connection, OWNER))
+        writing, lost = Database._writing, []
+
+        @contextmanager
+        def losing(database: Database) -> Iterator[Connection]:
+            with writing(database) as connection:
+                yield connection
+            if not lost:  # it is committed, and the connection breaks before that is known
+                lost.append(True)
+                raise OperationalError("COMMIT", None, OSError("connection lost"), connection_invalidated=True)
+
+        monkeypatch.setattr(Database, "_writing", losing)
+        await one.presence.confirm()
+        assert (lost, one.presence.life) == ([True], life + 1)
+
+
