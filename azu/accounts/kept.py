@@ -76,6 +76,7 @@ class KeptRequests:
         self.presence = presence
         self._ledger = ledger
         self._me = ledger.owner
+        self._over: set[Lead] = set()  # of which that is not written down yet
 
     async def begin(self, row: KeptRow) -> Lead:
         """Note a request; this coordinator leads it."""
@@ -106,8 +107,10 @@ class KeptRequests:
         return await self._ledger.write(work)
 
     async def forget(self, lead: Lead) -> None:
-        """All of its jobs have ended."""
+        """All of its jobs have ended. Where the database is away, whoever asks what waits has it forgotten later."""
+        self._over.add(lead)
         await self._ledger.write(partial(self.remove, lead=lead))
+        self._over.discard(lead)
 
     def remove(self, connection: Connection, lead: Lead) -> bool:
         """The same; False where this coordinator leads it no more."""
@@ -135,6 +138,8 @@ class KeptRequests:
 
     async def waiting(self) -> Sequence[KeptHead]:
         """The requests that nobody leads."""
+        for lead in tuple(self._over):
+            await self.forget(lead)
         is_led = _REQUESTS.c.leader.in_(sorted(self.presence.alive))
         query = _heads().where(_REQUESTS.c.leader.is_(None) | ~is_led)
         rows = await self._ledger.read(lambda connection: connection.execute(query).mappings().all())

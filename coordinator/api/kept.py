@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 CLAIM_S = 60.0
 _LOOK_S = 1.0
 _ASK_S = 5.0
+_AGAIN_S = 5.0
 _TRIES = 3
 # Chains of workers that one coordinator tries for a job at most: each has a job id of its own, and no worker takes one
 # twice.
@@ -95,6 +96,7 @@ class Kept:
         """Note by what a job can be taken up; False where it is led elsewhere now."""
         standing = Standing(ticket=ticket.to_cbor(), left=tuple(map(Left.of, handovers)))
         self.standings[number] = standing
+        before = self.standings[number].ticket
         async with self._turn:
             if self.lead is None:
                 try:
@@ -102,7 +104,10 @@ class Kept:
                 except InternalError as error:  # it does not outlive this process, then
                     log(logger, logging.WARNING, "request not noted", job=ticket.job_id.hex(), reason=error.message)
                 return True
-        self._is_lost = not await self._journal.note(self.lead, number, standing.to_cbor())
+        # Where others are alive, they may lead it by now, and must not find two tickets of one epoch.
+        is_needed = standing.ticket != before and bool(self._journal.presence.others())
+        if not await self._write(self.lead, number, is_needed=is_needed):
+            self._is_lost = True
         return not self._is_lost
 
     async def leads(self) -> bool:
@@ -128,7 +133,22 @@ class Kept:
         ended = Ended.of(ids, report, is_last_special=is_last_special)
         self.standings[number] = self.standings[number].model_copy(update={"ended": ended})
         if self.lead is not None and len(self.standings) > 1:
-            await self._journal.note(self.lead, number, self.standings[number].to_cbor())
+            await self._write(self.lead, number)
+
+    async def _write(self, lead: Lead, number: int, *, is_needed: bool = False) -> bool:
+        """Write down how a job stands; False where it is led elsewhere. No job ends since the database is away: it goes
+        on, and can be taken up only by what was written before; or waits, if that is needed.
+        """
+        while True:
+            try:
+                with trio.move_on_after(_ASK_S):
+                    return await self._journal.note(lead, number, self.standings[number].to_cbor())
+            except InternalError as error:
+                job = self.asked.job_ids[number].hex()
+                log(logger, logging.WARNING, "standing of a job not noted", job=job, reason=error.message)
+            if not is_needed:
+                return True
+            await trio.sleep(_LOOK_S)
 
     async def close(self) -> None:
         """Nothing runs here any more: forget it, unless it is let go, or kept until its answer is."""
@@ -292,12 +312,17 @@ class Unclaimed:
             reason = from_exception(error, ApiSettings()).message
             log(logger, logging.WARNING, "request not gone on with", reason=reason)
             try:
-                await self._give_up(claimed)
-            except AzuError as again:  # the next start finds it
-                log(logger, logging.WARNING, "request not ended", reason=again.message)
+                return await self._give_up(claimed)
+            except AzuError as error:  # the database is away
+                log(logger, logging.WARNING, "request not ended yet", reason=error.message)
+                await trio.sleep(_AGAIN_S)
 
 
 def no_such_stream() -> ApiError:
+            await self._end(claimed)
+
+    async def _end(self, claimed: Unfinished) -> None:
+        while True:
     """What a client gets that cannot go on."""
     return ApiError(
         "No such stream waits to be gone on with",

@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 
 _RETRY_S = 10
 _LOOK_S = 0.5
+_AGAIN_S = 5.0
 _JOB_ID = re.compile(r"[0-9a-f]{32}", re.ASCII)
 # Of a key; a UUID has 36 characters.
 _KEY = re.compile(r"[!-~]{1,255}", re.ASCII)
@@ -214,11 +215,13 @@ class Submissions:
     async def _end(self, job_id: str, lead: Lead | None, came: str | ApiError) -> None:
         status: Literal["done", "failed"] = "done" if isinstance(came, str) else "failed"
         outcome = came if isinstance(came, str) else failure_outcome(came)
-        try:
-            forget = partial(self._journal.remove, lead=lead or Lead(""))
-            await self._jobs.end(job_id, status, outcome, int(time.time()), forget)
-        except InternalError as error:  # it stays as it is, until the next start
-            log(logger, logging.ERROR, "result not kept", job=job_id, reason=error.message)
+        forget = partial(self._journal.remove, lead=lead or Lead(""))
+        while True:
+            try:
+                return await self._jobs.end(job_id, status, outcome, int(time.time()), forget)
+            except InternalError as error:  # the database is away, and the job may be paid for
+                log(logger, logging.WARNING, "result not kept yet", job=job_id, reason=error.message)
+                await trio.sleep(_AGAIN_S)
 
 
 def _as_chat(asked: SubmitRequest) -> ChatRequest:

@@ -142,6 +142,22 @@ async def test_a_claim_whose_commit_was_not_confirmed_finds_itself(url: str) -> 
             assert is_of(claimed, 2)
 
 
+async def test_what_ended_while_the_database_was_away_is_forgotten_once_it_is_back(
+    postgres: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with two(postgres.url()) as (one, _):
+        lead = await one.kept.begin(ROW)
+        await trio.to_thread.run_sync(postgres.stop)
+        with monkeypatch.context() as patch:
+            patch.setattr("azu.ledger.database._RETRY_S", 0.1)
+            with pytest.raises(InternalError):
+                await one.kept.forget(lead)
+        postgres.start()  # here, since it ends with the thread that started it
+        assert await one.kept.find(ROW.request_id) is not None
+        assert await one.kept.waiting() == []
+        assert await one.kept.find(ROW.request_id) is None
+
+
 async def test_another_coordinators_beats_are_seen(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("azu.accounts.presence.BEAT_S", 0.05)
     async with two(url) as (one, other), trio.open_nursery() as nursery:
@@ -158,11 +174,6 @@ async def test_another_coordinators_beats_are_seen(url: str, monkeypatch: pytest
         nursery.cancel_scope.cancel()
 
 
-async def cancellable(presence: Presence, *, task_status: trio.TaskStatus[trio.CancelScope]) -> None:
-    with trio.CancelScope() as scope:
-        async with trio.open_nursery() as nursery:
-            await nursery.start(presence.run, "http://other")
-            task_status.started(scope)
 async def beat_of(house: House) -> int:
     query = select(schema.coordinators.c.beat).where(schema.coordinators.c.peer_id == house.presence.me)
     return await house.ledger.read(lambda connection: connection.execute(query).scalar_one())
@@ -215,3 +226,8 @@ async def test_a_beat_whose_commit_was_not_confirmed_tells_that_others_took_its_
         assert (lost, one.presence.life) == ([True], life + 1)
 
 
+async def cancellable(presence: Presence, *, task_status: trio.TaskStatus[trio.CancelScope]) -> None:
+    with trio.CancelScope() as scope:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(presence.run, "http://other")
+            task_status.started(scope)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import trio
 
 from azu.accounts.kept import Lead
 from azu.errors import NetworkError
+from azu.ledger import Ledger
 from azu.tickets import Sampling
+from coordinator.api import kept as kept_module
 from coordinator.api.kept import Kept
 from coordinator.api.till import Till
 from coordinator.generation import GenerationRequest
@@ -17,6 +21,7 @@ from tests.accounts.test_kept import House, two
 from tests.coordinator.api.paying import ALICE, OWNER, provider
 from tests.coordinator.api.twin import Twin, ticket_of
 
+from tests.ledger.test_writer import held_up
 ASKED = Asked(
     request_id="a" * 32,
     kind="stream",
@@ -85,7 +90,7 @@ async def test_who_leads_no_more_gives_nothing_back(
         kept = await kept_by(one)
         asked = GenerationRequest(twin.served[0], (1,), 3, Sampling(), (), wallet=ALICE.address, job_id=b"j" * 16)
 
-        async def fail(kept: Kept, *, is_claimed: bool) -> None:
+        async def fail(kept: Kept, asked: GenerationRequest, *, is_claimed: bool) -> None:
             async with Till(one.ledger, chain, 2).reserved([asked], kept):
                 if is_claimed:
                     other.take_for_gone(OWNER)
@@ -94,11 +99,50 @@ async def test_who_leads_no_more_gives_nothing_back(
                 raise NetworkError("its stages have gone over to the other one")
 
         with pytest.raises(NetworkError):
-            await fail(kept, is_claimed=True)
-        assert await one.ledger.balance(f"reserved:{ALICE.address}") > 0
+            await fail(kept, asked, is_claimed=True)
+        aside = await one.ledger.balance(f"reserved:{ALICE.address}")
+        assert aside > 0
         with pytest.raises(NetworkError):
-            await fail(Kept(one.kept, ASKED), is_claimed=False)
-        assert await one.ledger.balance(f"reserved:{ALICE.address}") == 0
+            await fail(Kept(one.kept, ASKED), replace(asked, job_id=b"k" * 16), is_claimed=False)
+        assert await one.ledger.balance(f"reserved:{ALICE.address}") == aside, "its own is given back, and no other"
+
+
+async def test_while_the_database_is_away_jobs_go_on_and_end(tmp_path: Path, twin: Twin) -> None:
+    """What was written before counts until it is back."""
+    request = GenerationRequest(twin.served[0], (1,), 3, Sampling(), (), job_id=b"j" * 16)
+    asked = ASKED.model_copy(update={"job_ids": (b"j" * 16, b"k" * 16), "samplings": (Sampling(), Sampling())})
+    async with Ledger.open(tmp_path / "ledger", currency="wei", owner=OWNER) as ledger:
+        kept = Kept(House(ledger).kept, asked)
+        assert await kept.note(0, ticket_of(request, 2), ())
+    assert await kept.note(0, ticket_of(request, 3), ())
+    await kept.note_end(0, [SampledToken(7, "length")], read_job(ticket_of(request, 3), (1,), (7,), {}))
+    assert await kept.leads()
+
+
+async def test_a_ticket_waits_for_the_database_while_others_may_lead_the_job(
+    tmp_path: Path, twin: Twin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kept_module, "_ASK_S", 0.1)
+    monkeypatch.setattr(kept_module, "_LOOK_S", 0.1)
+    request = GenerationRequest(twin.served[0], (1,), 3, Sampling(), (), job_id=b"j" * 16)
+    answers: list[bool] = []
+
+    async def note(price: int) -> None:
+        answers.append(await kept.note(0, ticket_of(request, price), ()))
+
+    async with two(f"sqlite:///{tmp_path / 'ledger'}") as (one, _), trio.open_nursery() as nursery:
+        kept = await kept_by(one)
+        await note(2)
+        async with held_up(one.ledger, nursery):
+            with trio.fail_after(10):
+                await note(2)  # what else is noted with it waits for nothing
+            nursery.start_soon(note, 3)
+            await trio.sleep(0.5)
+            assert answers == [True, True]
+        with trio.fail_after(10):
+            while len(answers) < 3:
+                await trio.sleep(0.01)
+        assert answers[-1]
 
 
 async def test_while_the_database_is_away_it_leads_what_it_led(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,6 +102,24 @@ async def test_a_job_that_fails_says_why(bank: Bank) -> None:
             await trio.sleep(0.02)
 
 
+async def test_a_result_waits_for_a_database_that_is_away(
+    bank: Bank, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("coordinator.api.submit._AGAIN_S", 0.05)
+    key = await bank.key()
+    await bank.pay_in(10**18)
+    away = """CREATE TRIGGER away BEFORE UPDATE ON submitted WHEN NEW.ended_at IS NOT NULL
+        BEGIN SELECT RAISE(ABORT, 'away'); END"""
+    await bank.ledger.write(lambda connection: connection.exec_driver_sql(away))
+    job_id = await submitted(bank, key)
+    with trio.fail_after(20):
+        while [record.message for record in caplog.records].count("result not kept yet") < 2:
+            await trio.sleep(0.02)
+    await bank.ledger.write(lambda connection: connection.exec_driver_sql("DROP TRIGGER away"))
+    assert (await result_of(bank, key, job_id))["result"] == bank.twin.answer
+    await bank.until_none_is_kept()
+
+
 async def test_a_wallet_has_so_many_jobs_at_most(bank: Bank, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("azu.accounts.submitted.MAX_OF_ACCOUNT", 2)
     key = await bank.key()
