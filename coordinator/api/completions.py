@@ -105,10 +105,15 @@ class Completions:
         """
         caller = self._gate.claim(await self.identify(request), None)
         await self.read(request)
-        if self.unclaimed is None:
+        if self.unclaimed is None or self._journal is None:
             raise no_such_stream()
         unfinished = await self.unclaimed.claim(place.stream, caller.wallet)
-        job, asked = await self.taken_up(unfinished), unfinished.asked
+        try:
+            job, asked = await self.taken_up(unfinished), unfinished.asked
+        except BaseException:  # its client hung up, or its model is not served any more: others may go on with it
+            with trio.CancelScope(shield=True):
+                await self._journal.let_go(unfinished.lead)
+            raise
         answer = Answer(job.model, asked.created)
         return await self._stream(job, nursery, answer, include_usage=asked.include_usage, read=place)
 
@@ -135,10 +140,11 @@ class Completions:
 
         give_up = partial(self._give_up, journal)
         unclaimed = Unclaimed(journal, is_served, give_up, lambda: self.in_flight.is_cut)
-        unclaimed.handlers |= {"stream": self._end, "whole": self._end}
+        end = partial(self._end, journal)
+        unclaimed.handlers |= {"stream": end, "whole": end}
         return unclaimed
 
-    async def _end(self, unfinished: Unfinished) -> None:
+    async def _end(self, journal: KeptRequests, unfinished: Unfinished) -> None:
         """End the jobs of a request that nobody gets an answer to, and settle them for the tokens that their stages
         know.
         """
@@ -147,12 +153,10 @@ class Completions:
             if standing.ticket and standing.ended is None:
                 async with generation_of(self._service, job, number) as generation:
                     await generation.finish()
-        await self.release(unfinished.asked)
-        if job.kept is not None:
-            await job.kept.close()
+        await self._give_up(journal, unfinished)
 
     async def _give_up(self, journal: KeptRequests, unfinished: Unfinished) -> None:
-        """Forget a request whose jobs cannot be had any more; nothing of them is charged."""
+        """Forget a request; of its jobs that cannot be had any more nothing is charged."""
         await self.release(unfinished.asked)
         await journal.forget(unfinished.lead)
 

@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 
 import trio
 
-from azu.accounts.kept import KeptHead, KeptRequests, Lead
+from azu.accounts.kept import Claimed, KeptHead, KeptRequests, Lead
 from azu.errors import AzuError, InternalError
 from azu.logs import log
 from azu.tickets import JobTicket
@@ -65,8 +65,10 @@ class Kept:
 
     @classmethod
     def of(cls, journal: KeptRequests, unfinished: Unfinished) -> Kept:
-        """One that was claimed."""
-        return cls(journal, unfinished.asked, unfinished.standings, unfinished.lead)
+        """One that was claimed. A stream that does not come so far as to run here is left to whoever claims it next."""
+        kept = cls(journal, unfinished.asked, unfinished.standings, unfinished.lead)
+        kept.is_let_go = unfinished.asked.kind == "stream"
+        return kept
 
     @property
     def first_chain(self) -> int:
@@ -94,13 +96,14 @@ class Kept:
 
     async def note(self, number: int, ticket: JobTicket, handovers: Sequence[Handover]) -> bool:
         """Note by what a job can be taken up; False where it is led elsewhere now."""
+        before = self.standings[number].ticket
         standing = Standing(ticket=ticket.to_cbor(), left=tuple(map(Left.of, handovers)))
         self.standings[number] = standing
-        before = self.standings[number].ticket
         async with self._turn:
             if self.lead is None:
                 try:
-                    self.lead = await self._journal.begin(row_of(self.asked, self.standings))
+                    with trio.CancelScope(shield=True):  # else it might be written, and nobody would know
+                        self.lead = await self._journal.begin(row_of(self.asked, self.standings))
                 except InternalError as error:  # it does not outlive this process, then
                     log(logger, logging.WARNING, "request not noted", job=ticket.job_id.hex(), reason=error.message)
                 return True
@@ -280,10 +283,14 @@ class Unclaimed:
                 nursery.start_soon(self._handle, claimed)
 
     async def _claim(self, request_id: str, *, is_old: bool = False) -> Unfinished | None:
+        with trio.CancelScope(shield=True):  # else this coordinator might lead what nobody here knows of
+            row = await self._journal.claim(request_id)
+            if row is not None:
+                return await self._accepted(row, is_old=is_old)
+        return None
+
+    async def _accepted(self, row: Claimed, *, is_old: bool) -> Unfinished | None:
         """A request that this coordinator may go on with: those who signed its tickets named it."""
-        row = await self._journal.claim(request_id)
-        if row is None:
-            return None
         try:
             claimed = Unfinished.of(row)
             tickets = [each.job_ticket() for each in claimed.standings]
@@ -295,7 +302,7 @@ class Unclaimed:
             return claimed
         if is_old:
             return claimed.begun_anew()
-        self._left.add(request_id)
+        self._left.add(row.lead.request_id)
         await self._journal.let_go(row.lead)
         return None
 
@@ -311,6 +318,10 @@ class Unclaimed:
         except Exception as error:  # a border: there is nobody to be told
             reason = from_exception(error, ApiSettings()).message
             log(logger, logging.WARNING, "request not gone on with", reason=reason)
+            await self._end(claimed)
+
+    async def _end(self, claimed: Unfinished) -> None:
+        while True:
             try:
                 return await self._give_up(claimed)
             except AzuError as error:  # the database is away
@@ -319,10 +330,6 @@ class Unclaimed:
 
 
 def no_such_stream() -> ApiError:
-            await self._end(claimed)
-
-    async def _end(self, claimed: Unfinished) -> None:
-        while True:
     """What a client gets that cannot go on."""
     return ApiError(
         "No such stream waits to be gone on with",

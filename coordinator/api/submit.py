@@ -139,7 +139,8 @@ class Submissions:
         if self._nursery is None or kept is None:
             raise _too_many()
         note = partial(self._journal.insert, row=row_of(kept.asked, kept.standings))
-        found = await self._jobs.add(mine, answer.created, note)
+        with trio.CancelScope(shield=True):  # else it might be kept, and nobody would run it
+            found = await self._jobs.add(mine, answer.created, note)
         if found is None:
             raise _too_many()
         if found.job_id == mine.job_id:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import sqlite3
 from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -153,3 +154,12 @@ async def open_bank(
         with httpx.Client(base_url=listening, timeout=30, verify=False, trust_env=False) as web:  # noqa: S501
             yield Bank(web, ledger, twin, money)
         nursery.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def write_locked(path: Path) -> AsyncIterator[None]:
+    """Whoever wants to write to a SQLite file waits for as long as the context lasts."""
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        yield
+        other.execute("ROLLBACK")

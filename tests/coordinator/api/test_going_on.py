@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -18,8 +19,21 @@ from sqlalchemy import insert, select, update
 from azu.ledger import Ledger, schema
 from coordinator.api.place import parse_place
 from coordinator.api.settings import ApiSettings
+from coordinator.chat import ChatFormat
+from coordinator.generation import ServedModel
 from tests.coordinator.api.conftest import in_thread
-from tests.coordinator.api.paying import ALICE, BOB, OTHER, OWNER, PRICE, Bank, EvmWallet, cost, open_bank
+from tests.coordinator.api.paying import (
+    ALICE,
+    BOB,
+    OTHER,
+    OWNER,
+    PRICE,
+    Bank,
+    EvmWallet,
+    cost,
+    open_bank,
+    write_locked,
+)
 from tests.coordinator.api.twin import MODEL_ID, Twin
 
 MONEY = 10**18
@@ -174,6 +188,64 @@ async def test_what_nobody_claims_is_ended_and_paid_as_far_as_it_came(
         prompt = len(house.twin.requests[0].prompt)
         assert await bank.has() == (MONEY - cost(prompt + 5 - 1), 0)
         assert await bank.ledger.verify() == []
+        await bank.until_none_is_kept()
+
+
+async def hang_up(house: House, bank: Bank, last: str = "") -> None:
+    """Ask for a stream, and hang up before it comes."""
+    headers = {"Authorization": f"Bearer {ALICE.address}"} | ({"Last-Event-ID": last} if last else {})
+    post = partial(httpx.post, f"{bank.url}/v1/chat/completions", json=BODY, headers=headers, timeout=1)
+    with pytest.raises(httpx.ReadTimeout):
+        await in_thread(post)
+    await trio.sleep(0.3)  # until the coordinator has noticed
+
+
+async def test_who_hangs_up_as_the_stream_is_noted_leaves_nothing(house: House) -> None:
+    async with house.life() as bank:
+        reserve = bank.ledger.reserve
+
+        async def reserve_and_lock(*args: Any, **options: Any) -> Any:
+            reserved = await reserve(*args, **options)
+            locked.set()
+            await go_on.wait()
+            return reserved
+
+        locked, go_on = trio.Event(), trio.Event()
+        bank.ledger.reserve = reserve_and_lock  # type: ignore[method-assign]
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(hang_up, house, bank)
+            await locked.wait()
+            async with write_locked(house.folder / "ledger.sqlite3"):
+                go_on.set()
+                await trio.sleep(2)
+        await bank.until_none_is_kept()
+        with trio.fail_after(20):
+            while (await bank.has())[1]:
+                await trio.sleep(0.02)
+
+
+@pytest.mark.parametrize("is_slow", ["to load", "to be claimed"])
+async def test_who_comes_back_and_hangs_up_may_come_again(
+    house: House, monkeypatch: pytest.MonkeyPatch, is_slow: str
+) -> None:
+    before = await house.interrupted()
+    async with house.life() as bank:
+        if is_slow == "to load":
+
+            def load(model: ServedModel) -> ChatFormat:
+                time.sleep(1.5)
+                return ChatFormat(model)
+
+            with monkeypatch.context() as patch:
+                patch.setattr("coordinator.api.completions.ChatFormat", load)
+                await hang_up(house, bank, last_of(before))
+        else:
+            async with write_locked(house.folder / "ledger.sqlite3"):
+                await hang_up(house, bank, last_of(before))
+        with trio.fail_after(20):
+            while (after := await house.ask(bank, last_of(before))).status_code == 409:
+                await trio.sleep(0.1)
+        assert text_of(before) + text_of(events_of(after.text)) == house.twin.answer
         await bank.until_none_is_kept()
 
 

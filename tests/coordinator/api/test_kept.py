@@ -15,13 +15,14 @@ from azu.tickets import Sampling
 from coordinator.api import kept as kept_module
 from coordinator.api.kept import Kept
 from coordinator.api.till import Till
-from coordinator.generation import GenerationRequest
-from coordinator.journal import Asked, Standing, row_of
+from coordinator.generation import GenerationRequest, SampledToken
+from coordinator.journal import Asked, Standing, Unfinished, row_of
+from coordinator.meter import read_job
 from tests.accounts.test_kept import House, two
 from tests.coordinator.api.paying import ALICE, OWNER, provider
 from tests.coordinator.api.twin import Twin, ticket_of
-
 from tests.ledger.test_writer import held_up
+
 ASKED = Asked(
     request_id="a" * 32,
     kind="stream",
@@ -150,3 +151,24 @@ async def test_while_the_database_is_away_it_leads_what_it_led(tmp_path: Path, m
         kept = await kept_by(one)
     monkeypatch.setattr("azu.accounts.presence.LEASE_S", 0.0)
     assert await kept.leads()
+
+
+async def test_a_stream_that_never_ran_here_is_left_to_the_next_one(tmp_path: Path, twin: Twin) -> None:
+    """Its client hangs up as it comes: what is put aside stays so, for whoever ends the stream."""
+    async with provider("hyperliquid") as chain, two(f"sqlite:///{tmp_path / 'ledger'}") as (one, _):
+        await one.ledger.deposit("hyperliquid", chain.chain, "0x1", ALICE.address, 10**18)
+        asked = GenerationRequest(twin.served[0], (1,), 3, Sampling(), (), wallet=ALICE.address, job_id=b"j" * 16)
+        kept, till = await kept_by(one), Till(one.ledger, chain, 2)
+        async with till.reserved([asked], kept):
+            aside = await one.ledger.balance(f"reserved:{ALICE.address}")
+        await kept._journal.let_go(Lead(ASKED.request_id))
+        claimed = await one.kept.claim(ASKED.request_id)
+        assert claimed is not None
+        kept = Kept.of(one.kept, Unfinished.of(claimed))
+        with trio.CancelScope() as client:
+            client.cancel()
+            async with till.reserved([asked], kept):
+                raise AssertionError("it runs")
+        await kept.close()
+        assert 0 < aside == await one.ledger.balance(f"reserved:{ALICE.address}")
+        assert [each.leader for each in await one.kept.waiting()] == [None]

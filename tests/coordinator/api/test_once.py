@@ -14,7 +14,7 @@ import trio
 
 from azu.errors import NetworkError
 from tests.coordinator.api.conftest import in_thread
-from tests.coordinator.api.paying import ALICE, BOB, PRICE, Bank, EvmWallet, cost, open_bank
+from tests.coordinator.api.paying import ALICE, BOB, PRICE, Bank, EvmWallet, cost, open_bank, write_locked
 from tests.coordinator.api.twin import MODEL_ID, Twin
 
 MONEY = 10**18
@@ -41,6 +41,23 @@ async def ask(bank: Bank, key: str, wallet: EvmWallet = ALICE, **changes: Any) -
     return await in_thread(
         partial(httpx.post, f"{bank.url}/v1/chat/completions", json=body, headers=headers, timeout=30)
     )
+
+
+async def test_who_hangs_up_while_the_database_is_slow_finds_the_answer_all_the_same(
+    bank: Bank, tmp_path: Path
+) -> None:
+    """The job is written down when its client has gone: it is not left there as one that nobody runs."""
+    headers = {"Authorization": f"Bearer {ALICE.address}", "Idempotency-Key": "a"}
+    post = partial(httpx.post, f"{bank.url}/v1/chat/completions", json=BODY, headers=headers, timeout=1)
+    async with write_locked(tmp_path / "ledger.sqlite3"):
+        with pytest.raises(httpx.ReadTimeout):
+            await in_thread(post)
+        await trio.sleep(0.3)  # until the coordinator has noticed
+    with trio.fail_after(20):
+        while (answer := await ask(bank, "a")).status_code == 503:  # it was there, and is about to be dropped
+            await trio.sleep(0.1)
+    assert answer.status_code == 200, answer.text
+    assert await bank.has() == (MONEY - int(answer.json()["usage"]["azu"]["cost"]), 0)
 
 
 async def test_whoever_asks_again_gets_the_same_and_pays_once(bank: Bank) -> None:
