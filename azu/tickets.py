@@ -188,7 +188,8 @@ class JobTicket(Document):
         )
         life = self.expires_at - self.issued_at
         times = {"issued_at": now, "expires_at": now + life}
-        return self.model_copy(update={"epoch": epoch or self.epoch + 1, "stages": stages, **times})
+        next_epoch = self.epoch + 1 if epoch is None else epoch
+        return self.model_copy(update={"epoch": next_epoch, "stages": stages, **times})
 
     def may_be_led_by(self, coordinator: str) -> bool:
         """Whether a coordinator may have the job go on: who signed this, or whom that one named."""

@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from functools import partial
 from itertools import count
 
@@ -19,8 +18,7 @@ from azu.models.manifest import Manifest
 from azu.models.memory import first_positions
 from azu.overlay import Overlay
 from azu.planning import Demand, Placement, WorkerView, links_of, views_for
-from azu.records import WorkerRecord
-from azu.tickets import MAX_SUCCESSORS, JobTicket, StageEntry
+from azu.tickets import MAX_SUCCESSORS, JobTicket
 from azu.wire.tensors import WeightFormat
 from coordinator.admission import Admission, Grant
 from coordinator.agreement import Handover
@@ -30,10 +28,10 @@ from coordinator.hedging import Slow
 from coordinator.job import RunningJob
 from coordinator.meter import Meter
 from coordinator.placement import layers_text, missing_layers
-from coordinator.planning import Route, cut_anew, find_route, stand_in
+from coordinator.planning import Route, find_route
 from coordinator.planning.moving import cache_seconds
 from coordinator.relief import Relief
-from coordinator.reserves import Change, Reserves
+from coordinator.reserves import Accepts, Change, Reserves, find_others
 from coordinator.room import Room
 from coordinator.swarm import SwarmView
 
@@ -161,11 +159,10 @@ class JobRunner:
             on_lost=self._swarm.blame,
             on_leaving=self._swarm.note_leaving,
             reserves=Reserves(
-                substitutes=partial(self._substitutes, manifest, grant),
+                others=partial(self._others, manifest, grant),
                 relief=partial(self._relieve, manifest, grant),
                 parts=self._relief.parts,
                 cache_s=partial(cache_seconds, manifest, self._swarm.record),
-                cut=partial(self._cut, manifest, grant),
             ),
             note=request.note,
             leads=request.leads,
@@ -246,80 +243,33 @@ class JobRunner:
             return None
         accepts = partial(self._relief.accepts, manifest, ticket, slow, done)
         away_s = self._relief.away_s(manifest, ticket, index)
-        terms = (manifest, grant, ticket, [index], {*unwanted, slow.peer_id}, accepts)
-        found = self._substitutes(*terms, away_s)
-        change = Change(found) if found is not None else self._cut(*terms)
+        change = self._others(manifest, grant, ticket, [index], {*unwanted, slow.peer_id}, accepts, away_s)
         if change is None:
             return None
         self._relief.moved(slow.peer_id, *change.peers.values())
         return change._replace(left=(index,))
 
-    def _substitutes(
+    def _others(
         self,
         manifest: Manifest,
         grant: Grant,
         ticket: JobTicket,
         lost: Collection[int],
         unwanted: Collection[str],
-        accepts: Callable[[Sequence[StageEntry]], bool] = lambda _: True,
+        accepts: Accepts = lambda _: True,
         away_s: Callable[[WorkerView], float] = lambda _: 0.0,
-    ) -> dict[int, str] | None:
-        """Peers that take the lost stages over, and count as running the job from then on, or None.
-
-        Args:
-            accepts: asked about the best peer for a stage, and for no other if that one will not do.
-            away_s: seconds of a step that a worker costs beside its layers.
-        """
-        alike = self._alike(ticket)
-        views = views_for(manifest, alike, self._swarm.faults)
-        without = {*unwanted, *(each.peer_id for index, each in enumerate(grant.chain) if index not in lost)}
-        found: dict[int, str] = {}
-        for index in lost:
-            stage = ticket.stages[index]
-            chosen = stand_in(views, stage.start, stage.end, grant.tokens, without=without, parts=True, away_s=away_s)
-            if chosen is None or not accepts([stage.model_copy(update={"peer_id": chosen.peer_id})]):
-                return None
-            found[index] = chosen.peer_id
-            without.add(chosen.peer_id)
-        self.room.change(
-            grant, (replace(each, peer_id=found.get(index, each.peer_id)) for index, each in enumerate(grant.chain))
-        )
-        self.room.note(found.values(), grant.tokens)
-        return found
-
-    def _cut(
-        self,
-        manifest: Manifest,
-        grant: Grant,
-        ticket: JobTicket,
-        lost: Collection[int],
-        unwanted: Collection[str],
-        accepts: Callable[[Sequence[StageEntry]], bool] = lambda _: True,
     ) -> Change | None:
-        """Several stages in the place of lost ones, whose peers count as running the job from then on; or None."""
-        alike = self._alike(ticket)
-        stages = cut_anew(
-            ticket.stages,
-            lost,
-            views_for(manifest, alike, self._swarm.faults),
-            grant.tokens,
-            without=unwanted,
-            links=links_of(manifest, ticket.dtype, alike),
-            prompt=ticket.prompt_tokens,
-        )
-        if stages is None:
+        """Who takes the lost stages over, and counts as running the job from then on; or None. See `find_others`."""
+        alike = [worker for worker in self.room.able(ticket.total_tokens) if worker.dtype == ticket.dtype]
+        views = views_for(manifest, alike, self._swarm.faults)
+        links = links_of(manifest, ticket.dtype, alike)
+        change = find_others(ticket, lost, unwanted, views, links, grant.tokens, accepts, away_s)
+        if change is None:
             return None
-        found = {index: stage for index, stage in enumerate(stages) if stage not in ticket.stages}
-        if not accepts(list(found.values())):
-            return None
-        peers = {index: stage.peer_id for index, stage in found.items()}
-        self.room.change(grant, (Placement(stage.peer_id, stage.start, stage.end) for stage in stages))
-        self.room.note(peers.values(), grant.tokens)
-        return Change(peers, cut=ticket.model_copy(update={"stages": stages}))
-
-    def _alike(self, ticket: JobTicket) -> list[WorkerRecord]:
-        """The adjusted records of workers that could have a part in a running job."""
-        return [worker for worker in self.room.able(ticket.total_tokens) if worker.dtype == ticket.dtype]
+        stages = (change.cut or ticket).amended(change.peers, ticket.issued_at).stages
+        self.room.change(grant, (Placement(each.peer_id, each.start, each.end) for each in stages))
+        self.room.note(change.peers.values(), grant.tokens)
+        return change
 
     def _ticket(self, request: GenerationRequest, number: int, grant: Grant) -> JobTicket:
         now = int(time.time())

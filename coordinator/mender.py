@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import trio
 
@@ -280,14 +280,7 @@ class Mender:
         leaving = self._leaving()
         if not leaving:
             return self._find_relief()
-        if self._answer.ends_within <= _ENDS_S:
-            return None
-        ticket, unwanted = self._crew.ticket, self._unwanted()
-        peers = self._reserves.substitutes(ticket, leaving, unwanted)
-        if peers is not None:
-            return Change(peers, tuple(leaving))
-        found = self._reserves.cut(self._paid_up(leaving), leaving, unwanted)
-        return None if found is None else found._replace(left=tuple(leaving))
+        return None if self._answer.ends_within <= _ENDS_S else self._find_others((), leaving)
 
     def _paid_up(self, stages: Iterable[int]) -> JobTicket:
         """The ticket in force, in which whoever takes these stages over is paid from now on."""
@@ -327,15 +320,14 @@ class Mender:
 
     def _find_substitutes(self) -> Change | None:
         """Peers for the stages that are lost, and for those that are left too, if there are any."""
-        ticket, unwanted = self._crew.ticket, self._unwanted()
-        if leaving := self._leaving():
-            peers = self._reserves.substitutes(ticket, [*self._lost, *leaving], unwanted)
-            if peers is not None:
-                return Change(peers, tuple(leaving))
-        peers = self._reserves.substitutes(ticket, self._lost.keys(), unwanted)
-        if peers is not None:
-            return Change(peers)
-        return self._reserves.cut(ticket, self._lost.keys(), unwanted)
+        leaving = self._leaving()
+        both = self._find_others(self._lost, leaving) if leaving else None
+        return both or self._find_others(self._lost, ())
+
+    def _find_others(self, lost: Iterable[int], leaving: Sequence[int]) -> Change | None:
+        """Peers for stages that are lost and stages that are left, or None."""
+        found = self._reserves.others(self._paid_up(leaving), [*lost, *leaving], self._unwanted())
+        return None if found is None else found._replace(left=tuple(leaving))
 
     def _unwanted(self) -> set[str]:
         now = trio.current_time()
