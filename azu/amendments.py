@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from azu.tickets import JobTicket, Refusal, StageEntry, check_times
+from azu.tickets import JobTicket, Refusal, StageEntry, check_times, check_trust
 
 __all__ = ["check_amendment", "check_bequest"]
 
@@ -19,12 +19,8 @@ def check_amendment(
     """
     if (refusal := _check_order(ticket, old, signer)) is not None:
         return refusal
-    if signer != old.coordinator and not is_trusted(signer):
-        return Refusal(
-            "untrusted_coordinator",
-            f"this worker does not serve coordinator {signer}",
-            f"Its owner can allow it: azu-node join --trust {signer}",
-        )
+    if signer != old.coordinator and (refusal := check_trust(signer, is_trusted)) is not None:
+        return refusal
     before = [stage for stage in old.stages if stage.peer_id == me]
     own = [stage for stage in ticket.stages if stage.peer_id == me]
     if not own or _ranges(own) != _ranges(before):

@@ -33,6 +33,7 @@ __all__ = [
     "check_receipt",
     "check_ticket",
     "check_times",
+    "check_trust",
     "open_assignment",
     "open_receipt",
     "open_ticket",
@@ -288,12 +289,8 @@ def check_ticket(
     own = [stage for stage in ticket.stages if stage.peer_id == me]
     if signer != ticket.coordinator or sender != signer:
         return Refusal("wrong_signer", "the ticket was not signed and sent by the coordinator that it names")
-    if not is_trusted(signer):
-        return Refusal(
-            "untrusted_coordinator",
-            f"this worker does not serve coordinator {signer}",
-            f"Its owner can allow it: azu-node join --trust {signer}",
-        )
+    if (refusal := check_trust(signer, is_trusted)) is not None:
+        return refusal
     if (timing := check_times(ticket.issued_at, ticket.expires_at, now)) is not None:
         return timing
     if len(own) != 1:
@@ -328,12 +325,8 @@ def check_assignment(
         return Refusal("wrong_signer", "the assignment was not signed and sent by the coordinator that it names")
     if assignment.worker != me:
         return Refusal("not_for_me", f"the assignment is for {assignment.worker}")
-    if not is_trusted(signer):
-        return Refusal(
-            "untrusted_coordinator",
-            f"this worker does not serve coordinator {signer}",
-            f"Its owner can allow it: azu-node join --trust {signer}",
-        )
+    if (refusal := check_trust(signer, is_trusted)) is not None:
+        return refusal
     if assignment.sequence <= last_sequence:
         return Refusal("stale", "a newer assignment was given before")
     if assignment.end <= assignment.start:
@@ -350,6 +343,17 @@ def check_receipt(receipt: Receipt, *, signer: str, ticket: JobTicket, stage: in
     if signer != entry.peer_id:
         return Refusal("wrong_signer", "the receipt was not signed by the stage's peer")
     return None
+
+
+def check_trust(signer: str, is_trusted: Callable[[str], bool]) -> Refusal | None:
+    """Whether a worker takes orders from a coordinator; None means yes."""
+    if is_trusted(signer):
+        return None
+    return Refusal(
+        "untrusted_coordinator",
+        f"this worker does not serve coordinator {signer}",
+        f"Its owner can allow it: azu-node join --trust {signer}",
+    )
 
 
 def check_times(issued_at: int, expires_at: int, now: float) -> Refusal | None:
