@@ -225,10 +225,18 @@ class Attendance:
             if isinstance(message, Waiting):
                 self._note_waiting()
             if isinstance(message, Inherited):
-                self.inherited = message.positions
-            self.is_leaving = self.is_leaving or isinstance(message, Leaving)
+                self._take_inherited(message)
+            if isinstance(message, Leaving):
+                if self.is_leaving:
+                    continue  # the job looks for other workers each time that it is told
+                self.is_leaving = True
             self.is_up = self.is_up or isinstance(message, Ready | Paused)
             audience.hear(self, message)
+
+    def _take_inherited(self, message: Inherited) -> None:
+        if self.inherited is not None:
+            raise ProtocolError("it inherited the stage before", code="unexpected_message")
+        self.inherited = message.positions
 
     def _note_waiting(self) -> None:
         self._waits += 1

@@ -16,7 +16,7 @@ import trio
 from azu.channel import Channel
 from azu.errors import AzuError, CapacityError, NetworkError
 from azu.tickets import JobTicket, sign_receipt
-from azu.wire.messages import Failed, Next, Ping, ReceiptReply, Token, Waiting, encode_message
+from azu.wire.messages import Failed, Inherited, Leaving, Next, Ping, ReceiptReply, Token, Waiting, encode_message
 from coordinator import attendance as attendance_module
 from coordinator import jobs as jobs_module
 from coordinator import mender as mender_module
@@ -110,6 +110,21 @@ async def test_a_worker_that_is_gone_is_no_cover_from_then_on(tmp_path: Path) ->
         with pytest.raises(CapacityError) as caught:
             await swarm.ask()
         assert caught.value.code == "model_not_covered"
+
+
+async def test_who_says_again_and_again_that_it_leaves_is_heard_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "coordinator.mender")
+
+    async def leaves(worker: FakeWorker, channel: Channel, ticket: JobTicket) -> None:
+        for _ in range(50):
+            await channel.send(Leaving())
+        await honest(worker, channel, ticket)
+
+    async with swarm_of(tmp_path, (0, 4, leaves)) as swarm:
+        assert await swarm.ask() == [7, 8, 9]
+    assert [record.message for record in caplog.records].count("stage is leaving") == 1
 
 
 async def test_an_accuser_does_not_stay_when_its_victims_go(tmp_path: Path) -> None:
@@ -236,7 +251,13 @@ async def garbage(worker: FakeWorker, channel: Channel, ticket: JobTicket) -> No
     await trio.sleep(5)
 
 
-@pytest.mark.parametrize("script", [early_receipt, wrong_order, wrong_message, garbage])
+async def inherits_twice(worker: FakeWorker, channel: Channel, ticket: JobTicket) -> None:
+    for positions in range(2):
+        await channel.send(Inherited(positions=positions))
+    await trio.sleep(5)
+
+
+@pytest.mark.parametrize("script", [early_receipt, wrong_order, wrong_message, garbage, inherits_twice])
 async def test_a_worker_that_breaks_the_protocol_is_counted_and_replaced(tmp_path: Path, script: Script) -> None:
     async with swarm_of(tmp_path, (0, 4, script), (0, 4, honest)) as swarm:
         liar, good = swarm.workers
