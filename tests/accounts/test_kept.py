@@ -211,7 +211,8 @@ async def test_a_beat_whose_commit_was_not_confirmed_tells_that_others_took_its_
         await one.presence.confirm()
         await other.presence.confirm()
         assert await other.ledger.write(lambda connection: other.presence.take_off(connection, OWNER))
-        writing, lost = Database._writing, []
+        writing = Database._writing
+        lost: list[bool] = []
 
         @contextmanager
         def losing(database: Database) -> Iterator[Connection]:
