@@ -20,7 +20,7 @@ from typing import Any
 from azu.planning import Links, ModelShape, WorkerView
 from azu.planning.snapshot import Power, powers
 
-__all__ = ["best_placement", "best_with_parts", "crude", "parts", "relaxed", "whole"]
+__all__ = ["best_with_parts", "crude", "parts", "relaxed", "safest", "safety_of", "whole"]
 
 Edge = tuple[int, int, float]  # from a border between layers to another, tokens per second
 _EXACT = 1e-3  # how far the relaxed bound may be above the least one, as a share of it
@@ -195,45 +195,15 @@ def relaxed(shape: ModelShape, workers: Sequence[WorkerView]) -> float:
     return _Prices(shape, workers).least()
 
 
-def best_placement(shape: ModelShape, workers: Sequence[WorkerView], limit_s: float) -> float | None:
-    """Of all plans, what the best gives where workers run all that they hold; None if not found in time."""
-    import numpy as np
-    from scipy.optimize import Bounds, LinearConstraint, milp
-    from scipy.sparse import csr_matrix, diags, hstack, identity, lil_matrix
+def best_with_parts(
+    shape: ModelShape, workers: Sequence[WorkerView], limit_s: float, safety: int = 1
+) -> tuple[float, float]:
+    """Of all plans that are as safe, the best that was found in time, and what none exceeds.
 
-    power = powers(workers, Links())
-    edges: list[Edge] = []
-    owners: list[int] = []
-    for index, worker in enumerate(workers):
-        for start, last in enumerate(_ends(shape, worker.vram)):
-            for end in range(start + 1, last + 1):
-                edges.append((start, end, power[worker.peer_id].rate(end - start, shape.n_layers)))
-                owners.append(index)
-    count = len(edges)
-    rows, cost = _flow_rows(edges, shape.n_layers, count)
-    one_each = lil_matrix((len(workers), count))
-    for column, owner in enumerate(owners):
-        one_each[owner, column] = 1
-    rates = [rate for *_, rate in edges]
-    # Columns: the flow through each worker's each range, then whether it holds that range.
-    solved = milp(
-        np.concatenate([cost, np.zeros(count)]),
-        integrality=np.concatenate([np.zeros(count), np.ones(count)]),
-        bounds=Bounds(0, np.concatenate([rates, np.ones(count)])),
-        constraints=[
-            LinearConstraint(hstack([rows, csr_matrix(rows.shape)]), 0, 0),
-            LinearConstraint(hstack([identity(count), -diags(rates)]), -np.inf, 0),
-            LinearConstraint(hstack([csr_matrix(one_each.shape), one_each.tocsr()]), 0, 1),
-        ],
-        options={"time_limit": limit_s, "mip_rel_gap": 0.001},
-    )
-    return -float(solved.fun) if solved.status == 0 else None
+    Holding more is never worse, so each worker has one of the ranges to which no layer can be added.
 
-
-def best_with_parts(shape: ModelShape, workers: Sequence[WorkerView], limit_s: float) -> tuple[float, float]:
-    """The same where workers run parts of what they hold: the best that was found in time, and what none exceeds.
-
-    Holding more is never worse then, so each worker has one of the ranges to which no layer can be added.
+    Args:
+        safety: each layer is held by one worker, by 2, or (3) by workers of two networks.
     """
     import numpy as np
     from scipy.optimize import Bounds, LinearConstraint, milp
@@ -242,15 +212,12 @@ def best_with_parts(shape: ModelShape, workers: Sequence[WorkerView], limit_s: f
     n_layers, power = shape.n_layers, powers(workers, Links())
     edges: list[Edge] = []
     owners: list[int] = []
-    held: list[tuple[int, int, int]] = []  # worker, start, end
     for index, worker in enumerate(workers):
-        ends = _ends(shape, worker.vram)
-        for start, last in enumerate(ends):
+        for start, last in enumerate(_ends(shape, worker.vram)):
             for end in range(start + 1, last + 1):
                 edges.append((start, end, power[worker.peer_id].rate(end - start, n_layers)))
                 owners.append(index)
-            if last > max([start, *ends[:start]]):
-                held.append((index, start, last))
+    held = _widest(shape, workers)
     count, columns = len(edges), len(edges) + len(held)
     rows, cost = _flow_rows(edges, n_layers, count)
     # A worker's time for all parts with a layer is 1 at most, and nothing where it does not hold the layer.
@@ -267,20 +234,86 @@ def best_with_parts(shape: ModelShape, workers: Sequence[WorkerView], limit_s: f
     values, at, of = zip(*busy, strict=True)
     times = [1 / rate for *_, rate in edges]
     size = len(workers), columns
+    idle = csr_matrix((n_layers - 1, len(held)))
     solved = milp(
         np.concatenate([cost, np.zeros(len(held))]),
         integrality=np.concatenate([np.zeros(count), np.ones(len(held))]),
         bounds=Bounds(0, np.concatenate([np.full(count, np.inf), np.ones(len(held))])),
         constraints=[
-            LinearConstraint(hstack([rows, csr_matrix((n_layers - 1, len(held)))]), 0, 0),
+            LinearConstraint(hstack([rows, idle]), 0, 0),
             LinearConstraint(coo_matrix((values, (at, of)), (len(workers) * n_layers, columns)).tocsr(), -np.inf, 0),
             LinearConstraint(coo_matrix((times, (owners, range(count))), size).tocsr(), -np.inf, 1),
-            LinearConstraint(
-                coo_matrix((np.ones(len(held)), ([owner for owner, *_ in held], range(count, columns))), size).tocsr(),
-                -np.inf,
-                1,
+            *(
+                LinearConstraint(hstack([csr_matrix((matrix.shape[0], count)), matrix]), least, most)
+                for matrix, least, most in _choices(workers, held, n_layers, safety)
             ),
         ],
         options={"time_limit": limit_s, "mip_rel_gap": 0.005},
     )
     return (-float(solved.fun) if solved.fun is not None else 0.0), -float(solved.mip_dual_bound)
+
+
+def safest(shape: ModelShape, workers: Sequence[WorkerView]) -> int:
+    """How safe a plan can be: 0 where not all layers can be held, else as `best_with_parts` counts it."""
+    import numpy as np
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
+    held = _widest(shape, workers)
+    for safety in (3, 2, 1):
+        solved = milp(
+            np.zeros(len(held)),
+            integrality=np.ones(len(held)),
+            bounds=Bounds(0, 1),
+            constraints=[LinearConstraint(*each) for each in _choices(workers, held, shape.n_layers, safety)],
+        )
+        if solved.status == 0:
+            return safety
+    return 0
+
+
+def safety_of(workers: Sequence[WorkerView], n_layers: int) -> int:
+    """How safe the least safe layer is."""
+    found = 3
+    for layer in range(n_layers):
+        there = [worker for worker in workers if worker.held and worker.held[0] <= layer < worker.held[1]]
+        networks = {worker.network or worker.peer_id for worker in there}
+        found = min(found, len(there) if len(there) < 2 else 1 + min(len(networks), 2))
+    return found
+
+
+def _widest(shape: ModelShape, workers: Sequence[WorkerView]) -> list[tuple[int, int, int]]:
+    """Each worker, by number, with each range to which no layer can be added."""
+    found = []
+    for index, worker in enumerate(workers):
+        ends = _ends(shape, worker.vram)
+        found += [(index, a, end) for a, end in enumerate(ends) if end > max([a, *ends[:a]])]
+    return found
+
+
+def _choices(
+    workers: Sequence[WorkerView], held: Sequence[tuple[int, int, int]], n_layers: int, safety: int
+) -> list[tuple[Any, float, float]]:
+    """Rows, and their limits: each worker holds one range at most, and each layer is as safe."""
+    import numpy as np
+    from scipy.sparse import coo_matrix
+
+    networks = [worker.network or worker.peer_id for worker in workers]
+    together = [name for name in sorted(set(networks)) if networks.count(name) > 1] if safety > 2 else []
+
+    def layers(left_out: str | None) -> Any:
+        at = [
+            (layer, column)
+            for column, (owner, start, end) in enumerate(held)
+            if networks[owner] != left_out
+            for layer in range(start, end)
+        ]
+        rows, columns = zip(*at, strict=True) if at else ((), ())
+        return coo_matrix((np.ones(len(at)), (rows, columns)), (n_layers, len(held))).tocsr()
+
+    owners = [owner for owner, *_ in held]
+    each = coo_matrix((np.ones(len(held)), (owners, range(len(held)))), (len(workers), len(held))).tocsr()
+    return [
+        (each, -np.inf, 1),
+        (layers(None), min(safety, 2), np.inf),
+        *((layers(name), 1, np.inf) for name in together),
+    ]

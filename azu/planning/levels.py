@@ -15,7 +15,7 @@ second, so that the same ranges have the same sums, in whatever order they came.
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from statistics import fmean
@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 from azu.planning.chain import CACHED_IS_WORTH
 from azu.planning.snapshot import ModelShape, Power, Range, WorkerView
+from azu.planning.windows import Menu, Windows
 
 __all__ = ["SPREAD", "Levels", "Pricing"]
 
@@ -46,67 +47,6 @@ class Pricing(NamedTuple):
 
     floor: float = 0.3
     meeting: float = _MEETING
-
-
-class _Menu(NamedTuple):
-    """The ranges that fit to which no layer can be added, how many layers the longest has, and how many there are."""
-
-    windows: tuple[Range, ...]
-    most: int
-    lengths: frozenset[int]
-    ends: Mapping[int, int]  # of each, by its start
-
-
-class _Sizes:
-    """Which ranges fit in so many bytes."""
-
-    def __init__(self, shape: ModelShape) -> None:
-        self._shape = shape
-        self._found: dict[object, _Menu] = {}
-        n_layers, size = shape.n_layers, shape.stage_bytes
-        middles = {size(layer, layer + 1) for layer in range(1, n_layers - 1)}
-        self._is_even = len(middles) == 1
-        # Bytes of 1, 2, ... layers as the first, a middle and the last stage, and of all of them.
-        self._first = [size(0, end) for end in range(1, n_layers)]
-        self._middle = [size(1, end) for end in range(2, n_layers)]
-        self._last = [size(start, n_layers) for start in range(n_layers - 1, 0, -1)]
-        self._whole = size(0, n_layers)
-
-    def of(self, vram: int) -> _Menu:
-        """What fits."""
-        counts = [bisect_right(sizes, vram) for sizes in (self._first, self._middle, self._last, [self._whole])]
-        key = tuple(counts) if self._is_even else vram
-        if key not in self._found:
-            ranges = tuple(self._even(*counts) if self._is_even else self._uneven(vram))
-            lengths = frozenset(end - start for start, end in ranges)
-            self._found[key] = _Menu(ranges, max(lengths, default=0), lengths, dict(ranges))
-        return self._found[key]
-
-    def _even(self, first: int, middle: int, last: int, whole: int) -> Iterator[Range]:
-        n_layers = self._shape.n_layers
-        if whole:
-            yield 0, n_layers
-            return
-        if first:
-            yield 0, first
-        # A range that begins later and ends no later would be a part of another one.
-        if middle:
-            yield from (
-                (start, start + middle)
-                for start in range(1, n_layers - middle)
-                if start + middle > first and start < n_layers - last
-            )
-        if last:
-            yield n_layers - last, n_layers
-
-    def _uneven(self, vram: int) -> Iterator[Range]:
-        end = 0
-        for start in range(self._shape.n_layers):
-            before, end = end, max(end, start)
-            while end < self._shape.n_layers and self._shape.stage_bytes(start, end + 1) <= vram:
-                end += 1
-            if end > max(before, start):
-                yield start, end
 
 
 class Levels:
@@ -134,7 +74,7 @@ class Levels:
         self._power = power
         self._pricing = pricing
         self._rates: dict[str, dict[int, int]] = {worker.peer_id: {} for worker in workers}
-        sizes = _Sizes(shape)
+        sizes = Windows(shape)
         self._menus = {worker.peer_id: sizes.of(worker.vram) for worker in workers}
         most = {peer: (menu.most, self.rate(peer, menu.most)) for peer, menu in self._menus.items() if menu.most}
         self._even = sum(size * rate for size, rate in most.values()) // n_layers or 1  # what all layers would have
@@ -253,7 +193,7 @@ class Levels:
         )
         return list(accumulate(counts, initial=0.0))
 
-    def _meeting(self, worker: WorkerView, menu: _Menu) -> Iterator[Range]:
+    def _meeting(self, worker: WorkerView, menu: Menu) -> Iterator[Range]:
         """Somewhat shorter ranges than those, both ends of which meet others."""
         enough = self.rate(worker.peer_id, menu.most) // 4
         ends = [border for border, surplus in enumerate(self._surplus) if surplus < -enough]

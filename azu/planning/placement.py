@@ -6,8 +6,8 @@ the cuts of these, since one that has lost a stage needs workers for exactly tha
 
 **How many stages.** Chains of the fewest are tried first, and then of some more, and other prices for what the rest may
 hold, as long as there are not too many workers for that: the safest plan is taken, and of these the one with the most
-tokens per second, hops counted (see `Power`). In swarms of `FEW` workers those plans are only where a search begins
-(see `few`).
+tokens per second, hops counted (see `Power`). In swarms of `FEW` workers those plans, some without a chain and a safer
+one where there is any (see `covering`), are only where a search begins (see `few`).
 
 **Disks.** What idle workers have cached is loaded again where that gives nearly as much as the best plan and is as
 safe. In larger swarms that is asked where nobody holds anything, as after a restart of all, and else stage by stage.
@@ -22,22 +22,25 @@ from dataclasses import replace
 
 from azu.planning.chain import CACHED_IS_WORTH, cover
 from azu.planning.coverage import holes
-from azu.planning.few import Held, Rater, Score, refine
+from azu.planning.covering import secure
+from azu.planning.few import refine
 from azu.planning.filling import find_chain
-from azu.planning.levels import Pricing
+from azu.planning.levels import SPREAD, Pricing
+from azu.planning.rating import Held, Rater, Score
 from azu.planning.replicas import Plan, plan_around
 from azu.planning.snapshot import Links, ModelShape, Placement, Power, Range, WorkerView, is_range, powers
 from azu.planning.steps import Steps, finish
 
 __all__ = ["FEW", "place", "place_in_steps"]
 
-FEW = 12
+FEW = 24
 # Chains with so many stages more than the fewest are tried, and no more plans than for so many workers in all.
 _MORE_STAGES = 5
 _MOST_TRIED = 600
-# Best in most swarms of 13 to 40 workers was one of these, and of those that were tried besides none was much better.
+# Best in most swarms of up to 40 workers was one of these, and of those that were tried besides none was much better.
 _PRICINGS = Pricing(), Pricing(0.6, 0.1), Pricing(0.6, 0.4)
-_MOST_PIECES = 8
+# In small swarms these are tried too, where nothing is planned around.
+_MORE_PRICINGS = Pricing(1.0, 0.2), Pricing(0.0, 0.2), Pricing(0.3, 0.0), Pricing(0.1, 0.05)
 _ROUNDS = 8  # of a small swarm, until nothing changes
 
 
@@ -121,38 +124,36 @@ def _carry_out_few(shape: ModelShape, workers: Sequence[WorkerView], power: Mapp
 def _place_few(shape: ModelShape, workers: Sequence[WorkerView], power: Mapping[str, Power]) -> Steps[Held]:
     """Who holds what next."""
     had = {worker.peer_id: worker.held for worker in workers if worker.held}
-    plans: list[Held] = []
+    found: list[Plan] = []
     for taken, pricing in _ways(shape, workers, power):
         plan = yield from plan_around(shape, workers, taken, power, pricing)
-        plans.append(had | plan.held)
-    if not plans:
+        found.append(plan)
+    if not any(plan.changes for plan in found):
         return had
-    if not had:
-        for pieces in range(2, min(shape.n_layers, _MOST_PIECES + 1)):
-            even = yield from _in_pieces(shape, workers, power, pieces)
-            plans.append(even)
     rater = Rater(shape, workers, power)
-    filled = {**plans[0], **had}
-    if rater.safety(filled) and not _pays(rater.score(plans[0]), rater.score(filled)):
-        plans[0] = filled
     idle = [worker.peer_id for worker in workers if worker.peer_id not in had]
+    if safer := (yield from _secure(rater, had, idle, max(plan.score.safety for plan in found))):
+        plan = yield from plan_around(shape, workers, safer, power)
+        found.append(plan)
+    plans: list[Held] = []
+    for plan in sorted(found, key=lambda plan: plan.score, reverse=True):
+        moved, stayed = had | plan.held, plan.held | had
+        plans.append(moved if (yield from _pays(rater, moved, stayed)) else stayed)
     best = yield from refine(rater, idle, plans)
     if cached := _on_disks(rater, workers):
         loaded = yield from refine(rater, [peer_id for peer_id in idle if peer_id not in cached], [best | cached])
-        if _is_as_good(rater.score(loaded), rater.score(best)):
-            return loaded
+        is_as_good = _is_as_good((yield from rater.score(loaded)), (yield from rater.score(best)))
+        return loaded if is_as_good else best
     return best
 
 
-def _in_pieces(
-    shape: ModelShape, workers: Sequence[WorkerView], power: Mapping[str, Power], pieces: int
-) -> Steps[Held]:
-    """Who holds what where so many pieces of about as many layers are not cut: ranges meet more often."""
-    borders = [shape.n_layers * number // pieces for number in range(pieces + 1)]
-    coarse = ModelShape(pieces, lambda start, end: shape.stage_bytes(borders[start], borders[end]))
-    slower = {peer_id: replace(each, speed=each.speed * pieces / shape.n_layers) for peer_id, each in power.items()}
-    plan = yield from plan_around(coarse, [replace(worker, cached=()) for worker in workers], (), slower)
-    return {peer_id: (borders[start], borders[end]) for peer_id, (start, end) in plan.held.items()}
+def _secure(rater: Rater, had: Held, idle: Sequence[str], safety: int) -> Steps[list[Placement]]:
+    """What makes a small swarm safer than that; nothing if it was not found."""
+    for wanted in range(SPREAD, max(safety, 1), -1):
+        found = yield from secure(rater, had, idle, spread=wanted == SPREAD)
+        if found is not None:
+            return [Placement(peer_id, *range_) for peer_id, range_ in found.items()]
+    return []
 
 
 def _on_disks(rater: Rater, workers: Sequence[WorkerView]) -> dict[str, Range]:
@@ -172,16 +173,19 @@ def _is_as_good(loaded: Score, best: Score) -> bool:
     return loaded.safety >= best.safety and loaded.rate >= CACHED_IS_WORTH * best.rate
 
 
-def _pays(moved: Score, before: Score) -> bool:
-    """Whether moves make a small swarm better, and not slower."""
-    return moved.beats(before) and moved.rate >= before.rate
+def _pays(rater: Rater, moved: Held, stayed: Held) -> Steps[bool]:
+    """Whether moves make a small swarm better, and not slower; or cover the model."""
+    if moved == stayed or not rater.safety(stayed):
+        return True
+    then, now = (yield from rater.score(moved)), (yield from rater.score(stayed))
+    return then.beats(now) and then.rate >= now.rate
 
 
 def _ways(
     shape: ModelShape, workers: Sequence[WorkerView], power: Mapping[str, Power]
-) -> Iterator[tuple[list[Placement], Pricing]]:
+) -> Iterator[tuple[Sequence[Placement], Pricing]]:
     """Chains of more and more stages to plan around, the fewest first, and prices for the rest; one where layers are
-    held; none if none fits.
+    held; none if none fits. In small swarms, nothing to plan around too.
     """
     found = find_chain(shape, workers, power)
     if found is None:
@@ -189,10 +193,12 @@ def _ways(
     if any(worker.held for worker in workers):
         yield found, _PRICINGS[0]
         return
-    pricings = _PRICINGS[: max(1, _MOST_TRIED // len(workers))] if len(workers) > FEW else _PRICINGS[:1]
+    pricings = _PRICINGS[: max(1, _MOST_TRIED // len(workers))]
     yield from ((found, each) for each in pricings)
     more = min(_MORE_STAGES, _MOST_TRIED // (len(workers) * len(pricings)) - 1)
     for stages in range(len(found) + 1, len(found) + 1 + more):
         taken = cover(shape, workers, power, 0, shape.n_layers, stages)
         if taken is not None and len(taken) == stages:
             yield from ((taken, each) for each in pricings)
+    if len(workers) <= FEW:
+        yield from (((), each) for each in _PRICINGS + _MORE_PRICINGS)

@@ -18,9 +18,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from azu.planning.few import Score
 from azu.planning.flow import largest_flow
 from azu.planning.levels import Levels, Pricing
+from azu.planning.rating import Score
 from azu.planning.snapshot import ModelShape, Placement, Power, Range, WorkerView
 from azu.planning.steps import Steps
 

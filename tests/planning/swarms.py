@@ -9,7 +9,9 @@ from itertools import combinations
 from azu.planning import Links, ModelShape, Placement, WorkerView
 from azu.planning.filling import find_chain
 from azu.planning.flow import largest_flow
+from azu.planning.parts import Parts
 from azu.planning.snapshot import powers
+from azu.planning.steps import finish
 from coordinator.planning import find_route
 
 Range = tuple[int, int]
@@ -37,7 +39,7 @@ def idle(*vrams: int) -> list[WorkerView]:
 
 
 def route(n_layers: int, workers: Sequence[WorkerView], tokens: int) -> tuple[Placement, ...] | None:
-    found = find_route(n_layers, workers, tokens)
+    found = find_route(n_layers, workers, tokens, parts=True)
     return found.stages if found else None
 
 
@@ -46,23 +48,23 @@ def holding(peer_id: str, start: int, end: int, *, vram: int = 10_000, **changes
 
 
 def flow(n_layers: int, workers: Sequence[WorkerView]) -> float:
-    """The largest flow of tokens from layer 0 to the end, each worker an edge over the layers that it holds."""
+    """The most tokens per second in parts of what workers hold: tests/planning/test_parts.py shows that it is."""
+    power = powers(workers, Links())
+    seconds = [[0.0, *(1 / power[w.peer_id].rate(n, n_layers) for n in range(1, n_layers + 1))] for w in workers]
+    unit = max((each[-1] for each in seconds), default=0.0)
+    if not unit:
+        return 0.0  # nobody is there
+    parts = Parts([[each / unit for each in times] for times in seconds])
+    for number, worker in enumerate(workers):
+        parts.give(number, worker.held)
+    return finish(parts.flow()) / unit
+
+
+def whole_flow(n_layers: int, workers: Sequence[WorkerView]) -> float:
+    """The same where each worker runs all that it holds."""
     power = powers(workers, Links())
     held = [(w.held, power[w.peer_id].rate(w.held[1] - w.held[0], n_layers)) for w in workers if w.held]
     return largest_flow(n_layers, held)
-
-
-def weakest(n_layers: int, workers: Sequence[WorkerView]) -> float:
-    """Tokens per second of all workers that hold the weakest layer, where each runs all that it holds."""
-    power = powers(workers, Links())
-    return min(
-        sum(
-            power[w.peer_id].rate(w.held[1] - w.held[0], n_layers)
-            for w in workers
-            if w.held and w.held[0] <= layer < w.held[1]
-        )
-        for layer in range(n_layers)
-    )
 
 
 def ranges(plan: Sequence[Placement]) -> list[Range]:

@@ -18,6 +18,7 @@ from tests.planning.swarms import (
     assert_covers_once,
     assert_fits,
     cuts,
+    flow,
     holding,
     idle,
     primary,
@@ -25,7 +26,6 @@ from tests.planning.swarms import (
     route,
     sized,
     uniform,
-    weakest,
 )
 
 
@@ -134,6 +134,7 @@ def test_nothing_changes_once_the_model_is_covered(inner: list[int], data: st.Da
     assert place(uniform(12), workers) == ()
 
 
+@settings(max_examples=40)
 @given(
     n_layers=st.integers(1, 20),
     vrams=st.lists(st.integers(0, 150), max_size=8),
@@ -216,7 +217,7 @@ def test_a_hole_is_filled_along_the_cuts_of_running_jobs() -> None:
     # Of cuts that overlap, the first one counts.
     assert ranges(place(uniform(30), workers, cuts=[(0, 11), (0, 9), (9, 20)])) == [(0, 11), (11, 20)]
     # Nobody has room for such stages, and so the model comes first.
-    assert ranges(place(uniform(30), workers, cuts=[(0, 14), (14, 20)])) == ranges(place(uniform(30), workers))
+    assert ranges(place(uniform(30), workers, cuts=[(0, 14), (14, 20)])) == [(0, 12), (12, 20)]
 
 
 @given(st.data())
@@ -260,12 +261,13 @@ def test_a_replica_fits_and_prefers_what_is_cached() -> None:
     running = [holding("a", 0, 10), holding("b", 10, 20)]
     for vram, most in ((149, 14), (99, 9)):
         (given_out,) = place(shape, [*running, *idle(vram)])
-        assert given_out.end == 20
-        assert given_out.end - given_out.start <= most
-    cached = WorkerView("w", 150, cached=((10, 20),))
-    assert place(shape, [*running, cached]) == (Placement("w", 10, 20),)
+        assert given_out.start > 0
+        assert given_out.end - given_out.start == most
+    cached = WorkerView("w", 150, cached=((4, 18),))
+    assert place(shape, [*running, cached]) == (Placement("w", 4, 18),)
 
 
+@settings(max_examples=30)
 @given(st.integers(2, 20), st.integers(1, 12))
 def test_replicas_even_out_how_many_tokens_the_stages_have(n_layers: int, spare: int) -> None:
     """About as many tokens as where a stage of twice as many layers gets about twice as many workers."""
@@ -276,8 +278,8 @@ def test_replicas_even_out_how_many_tokens_the_stages_have(n_layers: int, spare:
     for count in range(spare + 1):
         split = [(0, half)] * count + [(half, n_layers)] * (spare - count)
         given_so = [Placement(f"w{index}", *range_) for index, range_ in enumerate(split)]
-        best = max(best, weakest(n_layers, after(workers, given_so)))
-    assert weakest(n_layers, after(workers, place(uniform(n_layers), workers))) >= 0.9 * best
+        best = max(best, flow(n_layers, after(workers, given_so)))
+    assert flow(n_layers, after(workers, place(uniform(n_layers), workers))) >= 0.999 * best
 
 
 # --- holes
