@@ -5,11 +5,11 @@ often better, so here they are tried (see `rating` for what counts). To hold mor
 so those are tried to which no layer can be added.
 
 From the best plan to begin with, one worker after the other is taken out and put where the plan becomes the best, until
-that makes it no better; then two at a time, three, and in the end all. Places are looked at in the order of what the
+that makes it no better; then two and three at a time, and in the end all. Places are looked at in the order of what the
 worker would earn there, and not where a bound says that the plan becomes no better: what flows without those workers
 and the most that each of them would earn beside it, or what flows now and the most that each would earn beyond what it
 does. Where several workers are out, few places of each are looked at, but all where there are not many plans: that
-leaves the best plan there is.
+leaves the best plan there is. Where work is left then, the search begins again from the other plans.
 
 Bounded: `MOST_WORK` in all.
 """
@@ -30,8 +30,9 @@ __all__ = ["MOST_PLANS", "MOST_WORK", "refine"]
 
 # Chains that are looked for, times workers: a chain takes 4 to 6 microseconds for each. With twice as many, plans of 12
 # and 16 workers were better by 0.2%.
-MOST_WORK = 45_000
+MOST_WORK = 60_000
 _BEGINNING = 0.5  # so much of that is spent on plans to begin with at most
+_A_LOOK = 20  # of that, for each worker whose earnings are looked at
 # How many workers are taken out at a time, and how many places of each are looked at.
 _EVERY = 1_000_000
 _TOGETHER = (1, _EVERY), (2, 4), (3, 2)
@@ -43,24 +44,39 @@ _Earnings = Mapping[str, Mapping[Range, float]]
 def refine(rater: Rater, free: Iterable[str], plans: Sequence[Held]) -> Steps[dict[str, Range]]:
     """The best plan that is found from these, in which only who is free may hold other layers."""
     able = sorted((p for p in free if rater.windows[p]), key=lambda p: (-rater.most(p), p))
-    search = _Search(rater)
+    budget = _Budget(MOST_WORK)
+    search = _Search(rater, budget)
     yield from search.begin_with(plans[0])
     if able:
         wide = {tuple(sorted(each.items())): each for each in (rater.widened(plan, able) for plan in plans)}
         for plan in wide.values():
             yield from search.begin_with(plan)
+        others = [plan for plan in wide.values() if plan != search.best]
         yield from search.run(able)
+        while others and budget.left > 0 and not search.is_over:
+            other = _Search(rater, budget)
+            yield from other.begin_with(others.pop(0))
+            yield from other.run(able)
+            search = other if other.score.beats(search.score) else search
     return search.best
 
 
-class _Search:
-    """`best` is the best plan that was found, with its `score`."""
+class _Budget:
+    """How much a search may still do."""
 
-    def __init__(self, rater: Rater) -> None:
+    def __init__(self, left: int) -> None:
+        self.left = left
+
+
+class _Search:
+    """`best` is the best plan that was found, with its `score`; it `is_over` where there is no better one."""
+
+    def __init__(self, rater: Rater, budget: _Budget) -> None:
         self._rater = rater
-        self._left = MOST_WORK
+        self._budget = budget
         self.best: dict[str, Range] = {}
         self.score = Score(-1, 0.0)
+        self.is_over = False
         self._parts = rater.parts({})
         self._gains: _Earnings = {}  # of those who are free, beside the best plan
 
@@ -68,7 +84,7 @@ class _Search:
         """Take this plan, if it is better."""
         safety = self._rater.safety(plan)
         goal = self.score.goal(safety)
-        if self.best and (goal == inf or self._left < MOST_WORK * (1 - _BEGINNING)):
+        if self.best and (goal == inf or self._budget.left < MOST_WORK * (1 - _BEGINNING)):
             return
         parts = self._rater.parts(plan)
         flow = yield from self._flow(parts, goal)
@@ -80,14 +96,15 @@ class _Search:
         self._gains = yield from self._earnings(self._parts, free, self.best)
         for size, width in _TOGETHER:
             yield from self._by(size, width, free)
-        if len(free) > 1 and prod(len(self._rater.windows[peer_id]) for peer_id in free) <= MOST_PLANS:
+        if prod(len(self._rater.windows[peer_id]) for peer_id in free) <= MOST_PLANS:
             yield from self._without(free, _EVERY)
+            self.is_over = self._budget.left > 0
 
     def _by(self, size: int, width: int, free: Sequence[str]) -> Steps[None]:
         """Take so many workers out at a time, in a circle, until all have been out since the plan became better."""
         some = list(combinations(free, size))
         waiting, number = len(some), 0
-        while waiting and self._left > 0:
+        while waiting and self._budget.left > 0:
             before = self.score
             yield from self._without(some[number], width)
             waiting, number = waiting - 1, (number + 1) % len(some)
@@ -122,7 +139,7 @@ class _Search:
             goal = self.score.goal(self._rater.safest(then, others))
             if bound <= goal:
                 continue
-            if looks >= width or self._left <= 0:
+            if looks >= width or self._budget.left <= 0:
                 break
             looks += 1
             trial = parts.copy()
@@ -142,7 +159,7 @@ class _Search:
     def _flow(self, parts: Parts, above: float = 0.0) -> Steps[float]:
         before = parts.chains
         flow = yield from parts.flow(above)
-        self._left -= (parts.chains - before) * len(parts.held)
+        self._budget.left -= (parts.chains - before) * len(parts.held)
         return flow
 
     def _earnings(self, parts: Parts, some: Iterable[str], held: Held | None = None) -> Steps[_Earnings]:
@@ -151,6 +168,7 @@ class _Search:
         earned = {}
         for peer_id in some:
             yield
+            self._budget.left -= _A_LOOK
             number, ranges = self._rater.number(peer_id), self._rater.windows[peer_id]
             now = max(parts.earnings(number, tolls, [held[peer_id]])) if held and peer_id in held else 0.0
             each = parts.earnings(number, tolls, ranges)

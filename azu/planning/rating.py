@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import cached_property
 from math import inf
 from typing import NamedTuple
 
@@ -54,7 +55,8 @@ class Rater:
     """
 
     def __init__(self, shape: ModelShape, workers: Sequence[WorkerView], power: Mapping[str, Power]) -> None:
-        self.n_layers = n_layers = shape.n_layers
+        self.n_layers = shape.n_layers
+        self._power = power
         fitting = Windows(shape)
         self.windows = {worker.peer_id: fitting.of(worker.vram).windows for worker in workers}
         self._most = {worker.peer_id: fitting.of(worker.vram).most for worker in workers}
@@ -62,12 +64,14 @@ class Rater:
         self._vram = {worker.peer_id: worker.vram for worker in workers}
         self._networks = {worker.peer_id: worker.network or worker.peer_id for worker in workers}
         self._numbers = {worker.peer_id: number for number, worker in enumerate(workers)}
-        # Times are counted in what a token usually takes a worker: `Parts` wants numbers around 1.
-        rates = [power[peer_id].rate(most, n_layers) for peer_id, most in self._most.items() if most]
+
+    @cached_property
+    def _times(self) -> list[list[float]]:
+        """Of each worker through so many layers, in what a token usually takes: `Parts` wants numbers around 1."""
+        rates = [self._power[peer_id].rate(most, self.n_layers) for peer_id, most in self._most.items() if most]
         usual = statistics.median(rates or [1.0])
-        self._times = [
-            [0.0, *(usual / power[w.peer_id].rate(n, n_layers) for n in range(1, n_layers + 1))] for w in workers
-        ]
+        counts = range(1, self.n_layers + 1)
+        return [[0.0, *(usual / self._power[peer].rate(n, self.n_layers) for n in counts)] for peer in self._most]
 
     def fits(self, peer_id: str, start: int, end: int) -> bool:
         """Whether a worker could hold these layers; False where there are no such layers."""
