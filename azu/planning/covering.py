@@ -29,8 +29,7 @@ def secure(rater: Rater, held: Held, free: Sequence[str], *, spread: bool) -> St
         spread: by workers of two networks.
     """
     search = _Search(rater, held, spread)
-    able = sorted((p for p in free if rater.most(p)), key=lambda p: (-rater.most(p), p))
-    found = yield from search.cover(0, {}, able)
+    found = yield from search.cover(0, {}, rater.able(free))
     return found
 
 

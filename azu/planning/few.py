@@ -43,7 +43,7 @@ _Earnings = Mapping[str, Mapping[Range, float]]
 
 def refine(rater: Rater, free: Iterable[str], plans: Sequence[Held]) -> Steps[dict[str, Range]]:
     """The best plan that is found from these, in which only who is free may hold other layers."""
-    able = sorted((p for p in free if rater.windows[p]), key=lambda p: (-rater.most(p), p))
+    able = rater.able(free)
     budget = _Budget(MOST_WORK)
     search = _Search(rater, budget)
     yield from search.begin_with(plans[0])

@@ -58,8 +58,9 @@ class Rater:
         self.n_layers = shape.n_layers
         self._power = power
         fitting = Windows(shape)
-        self.windows = {worker.peer_id: fitting.of(worker.vram).windows for worker in workers}
-        self._most = {worker.peer_id: fitting.of(worker.vram).most for worker in workers}
+        menus = {worker.peer_id: fitting.of(worker.vram) for worker in workers}
+        self.windows = {peer_id: menu.windows for peer_id, menu in menus.items()}
+        self._most = {peer_id: menu.most for peer_id, menu in menus.items()}
         self._shape = shape
         self._vram = {worker.peer_id: worker.vram for worker in workers}
         self._networks = {worker.peer_id: worker.network or worker.peer_id for worker in workers}
@@ -81,6 +82,10 @@ class Rater:
     def most(self, peer_id: str) -> int:
         """How many layers a worker can hold."""
         return self._most[peer_id]
+
+    def able(self, peer_ids: Iterable[str]) -> list[str]:
+        """Those that can hold a layer, the largest first."""
+        return sorted((p for p in peer_ids if self._most[p]), key=lambda p: (-self._most[p], p))
 
     def network(self, peer_id: str) -> str:
         """Which workers may fail together with it."""
