@@ -19,10 +19,11 @@ __all__ = ["Answer", "ask", "ask_all"]
 
 @dataclass(frozen=True)
 class Answer:
-    """When it was asked, and when each token came: seconds of one clock."""
+    """When it was asked, and when each token came: seconds of one clock; and through how many stages."""
 
     started: float
     times: list[float]
+    stages: int = 0
 
     @property
     def ttft(self) -> float:
@@ -49,17 +50,22 @@ def ask(swarm: LocalSwarm, prompt: str, tokens: int) -> Answer:
     """One greedy answer, which may end before `tokens`."""
     request = {
         "model": swarm.model_id, "messages": [{"role": "user", "content": prompt}], "temperature": 0,
-        "max_tokens": tokens, "stream": True,
+        "max_tokens": tokens, "stream": True, "stream_options": {"include_usage": True},
     }  # fmt: skip
     times: list[float] = []
+    stages = 0
     started = time.perf_counter()
     url = f"{swarm.url}/v1/chat/completions"
     with httpx.stream("POST", url, json=request, timeout=600) as response:
         for line in response.iter_lines():
-            if line.startswith("data: {") and json.loads(line[6:])["choices"][0]["delta"].get("content"):
-                times.append(time.perf_counter())  # noqa: PERF401 - read as each line comes
+            if line.startswith("data: {"):
+                chunk = json.loads(line[6:])
+                if any(choice["delta"].get("content") for choice in chunk["choices"]):
+                    times.append(time.perf_counter())
+                if chunk.get("usage"):
+                    stages = len(chunk["usage"]["azu"]["stages"])
     assert times, f"no token came (status {response.status_code})"
-    return Answer(started, times)
+    return Answer(started, times, stages)
 
 
 def ask_all(swarm: LocalSwarm, prompts: Sequence[str], tokens: Sequence[int]) -> list[Answer]:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.asking import ask
-from benchmarks.engine import PROMPT, VRAM
+from benchmarks.engine import KV_TOKENS, PROMPT, vram_for
 from tests.forwarders import Forwarders
 from tests.local_swarm import LocalSwarm
 
@@ -66,18 +66,19 @@ def computed(swarm: LocalSwarm) -> list[tuple[float, int]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stages", type=int, choices=list(VRAM["float32"]), default=3)
+    parser.add_argument("--stages", type=int, choices=[1, 3, 6], default=3)
     parser.add_argument("--rtt", default="20,80,200", help="milliseconds")
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     forwarders = Forwarders()
-    with tempfile.TemporaryDirectory() as folder, LocalSwarm(Path(folder)) as swarm:
+    with tempfile.TemporaryDirectory() as folder, LocalSwarm(Path(folder), kv_tokens=KV_TOKENS) as swarm:
+        vram = vram_for(swarm, arguments.stages, "float32")
         for _ in range(arguments.stages):
             port = free_port()
             announced = f"/ip4/127.0.0.1/tcp/{forwarders.to(port)}"
             listen = ("--listen", f"/ip4/127.0.0.1/tcp/{port}")
-            swarm.add_worker(VRAM["float32"][arguments.stages], *listen, "--announce", announced)
+            swarm.add_worker(vram, *listen, "--announce", announced)
         swarm.wait_until_covered()
         print(f"SmolLM2-135M float32, {arguments.stages} stages, means over {arguments.rounds} answers")
         print("| RTT ms | ms per token | computing | trip round the ring | ratio | TTFT ms |")

@@ -21,11 +21,15 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from azu.distribution import Library
+from azu.models.memory import stage_memory
+from azu.wire.tensors import WeightFormat
 from benchmarks.asking import Answer, ask, ask_all
 from benchmarks.unsplit import Unsplit
 from tests.local_swarm import LocalSwarm
@@ -33,12 +37,18 @@ from tests.local_swarm import LocalSwarm
 PROMPT = "Tell me a long story about a fox, an owl and a very old oak tree."
 TOPICS = ("a fox", "an owl", "rain", "the sea", "a violin", "bread", "a lighthouse", "snow", "a clock", "two brothers",
           "a garden", "the moon", "a train", "a market", "a letter", "the desert")  # fmt: skip
-# What each worker has to offer so that the planner needs exactly so many of them.
-VRAM = {
-    "float32": {1: "1500MiB", 3: "440MiB", 6: "262MiB"},
-    "bfloat16": {1: "800MiB", 3: "240MiB", 6: "148MiB"},
-}
+# Positions of KV cache that stages have room for: so many that layers weigh more than embeddings and head, and workers
+# that can hold the largest of equal stages can hold no more layers than that.
+KV_TOKENS = 65_536
 WARM_TOKENS = 8
+
+
+def vram_for(swarm: LocalSwarm, stages: int, dtype: WeightFormat) -> str:
+    """What each worker has to offer so that so many of them are needed, and layers can be prepacked."""
+    manifest = dict(Library(swarm.folder / "coordinator").manifests())[swarm.manifest]
+    cuts = [manifest.n_layers * number // stages for number in range(stages + 1)]
+    needs = (stage_memory(manifest, *cut, dtype, KV_TOKENS, packed=True).total for cut in pairwise(cuts))
+    return f"{-(-max(needs) >> 20)}MiB"
 
 
 def prompts(count: int) -> list[str]:
@@ -53,7 +63,7 @@ class Bench:
         self._stack = stack
         self.tokens: int = arguments.tokens
         self.rounds: int = arguments.rounds
-        self.dtype: str = arguments.dtype
+        self.dtype: WeightFormat = arguments.dtype
         self.stage_threads: int = arguments.stage_threads or arguments.threads
         self._swarms: dict[int, LocalSwarm] = {}
         self._unsplit: Unsplit | None = None
@@ -62,11 +72,13 @@ class Bench:
         """A swarm whose model runs in so many stages."""
         if stages not in self._swarms:
             folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
-            swarm = self._swarms[stages] = self._stack.enter_context(LocalSwarm(folder))
+            swarm = self._swarms[stages] = self._stack.enter_context(LocalSwarm(folder, kv_tokens=KV_TOKENS))
+            vram = vram_for(swarm, stages, self.dtype)
             for _ in range(stages):
-                swarm.add_worker(VRAM[self.dtype][stages], "--threads", str(self.stage_threads), "--dtype", self.dtype)
+                swarm.add_worker(vram, "--threads", str(self.stage_threads), "--dtype", self.dtype)
             swarm.wait_until_covered()
-            ask(swarm, PROMPT, WARM_TOKENS)
+            answer = ask(swarm, PROMPT, WARM_TOKENS)
+            assert answer.stages == stages, f"it runs through {answer.stages} stages"
         return self._swarms[stages]
 
     @property
@@ -181,7 +193,7 @@ def main() -> None:
     parser.add_argument(
         "--stage-threads", type=int, help="of each stage, as they share the cores; --threads if omitted"
     )
-    parser.add_argument("--dtype", choices=list(VRAM), default="float32")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--only", default="one,many,busy")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

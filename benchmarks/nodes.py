@@ -18,7 +18,7 @@ from azu.overlay import Overlay, OverlayConfig, RelayLimits, open_overlay
 from azu.peerbook import PeerBook
 from azu.records import VALIDATORS, is_live, open_worker_record, worker_key
 from node.engine.device import open_device_thread
-from node.engine.stage import Device
+from node.engine.hardware import Device
 from node.trust import Trust
 from node.worker import Worker
 

@@ -12,9 +12,11 @@ from azu.models.memory import StageMemory, kv_room, stage_memory
 from azu.models.splice import StageSpec, stage_tensor_names
 from azu.sizes import format_size
 from azu.tickets import Assignment
+from azu.wire.tensors import WeightFormat
 from node.engine.device import DeviceThread
 from node.engine.footprint import held_bytes
-from node.engine.stage import Device, load_stage
+from node.engine.hardware import Device, packs_layers
+from node.engine.stage import load_stage
 from node.jobs import Loaded
 from node.supply import Supply
 
@@ -46,7 +48,7 @@ class Loader:
             CapacityError: the stage does not fit. ModelError: it cannot be built.
         """
         manifest = await self._supply.manifest(assignment)
-        kv_tokens, memory = self._kv_room(manifest, assignment)
+        memory = self._memory(manifest, assignment)
         spec = StageSpec(
             config=await self._supply.config(assignment, manifest),
             start=assignment.start,
@@ -59,24 +61,27 @@ class Loader:
         layers = f"{spec.start}-{spec.end - 1}"
         log(logger, logging.INFO, "fetching layers", model=manifest.model_id, layers=layers, size=size)
         files = await self._supply.files(assignment, manifest, blobs)
-        load = partial(load_stage, spec, assignment.dtype, self._device, files, vocab_size=manifest.vocab_size)
+        packed = await self._packs(manifest, assignment)
+        load = partial(
+            load_stage, spec, assignment.dtype, self._device, files, vocab_size=manifest.vocab_size, packed=packed
+        )
         before = held_bytes(self._device)
         stage = await self._thread.run(load)
         layer_us = await self._thread.run(stage.measure_layer_us)
         await self._thread.run(partial(stage.measure_pace, min(_MEASURED_ROWS, manifest.context_length)))
         log(logger, logging.INFO, "stage loaded", estimated=format_size(memory.weights + memory.overhead),
             measured=format_size(held_bytes(self._device) - before))  # fmt: skip
+        kv_tokens = kv_room(*_stage(manifest, assignment), self._device.vram, assignment.kv_tokens, packed=packed)
         return Loaded(
             manifest.digest, spec.start, spec.end, stage, kv_tokens, memory.kv_per_token, layer_us,
             manifest.context_length, manifest.model_id, stage.pace,
         )  # fmt: skip
 
-    def _kv_room(self, manifest: Manifest, assignment: Assignment) -> tuple[int, StageMemory]:
-        """Positions of KV cache that fit beside the weights, at least what is asked for, and what all takes then."""
+    def _memory(self, manifest: Manifest, assignment: Assignment) -> StageMemory:
+        """What the stage takes, with as much KV cache as is asked for."""
         if assignment.end > manifest.n_layers:
             raise ModelError(f"{manifest.model_id} has {manifest.n_layers} layers", code="wrong_range")
-        stage = manifest, assignment.start, assignment.end, assignment.dtype
-        memory = stage_memory(*stage, assignment.kv_tokens)
+        memory = stage_memory(*_stage(manifest, assignment), assignment.kv_tokens)
         if memory.total > self._device.vram:
             raise CapacityError(
                 f"layers {assignment.start}-{assignment.end - 1} need {format_size(memory.total)} "
@@ -85,4 +90,14 @@ class Loader:
                 code="not_enough_vram",
                 remedy="Offer more with --vram",
             )
-        return kv_room(*stage, self._device.vram, assignment.kv_tokens), memory
+        return memory
+
+    async def _packs(self, manifest: Manifest, assignment: Assignment) -> bool:
+        """Whether layers are prepacked where that is a choice: it has to pay, and its kernels to fit too."""
+        memory = stage_memory(*_stage(manifest, assignment), assignment.kv_tokens, packed=True)
+        fits = memory.total <= self._device.vram
+        return fits and await self._thread.run(partial(packs_layers, assignment.dtype, self._device))
+
+
+def _stage(manifest: Manifest, assignment: Assignment) -> tuple[Manifest, int, int, WeightFormat]:
+    return manifest, assignment.start, assignment.end, assignment.dtype

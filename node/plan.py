@@ -81,7 +81,7 @@ def plan(settings: PlanSettings) -> None:
     manifest = describe(settings.model, settings.data_dir)
     memory, dtype = settings.vram, "float32" if settings.dtype == "auto" else settings.dtype
     if memory is None or settings.dtype == "auto":
-        from node.engine.stage import find_device  # torch: only where the device is asked for
+        from node.engine.hardware import find_device  # torch: only where the device is asked for
 
         device = find_device(settings.device, settings.vram, 1)
         memory = device.vram

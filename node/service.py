@@ -19,7 +19,7 @@ from azu.peerbook import PeerBook
 from azu.sizes import format_size
 from node.book import Book
 from node.engine.device import open_device_thread
-from node.engine.stage import find_device, require_packages
+from node.engine.hardware import find_device, require_packages
 from node.report import serve_report
 from node.trust import Trust
 from node.worker import AGENT, Worker

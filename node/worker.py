@@ -33,7 +33,7 @@ from azu.wire.tensors import WeightFormat
 from node.alone import Alone
 from node.book import Book
 from node.engine.device import DeviceThread
-from node.engine.stage import Device
+from node.engine.hardware import Device
 from node.idle import explain_idleness
 from node.instruments import Instruments
 from node.jobs import HISTORY_BYTES, Jobs

@@ -90,9 +90,19 @@ class StageMemory:
 
 
 def stage_memory(
-    manifest: Manifest, start: int, end: int, dtype: WeightFormat, tokens: int, jobs: int = MAX_JOBS
+    manifest: Manifest,
+    start: int,
+    end: int,
+    dtype: WeightFormat,
+    tokens: int,
+    jobs: int = MAX_JOBS,
+    *,
+    packed: bool = False,
 ) -> StageMemory:
     """The memory of layers start..end (end exclusive) with `tokens` positions of KV cache for at most `jobs` jobs.
+
+    Args:
+        packed: whether oneDNN prepacks layers in float32 too, which takes kernels.
 
     Raises:
         ModelError: code "bad_layer_range" or "unsupported_dtype".
@@ -107,7 +117,7 @@ def stage_memory(
         kv=kv_bytes(manifest, start, end, tokens, dtype, jobs),
         kv_per_token=sum(cache.per_token for cache in manifest.caches[start:end]) * _item(dtype),
         activations=_activations(manifest, start, end, dtype, tokens, together),
-        kernels=_kernels(manifest, dtype, together if head else 0),
+        kernels=_kernels(manifest, dtype, together if head else 0, packed=packed),
         loading=max(fusing, 2 * head - weights),  # the head is read before there are layers
         overhead=_OVERHEAD_BYTES + weights // _OVERHEAD_SHARE,
     )
@@ -118,7 +128,16 @@ def takes_turns(architecture: str) -> bool:
     return architecture in _TURNS
 
 
-def kv_room(manifest: Manifest, start: int, end: int, dtype: WeightFormat, memory: int, wanted: int = 0) -> int:
+def kv_room(
+    manifest: Manifest,
+    start: int,
+    end: int,
+    dtype: WeightFormat,
+    memory: int,
+    wanted: int = 0,
+    *,
+    packed: bool = False,
+) -> int:
     """Returns how many positions of KV cache fit beside layers start..end in `memory` bytes; -1 if not even the layers.
 
     No more are counted than MAX_JOBS jobs of the model's whole context can use, or than are `wanted`.
@@ -129,7 +148,7 @@ def kv_room(manifest: Manifest, start: int, end: int, dtype: WeightFormat, memor
     low, high = -1, max(MAX_JOBS * manifest.context_length, wanted)
     while low < high:
         middle = (low + high + 1) // 2
-        if stage_memory(manifest, start, end, dtype, middle).total <= memory:
+        if stage_memory(manifest, start, end, dtype, middle, packed=packed).total <= memory:
             low = middle
         else:
             high = middle - 1
@@ -212,9 +231,9 @@ def _activations(manifest: Manifest, start: int, end: int, dtype: WeightFormat, 
     return max(layer, sampler)
 
 
-def _kernels(manifest: Manifest, dtype: WeightFormat, heads_rows: int) -> int:
+def _kernels(manifest: Manifest, dtype: WeightFormat, heads_rows: int, *, packed: bool) -> int:
     """What oneDNN compiles; `heads_rows` are the numbers of rows that a prepacked head may be computed for."""
-    if _item(dtype) == 2:
+    if packed or _item(dtype) == 2:
         return KEPT_KERNELS * (_EXPERTS_KERNEL_BYTES if manifest.workspace.fused else _KERNEL_BYTES)
     return min(KEPT_KERNELS, heads_rows) * _KERNEL_BYTES
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from transformers import AttentionInterface, Cache, DynamicLayer, PreTrainedMode
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from azu.errors import InternalError
+from azu.models.abreast import Abreast, find_abreast
 from azu.models.cache import ReservedLayer
 
 __all__ = ["PACKED", "Pack", "can_pack"]
@@ -46,8 +48,11 @@ class Pack(Cache):
         self.layers = []  # instead of upstream's __init__, which makes layers of its own
         self._caches = caches
         self._rows = list(rows)
-        self._held: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._window = 0
+        self._abreast = find_abreast(caches, self._rows)
+        self._index = 0  # of the layer that is computed
+        self._layers: list[Any] = []  # that one in all caches
+        self._together: Abreast | None = None  # the jobs that share a call in it
+        self._held: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # keys and values of the others
         self._masks: dict[tuple[int, int, int], torch.Tensor] = {}
 
     def __enter__(self) -> None:
@@ -64,35 +69,51 @@ class Pack(Cache):
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append each job's part of [1, heads, tokens, width] to its own cache; attention follows at once."""
-        keys, values = (torch.split(each, self._rows, 2) for each in (key_states, value_states))
-        self._held = [
-            cache.update(key, value, layer_idx, *args, **kwargs)
-            for cache, key, value in zip(self._caches, keys, values, strict=True)
-        ]
-        self._window = getattr(self._caches[0].layers[layer_idx], "sliding_window", 0)
-        return key_states, value_states
+        self._index, self._layers = layer_idx, [cache.layers[layer_idx] for cache in self._caches]
+        states = key_states, value_states
+        abreast = self._abreast
+        self._together = abreast if abreast and abreast.append(layer_idx, self._layers, states) else None
+        done = self._together.jobs if self._together else ()
+        keys, values = (torch.split(each, self._rows, 2) for each in states)
+        self._held = {
+            job: layer.update(keys[job], values[job], *args, **kwargs)
+            for job, layer in enumerate(self._layers)
+            if job not in done
+        }
+        return states
 
     def attend(self, module: Any, query: torch.Tensor, scaling: float | None, **scores: Any) -> torch.Tensor:
         """Attention of each job's queries [1, heads, tokens, width] over its own keys: [1, tokens, heads, width]."""
-        expand = getattr(module, "expand_kv", lambda keys, values: (keys, values))  # what is cached may be latent
-        outputs = []
-        for part, held in zip(torch.split(query, self._rows, 2), self._held, strict=True):
-            keys, values = expand(*held)
-            outputs.append(_attend(part, keys, values, self._mask(part, keys), scaling, **scores))
-        return torch.cat(outputs, 2).transpose(1, 2)
+        expand = getattr(module, "expand_kv", None)  # what is cached may be latent
+        together = self._together if expand is None else None
+        outputs: dict[int, torch.Tensor] = {}
+        if together is not None:
+            found = together.attend(self._index, query, partial(_attend, scaling=scaling, **scores))
+            if len(found) == len(self._rows):
+                return found.squeeze(2).unsqueeze(0)
+            outputs = dict(zip(together.jobs, torch.split(found, 1), strict=True))
+        for job, part in enumerate(torch.split(query, self._rows, 2)):
+            if job not in outputs:
+                layer = self._layers[job]
+                keys, values = self._held.get(job, (layer.keys, layer.values))
+                keys, values = (keys, values) if expand is None else expand(keys, values)
+                outputs[job] = _attend(part, keys, values, self._mask(part, keys), scaling, **scores)
+        return torch.cat([outputs[job] for job in range(len(outputs))], 2).transpose(1, 2)
 
     def _mask(self, query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor | None:
-        """Which of the keys each of the last positions sees, [rows, length]; None where it sees all.
+        """What to add to the last positions' scores, [rows, length]; None where they see all keys.
 
         A windowed cache gives as many keys as the first of several rows sees.
         """
-        rows, length, window = query.shape[2], keys.shape[2], self._window
+        rows, length = query.shape[2], keys.shape[2]
+        window = getattr(self._layers[0], "sliding_window", 0)
         if rows == 1:
             return None
         key = (rows, length, window)
         if key not in self._masks:
             seen = torch.ones(rows, length, dtype=torch.bool, device=query.device).tril(length - rows)
-            self._masks[key] = seen.triu(length - rows - window + 1) if window else seen
+            seen = seen.triu(length - rows - window + 1) if window else seen
+            self._masks[key] = query.new_zeros(rows, length).masked_fill(~seen, float("-inf"))
         return self._masks[key]
 
 
@@ -105,13 +126,16 @@ def _attend(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """One job's attention: [1, heads, rows, width] over [1, kv heads, length, width]."""
-    heads, kv_heads = query.shape[1], keys.shape[1]
+    """Attention of [jobs, heads, rows, width] over [jobs, kv heads, length, width]; the mask is added to scores."""
+    jobs, heads, rows, width = query.shape
+    kv_heads = keys.shape[1]
     if softcap is not None or sinks is not None:
         return _attend_by_hand(query, keys, values, mask, scaling, softcap, sinks)
-    if query.shape[2] == 1 and mask is None:  # the heads that share keys take the place of rows
-        shared = query.view(1, kv_heads, heads // kv_heads, query.shape[3])
-        return scaled_dot_product_attention(shared, keys, values, scale=scaling).view(1, heads, 1, values.shape[3])
+    if rows == 1:  # the heads that share keys take the place of rows
+        shared = query.reshape(jobs, kv_heads, heads // kv_heads, width)
+        mask = mask if mask is None else mask.expand(-1, -1, heads // kv_heads, -1)
+        found = scaled_dot_product_attention(shared, keys, values, attn_mask=mask, scale=scaling)
+        return found.reshape(jobs, heads, 1, values.shape[3])
     if heads != kv_heads:  # as transformers does it
         keys, values = (each.repeat_interleave(heads // kv_heads, 1) for each in (keys, values))
     return scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scaling)
@@ -133,10 +157,10 @@ def _attend_by_hand(
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
+        scores = scores + mask
     if sinks is None:
         return scores.softmax(-1, dtype=torch.float32).to(query.dtype) @ values
-    sunk = torch.cat([scores, sinks.view(1, -1, 1, 1).expand(1, -1, scores.shape[2], 1)], -1)
+    sunk = torch.cat([scores, sinks.view(1, -1, 1, 1).expand(len(scores), -1, scores.shape[2], 1)], -1)
     return sunk.softmax(-1, dtype=torch.float32)[..., :-1].to(query.dtype) @ values
 
 

@@ -7,20 +7,24 @@ asked for is tried first (`can_prepack`); where that fails, weights stay plain.
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-__all__ = ["LINEAR", "PrepackedLinear", "can_prepack", "pays", "prepack"]
+__all__ = ["LINEAR", "PrepackedLinear", "can_prepack", "layers_pay", "prepack"]
 
 # Classes that do no more than multiply by their weight and add a bias. Other subclasses of nn.Linear do.
 LINEAR = frozenset({"Linear", "FalconLinear"})
 # The rows that oneDNN chooses its blocks for. With 1 it is faster by a few percent for one row, and slower by a third
 # for 256; from 16 on it makes no difference.
 _ROWS = 16
+# Weights [out, in] that are tried: up and down projections of a small model, as many as do not stay in a CPU's caches.
+_TRIED, _COPIES, _TURNS = ((1536, 576), (1536, 576), (576, 1536)), 5, 4
 
 
 class PrepackedLinear(nn.Linear):
@@ -51,24 +55,50 @@ class PrepackedLinear(nn.Linear):
     weight = property(_plain_weight)
 
 
-def pays(dtype: torch.dtype, *, head: bool) -> bool:
-    """Whether a weight of this dtype is better prepacked: measured, see docs/performance.md, "Packed weights".
-
-    In bfloat16 always. In float32 and float16 a layer loses at one row what it gains at more; the head, the largest
-    matrix by far, takes half the time from four rows on and loses little at one.
-    """
-    return head or dtype == torch.bfloat16
-
-
 @lru_cache
 def can_prepack(dtype: torch.dtype) -> bool:
     """Whether this torch and this CPU multiply by prepacked weights of this dtype."""
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]  # no annotation upstream
         return False
-    # In a thread that ends: GNU OpenMP gives each thread that computes a team of its own, and no team more than a
-    # moment's spinning while all of them have more threads than there are cores. That nearly halves a pass's speed.
+    return _apart(partial(_multiplies, dtype))
+
+
+@lru_cache
+def layers_pay() -> bool:
+    """Whether layers in float32 are faster prepacked on this CPU, for a token alone and for several: tried, in a tenth
+    of a second, since it depends on what library multiplies by plain ones and on the CPU (docs/performance.md).
+    """
+    return can_prepack(torch.float32) and _apart(_is_faster)
+
+
+def _apart(call: Callable[[], bool]) -> bool:
+    """In a thread that ends: GNU OpenMP gives each thread that computes a team of its own, and no team more than a
+    moment's spinning while all of them have more threads than there are cores. That nearly halves a pass's speed.
+    """
     with ThreadPoolExecutor(1) as pool:
-        return pool.submit(_multiplies, dtype).result()
+        return pool.submit(call).result()
+
+
+@torch.inference_mode()
+def _is_faster() -> bool:
+    plain = [torch.ones(shape) for shape in _TRIED for _ in range(_COPIES)]
+    packed = [prepack(weight) for weight in plain]
+    for rows in (1, _ROWS):
+        inputs = [torch.ones(rows, weight.shape[1]) for weight in plain]
+        # By turns, so that what else the machine does hits both alike.
+        turns = [
+            (_seconds(_product, inputs, packed), _seconds(nn.functional.linear, inputs, plain)) for _ in range(_TURNS)
+        ]
+        if min(one for one, _ in turns) > min(other for _, other in turns):
+            return False
+    return True
+
+
+def _seconds(product: Callable[..., torch.Tensor], inputs: list[torch.Tensor], weights: list[torch.Tensor]) -> float:
+    started = time.perf_counter()
+    for each, weight in zip(inputs, weights, strict=True):
+        product(each, weight, None)
+    return time.perf_counter() - started
 
 
 def _multiplies(dtype: torch.dtype) -> bool:

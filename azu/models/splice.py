@@ -22,10 +22,11 @@ from transformers.utils import logging as transformers_logging
 
 from azu.errors import InputError, InternalError, ModelError
 from azu.models.architecture import on_meta, resolve
-from azu.models.cache import new_cache
+from azu.models.cache import ReservedLayer, new_cache
 from azu.models.checkpoint import LayerNames, StoredTensor, open_stored
 from azu.models.packing import PACKED, Pack, can_pack
 from azu.models.quantize import HeldWeights
+from azu.models.slots import Slots, has_slots
 from azu.models.surgery import LastLayerDone, part_of, spliced, state_names
 
 __all__ = ["Part", "Stage", "StageSpec", "build_stage", "stage_tensor_names"]
@@ -174,7 +175,10 @@ class Stage:
         self._device = next(model.parameters()).device
         self._dtype: torch.dtype = model.dtype  # the model looks for it each time
         self._solo: str = model.config._attn_implementation
+        self._slots: Slots | None = None
         self.can_pack = can_pack(model, self.new_cache())
+        if self.can_pack and has_slots(self._device):
+            self._slots = Slots()
 
     def part(self, start: int, end: int) -> Stage:
         """Returns layers start..end alone (as the whole model counts them), over the same tensors.
@@ -192,7 +196,7 @@ class Stage:
 
     def new_cache(self, tokens: int = 0) -> Cache:
         """Returns an empty KV cache for this stage's layers, with room for `tokens` and growing where more come."""
-        cache = new_cache(self.model.config, tokens)
+        cache = new_cache(self.model.config, tokens, self._slots.take() if self._slots else None)
         # Families ask their first attention layer for a length. Where all layers are linear, nobody uses the answer,
         # but there has to be one.
         cache.layers.append(DynamicLayer())  # type: ignore[no-untyped-call]  # no annotation upstream
@@ -264,9 +268,10 @@ class Stage:
 
         Counts whole storages: a sliding window is a view of what its last step was computed from, until the next one.
         """
-        tensors = (tensor for layer in cache.layers for tensor in _tensors(vars(layer)))
+        reserved = [layer for layer in cache.layers if isinstance(layer, ReservedLayer)]
+        tensors = (tensor for layer in cache.layers if layer not in reserved for tensor in _tensors(vars(layer)))
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-        return sum(storages.values())
+        return sum(storages.values()) + sum(layer.nbytes for layer in reserved)
 
     def _check(self, inputs: torch.Tensor) -> None:
         if self.is_first:

@@ -16,7 +16,8 @@ import torch
 from azu.distribution import Library
 from azu.errors import InputError
 from azu.models.splice import StageSpec, stage_tensor_names
-from node.engine.stage import Device, find_device, load_stage
+from node.engine.hardware import Device, find_device
+from node.engine.stage import load_stage
 
 __all__ = ["held_bytes", "main"]
 

@@ -13,44 +13,35 @@ from pathlib import Path
 from typing import Any
 
 import outcome
-import psutil
 import torch
 
-from azu.errors import AzuError, CapacityError, InputError, InternalError, ModelError
+from azu.errors import AzuError, CapacityError, InternalError, ModelError
 from azu.logs import log
 from azu.models.cache import GROWTH
 from azu.models.quantize import held_weights, return_freed_memory
 from azu.models.splice import Part, Stage, StageSpec, build_stage
 from azu.tickets import Sampling
 from azu.wire.frames import Buffer
-from azu.wire.tensors import ACTIVATIONS, DType, TensorHeader, WeightFormat
-from node.engine.allocator import settle_allocator
+from azu.wire.tensors import ACTIVATIONS, TensorHeader, WeightFormat
 from node.engine.blocks import BLOCK
+from node.engine.hardware import Device
 from node.engine.heritage import Form, Piece, form_of, read_piece, write_piece
 from node.engine.pace import Pace
 from node.engine.sampler import Sampler, sample_pack
 
-__all__ = ["Device", "JobState", "LoadedStage", "Output", "Step", "find_device", "load_stage", "require_packages"]
+__all__ = [
+    "JobState",
+    "LoadedStage",
+    "Output",
+    "Step",
+    "load_stage",
+]
 
 logger = logging.getLogger(__name__)
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-# Of a GPU's free memory, and of the free main memory where the CPU computes: the rest is for activations, the allocator
-# and whatever else the owner runs.
-_GPU_SHARE, _CPU_SHARE = 0.9, 0.6
 _MAX_PARTS = 8  # of a stage that are kept for the next job; the modules of one of 12 layers take about 600 KiB
 _MEASURED_JOBS = 4  # that share a pass
-_CUDA_LIBRARIES = 64 << 20  # bytes: what cuBLAS takes for itself at its first product; the context is taken already
-
-
-@dataclass(frozen=True, slots=True)
-class Device:
-    """Where a worker computes. `vram` is the memory in bytes that it may use."""
-
-    torch_name: str
-    label: str
-    vram: int
-    native_dtype: DType  # the dtype that "auto" stands for on it
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,48 +299,19 @@ class LoadedStage:
         return Step(job, (1,) * rows if self.is_first else bytearray(size), rows, sample)
 
 
-def find_device(name: str, vram: int | None, threads: int) -> Device:
-    """The device called `name` ("auto", "cpu", "cuda:N") with the memory that may be used on it.
-
-    Args:
-        vram: bytes to use at most; measured where None. On CUDA no more than is free, whatever is asked for.
-        threads: CPU threads to compute with, in the whole process.
-
-    Raises:
-        InputError: there is no such device.
-    """
-    settle_allocator()
-    torch.set_num_threads(threads)
-    if name == "auto":
-        name = "cuda:0" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda"):
-        index = int(name.partition(":")[2] or 0)
-        if not torch.cuda.is_available() or index >= torch.cuda.device_count():
-            raise InputError(
-                f"there is no device {name}: torch sees {torch.cuda.device_count()} CUDA devices",
-                code="no_such_device",
-                remedy="Use --device cpu, or install a CUDA build of torch and its driver",
-            )
-        free, _ = torch.cuda.mem_get_info(index)
-        label = torch.cuda.get_device_name(index)
-        free -= _CUDA_LIBRARIES
-        return Device(f"cuda:{index}", label, min(vram, free) if vram else int(free * _GPU_SHARE), "bfloat16")
-    if name != "cpu":
-        raise InputError(f"device {name} is not supported", code="no_such_device", remedy="Use auto, cpu or cuda:N")
-    available = psutil.virtual_memory().available
-    label = f"CPU ({threads} threads)"
-    return Device("cpu", label, vram or int(available * _CPU_SHARE), "float32")
-
-
-def require_packages(dtype: WeightFormat, device: Device) -> None:
-    """Raises InputError, code "missing_package", where a format needs a package that is not installed."""
-    held_weights(dtype, torch.device(device.torch_name))
-
-
 def load_stage(
-    spec: StageSpec, dtype: WeightFormat, device: Device, files: Mapping[str, Path], *, vocab_size: int
+    spec: StageSpec,
+    dtype: WeightFormat,
+    device: Device,
+    files: Mapping[str, Path],
+    *,
+    vocab_size: int,
+    packed: bool = False,
 ) -> LoadedStage:
     """Build a stage out of its safetensors files.
+
+    Args:
+        packed: as `azu.models.quantize.held_weights` has it.
 
     Raises:
         ModelError: the files or the architecture are unusable, or the vocabulary is not the manifest's.
@@ -358,7 +320,8 @@ def load_stage(
     """
     computing = torch.device(device.torch_name)
     try:
-        stage = build_stage(spec, _DTYPES[ACTIVATIONS[dtype]], computing, files, held_weights(dtype, computing))
+        held = held_weights(dtype, computing, packed=packed)
+        stage = build_stage(spec, _DTYPES[ACTIVATIONS[dtype]], computing, files, held)
         return_freed_memory()
         _check_vocabulary(stage, vocab_size)
         if stage.is_last and stage.model.dtype != torch.float32:

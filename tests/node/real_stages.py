@@ -42,7 +42,8 @@ from azu.wire.messages import (
 from azu.wire.tensors import WeightFormat
 from azu.wire.tokens import pack_tokens
 from node.engine.device import DeviceThread, open_device_thread
-from node.engine.stage import LoadedStage, find_device, load_stage
+from node.engine.hardware import find_device
+from node.engine.stage import LoadedStage, load_stage
 from node.jobs import Jobs, Loaded
 
 LIMIT = 60.0  # seconds; only keeps a hung test from hanging the run

@@ -25,7 +25,7 @@ from coordinator.placement import Placer, missing_layers
 from coordinator.swarm import SwarmView
 from node.alone import choose
 from node.engine.device import open_device_thread
-from node.engine.stage import find_device
+from node.engine.hardware import find_device
 from node.trust import Trust
 from node.worker import Worker
 from tests.node.real_stages import LIMIT, N_LAYERS, TinyModel, identity, peer, tiny_model

@@ -22,7 +22,7 @@ from azu.tickets import Assignment, sign_assignment
 from azu.wire.messages import CONTROL, CONTROL_PROTOCOL, Accepted, Assign, GetStatus, Status
 from node.engine.blocks import BLOCK
 from node.engine.device import open_device_thread
-from node.engine.stage import find_device
+from node.engine.hardware import find_device
 from node.jobs import Loaded
 from node.report import serve_report
 from node.status import fetch_status, show_status

@@ -32,7 +32,8 @@ from azu.models.store import LayerStore
 from azu.tickets import Sampling
 from azu.wire.tensors import ACTIVATIONS, WeightFormat
 from node.engine.footprint import held_bytes
-from node.engine.stage import Device, JobState, LoadedStage, Step, find_device, load_stage
+from node.engine.hardware import Device, find_device
+from node.engine.stage import JobState, LoadedStage, Step, load_stage
 
 __all__ = ["CASES"]
 

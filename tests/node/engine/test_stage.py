@@ -19,7 +19,8 @@ from azu.models.store import LayerStore
 from azu.records import Speed
 from azu.tickets import Sampling
 from azu.wire.tensors import WeightFormat
-from node.engine.stage import JobState, LoadedStage, Step, find_device, load_stage
+from node.engine.hardware import find_device
+from node.engine.stage import JobState, LoadedStage, Step, load_stage
 from tests.models.conftest import TINY, Published
 
 Load = Callable[..., LoadedStage]
