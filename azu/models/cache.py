@@ -92,10 +92,10 @@ class ReservedLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # no annota
 
     def _grown(self, states: Sequence[torch.Tensor], tokens: int) -> tuple[torch.Tensor, ...]:
         """Buffers of its own for so many tokens, in which lies what it holds."""
-        self.slot = None
         self._room = self._room if tokens <= self._room else -(-tokens // GROWTH) * GROWTH
         buffers = tuple(each.new_empty((*each.shape[:-2], self._room, each.shape[-1])) for each in states)
         if self._buffers:
             for buffer, held in zip(buffers, self._buffers, strict=True):
                 buffer[..., : self.length, :] = held[..., : self.length, :]
+        self.slot = None  # not before: what lies in it goes with it
         return buffers

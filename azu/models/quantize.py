@@ -76,11 +76,11 @@ class HeldWeights(QuantizationConfigMixin):
             return False
         module_name, _dot, parameter = param_name.rpartition(".")
         module = model.get_submodule(module_name)
-        is_linear = parameter == "weight" and type(module).__name__ in LINEAR
+        if parameter != "weight" or type(module).__name__ not in LINEAR:
+            return False
         # In bfloat16 all gain. Of others always the head, the largest matrix by far: it takes half the time from four
         # rows on and loses little at one.
-        pays = self._packed or module.weight.dtype == torch.bfloat16 or module is model.get_output_embeddings()
-        return is_linear and pays
+        return self._packed or module.weight.dtype == torch.bfloat16 or module is model.get_output_embeddings()
 
     def note_freed(self, size: int) -> None:
         """Called once a weight of `size` bytes is held otherwise: from time to time, gives its memory back."""

@@ -117,10 +117,11 @@ def test_a_family_whose_jobs_take_turns_computes_one_at_a_time(manifest: Manifes
 
 
 def test_kernels(manifest: Manifest) -> None:
-    """In float32 one for each number of jobs, of a head that is packed; in 16 bits as many as are kept."""
+    """In float32 one for each number of jobs, of a head that is packed; for all packed layers as many as are kept."""
     each = stage_memory(manifest, 3, 4, "float32", 64, 1).kernels
     assert stage_memory(manifest, 3, 4, "float32", 64).kernels == MAX_JOBS * each
     assert stage_memory(manifest, 2, 3, "float32", 64).kernels == 0
+    assert stage_memory(manifest, 2, 3, "float32", 64, packed=True).kernels == KEPT_KERNELS * each
     assert stage_memory(manifest, 2, 3, "bfloat16", 64, 1).kernels == KEPT_KERNELS * each
     fused = dataclasses.replace(manifest, workspace=Workspace(fused=1))
     assert stage_memory(fused, 2, 3, "bfloat16", 64, 1).kernels > KEPT_KERNELS * each
@@ -137,20 +138,21 @@ def test_fusing_experts_is_over_before_jobs_come(manifest: Manifest) -> None:
 @given(
     dtype=st.sampled_from(WEIGHT_FORMATS),
     start=st.integers(0, 3),
-    memory=st.integers(0, 1 << 26),
+    memory=st.integers(0, 1 << 27),
     window=st.sampled_from([0, 7, 64]),
     state=st.sampled_from([0, 50_000]),
+    packed=st.booleans(),
 )
 def test_what_fits_fits_and_one_more_does_not(
-    manifest: Manifest, dtype: WeightFormat, start: int, memory: int, window: int, state: int
+    manifest: Manifest, dtype: WeightFormat, start: int, memory: int, window: int, state: int, packed: bool
 ) -> None:
     caches = (LayerCache(3200, window, state),) * 4
     manifest = dataclasses.replace(manifest, caches=caches, workspace=Workspace(1000, 10, 9, 5))
-    room = kv_room(manifest, start, 4, dtype, memory)
+    room = kv_room(manifest, start, 4, dtype, memory, packed=packed)
     if room >= 0:
-        assert stage_memory(manifest, start, 4, dtype, room).total <= memory
+        assert stage_memory(manifest, start, 4, dtype, room, packed=packed).total <= memory
     if room < MAX_JOBS * manifest.context_length:
-        assert stage_memory(manifest, start, 4, dtype, room + 1).total > memory
+        assert stage_memory(manifest, start, 4, dtype, room + 1, packed=packed).total > memory
     count = max_layers(manifest, start, memory, 50, dtype)
     if count:
         assert stage_memory(manifest, start, start + count, dtype, 50).total <= memory

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from azu.models import prepacked
-from azu.models.prepacked import PrepackedLinear, can_prepack, prepack
+from azu.models.prepacked import PrepackedLinear, can_prepack, layers_pay, prepack
 from azu.models.publish import publish
 from azu.models.quantize import held_weights
 from azu.models.splice import Stage, StageSpec, build_stage, stage_tensor_names
@@ -26,9 +26,11 @@ needs_bfloat16 = pytest.mark.skipif(not can_prepack(torch.bfloat16), reason="one
 
 @pytest.fixture
 def forget() -> Iterator[None]:
-    can_prepack.cache_clear()
+    for known in (can_prepack, layers_pay):
+        known.cache_clear()
     yield
-    can_prepack.cache_clear()
+    for known in (can_prepack, layers_pay):
+        known.cache_clear()
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="a torch without oneDNN")
@@ -75,11 +77,35 @@ def test_any_shape_and_back_to_plain(shape: tuple[int, int], bias: bool) -> None
     assert layer(inputs).equal(plain(inputs))
 
 
-def load(published: Published, start: int, end: int, wanted: WeightFormat) -> Stage:
+@pytest.mark.parametrize(("packed_s", "pays"), [([0.9, 0.9], True), ([1.1, 0.5], False), ([0.5, 1.1], False)])
+def test_layers_pay_where_they_are_faster_alone_and_together(
+    packed_s: list[float], pays: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prepacked products take so long for one row and for several; plain ones 1.0, and now and then more."""
+    noise = iter([0.0, 3.0, 0.1, 0.0] * 99)
+
+    def seconds(product: Any, inputs: list[torch.Tensor], weights: list[torch.Tensor]) -> float:
+        assert all(each.shape[1] == weight.shape[1] for each, weight in zip(inputs, weights, strict=True))
+        is_packed, rows = product is prepacked._product, len(inputs[0])
+        return (packed_s[rows > 1] if is_packed else 1.0) + next(noise)
+
+    monkeypatch.setattr(prepacked, "_seconds", seconds)
+    layers_pay.cache_clear()
+    assert layers_pay() == pays
+    layers_pay.cache_clear()
+
+
+@pytest.mark.usefixtures("forget")
+def test_layers_do_not_pay_where_nothing_can_be_prepacked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepacked, "_product", lambda inputs, *_: inputs[:, :32])
+    assert not layers_pay()
+
+
+def load(published: Published, start: int, end: int, wanted: WeightFormat, *, packed: bool = False) -> Stage:
     spec = StageSpec(published.config, start, end, published.manifest.n_layers)
     paths = published.paths(start, end, stage_tensor_names(spec)[1])
     dtype = torch.float32 if wanted == "float32" else torch.bfloat16
-    return build_stage(spec, dtype, CPU, paths, held_weights(wanted, CPU))
+    return build_stage(spec, dtype, CPU, paths, held_weights(wanted, CPU, packed=packed))
 
 
 @needs_bfloat16
@@ -88,8 +114,8 @@ def test_which_weights_are_prepacked(tied: bool, save_tiny: Callable[..., Path],
     source = save_tiny("LlamaConfig", tie_word_embeddings=tied)
     published = Published(publish(str(source), store), store, source)
 
-    def held(start: int, end: int, wanted: WeightFormat) -> tuple[int, bool]:
-        model: Any = load(published, start, end, wanted).model
+    def held(start: int, end: int, wanted: WeightFormat, *, packed: bool = False) -> tuple[int, bool]:
+        model: Any = load(published, start, end, wanted, packed=packed).model
         count = sum(isinstance(module, PrepackedLinear) for module in model.modules())
         return count, isinstance(model.get_output_embeddings(), PrepackedLinear)
 
@@ -99,6 +125,8 @@ def test_which_weights_are_prepacked(tied: bool, save_tiny: Callable[..., Path],
     assert held(1, 2, "float32") == (0, False)
     assert held(3, 4, "float32") == (1, True)
     assert held(0, 4, "float32") == (not tied, not tied)
+    assert held(1, 2, "float32", packed=True) == (7, False)
+    assert held(0, 4, "float32", packed=True) == (28 + (not tied), not tied)
     if importlib.util.find_spec("torchao"):
         assert held(3, 4, "int8") == (1, True)
 

@@ -22,6 +22,7 @@ import torch
 import transformers
 from transformers.utils import logging as transformers_logging
 
+from azu.models.cache import ReservedLayer
 from azu.models.manifest import Manifest
 from azu.models.memory import MAX_CHUNK_ROWS, MAX_JOBS, chunk_rows, stage_memory
 from azu.models.prepacked import can_prepack
@@ -35,7 +36,7 @@ from node.engine.footprint import held_bytes
 from node.engine.hardware import Device, find_device
 from node.engine.stage import JobState, LoadedStage, Step, load_stage
 
-__all__ = ["CASES"]
+__all__ = ["CASES", "LONGER"]
 
 PROMPTS, ANSWER = (512, 32), 4  # tokens; the estimate is for the worst: one job that has nearly all of them
 THREADS = 1
@@ -70,6 +71,7 @@ class Case:
     settings: Settings
     dtype: WeightFormat = "float32"
     jobs: int = 0  # that share passes; with none, two that are alone in theirs
+    packed: bool = False  # its layers by oneDNN, in float32
 
 
 CASES = {
@@ -81,6 +83,7 @@ CASES = {
     "mixtral-bfloat16": Case("MixtralConfig", 0, 4, WIDE | FEW_EXPERTS, "bfloat16"),
     "deepseek-v2-bfloat16": Case("DeepseekV2Config", 1, 4, WIDE | EXPERTS | LATENT | MANY_HEADS, "bfloat16"),
     "smollm2-first": Case("LlamaConfig", 0, 10, SMOLLM2),
+    "smollm2-first-packed": Case("LlamaConfig", 0, 10, SMOLLM2, packed=True),
     "smollm2-last-bfloat16": Case("LlamaConfig", 1, 11, SMOLLM2, "bfloat16"),
     "llama-32-jobs": Case("LlamaConfig", 1, 4, SHARED, jobs=MAX_JOBS),
     "llama-tied-32-jobs": Case("LlamaConfig", 0, 4, TIED, jobs=MAX_JOBS),
@@ -89,6 +92,8 @@ CASES = {
 CACHING: Settings = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 8}
 CACHING |= {"num_key_value_heads": 8, "head_dim": 128, "num_hidden_layers": 4, "max_position_embeddings": 1024}
 JOBS = Case("LlamaConfig", 0, 3, CACHING)
+# How many times as long those jobs may become as they do: their caches lie in slots, or are too long for that.
+LONGER = {"jobs": 4, "jobs-without-slots": 16}
 
 
 def build(folder: Path, case: Case) -> None:
@@ -117,10 +122,10 @@ def measure(folder: Path, case: Case, device_name: str) -> dict[str, Any]:
     jobs = run_mixed(stage, case.jobs) if case.jobs else run(stage, manifest, PROMPTS)
     held |= {"open": held_bytes(device) - before, "run_peak": peak() - before}
     room = sum(job.position for job in jobs)
-    estimate = stage_memory(manifest, case.start, case.end, case.dtype, room, len(jobs))
+    estimate = stage_memory(manifest, case.start, case.end, case.dtype, room, len(jobs), packed=case.packed)
     compiles = device.torch_name == "cpu" and can_prepack(getattr(torch, ACTIVATIONS[case.dtype]))
     without = replace(estimate, kernels=0).total
-    least = estimate.total if case.dtype == "float32" and compiles else without
+    least = estimate.total if case.dtype == "float32" and compiles and not case.packed else without
     return {**held, **asdict(estimate), "least": least, "most": estimate.total if compiles else without}
 
 
@@ -147,7 +152,7 @@ def random_states(stage: LoadedStage, rows: int) -> bytes:
     return torch.randn(rows, stage.hidden_size).to(stage._dtype).view(torch.uint8).numpy().tobytes()
 
 
-def measure_jobs(folder: Path, case: Case, device_name: str) -> dict[str, Any]:
+def measure_jobs(folder: Path, case: Case, device_name: str, longer: int) -> dict[str, Any]:
     """What jobs that share passes add, and what is left of them and of a thousand more, in bytes."""
     device = find_device(device_name, None, THREADS)
     manifest = Manifest.from_bytes((folder / "manifest").read_bytes())
@@ -159,23 +164,28 @@ def measure_jobs(folder: Path, case: Case, device_name: str) -> dict[str, Any]:
         return_freed_memory()
         return held_bytes(device)
 
-    run_together(stage, tokens, count)
-    run_together(stage, 2, MAX_JOBS)
+    run_together(stage, tokens, count, longer)
+    run_together(stage, 2, MAX_JOBS, longer)
     before = held()
-    jobs = run_together(stage, tokens, count)
+    jobs = run_together(stage, tokens, count, longer)
+    in_slots = {
+        layer.slot is not None for job in jobs for layer in job.cache.layers if isinstance(layer, ReservedLayer)
+    }
     figures = {"grown": held() - before}
     kv = stage_memory(manifest, case.start, case.end, case.dtype, count * (tokens + ANSWER), count).kv
     del jobs
     figures["left"] = held() - before
     for _ in range(0, 1_000, MAX_JOBS):
-        run_together(stage, 2, MAX_JOBS)
-    return {**figures, "kv": kv, "left_of_many": held() - before}
+        run_together(stage, 2, MAX_JOBS, longer)
+    return {**figures, "kv": kv, "left_of_many": held() - before, "in_slots": [*in_slots]}
 
 
-def run_together(stage: LoadedStage, prompt: int, count: int) -> list[JobState]:
-    """So many jobs of a first stage: a prompt each, and a few more tokens in passes that they share."""
-    # They may come to need many times as much, which costs nothing until they do.
-    jobs = [stage.open_job(Sampling(temperature=1.0), (), 16 * (prompt + ANSWER)) for _ in range(count)]
+def run_together(stage: LoadedStage, prompt: int, count: int, longer: int) -> list[JobState]:
+    """So many jobs of a first stage: a prompt each, and a few more tokens in passes that they share.
+
+    They may come to need many times as much, which costs nothing until they do.
+    """
+    jobs = [stage.open_job(Sampling(temperature=1.0), (), longer * (prompt + ANSWER)) for _ in range(count)]
     steps = [Step(job, tuple(range(prompt)), prompt, sample=True) for job in jobs]
     together = max(1, MAX_CHUNK_ROWS // prompt)
     passes = [steps[at : at + together] for at in range(0, count, together)]
@@ -193,7 +203,7 @@ def load(folder: Path, manifest: Manifest, case: Case, device: Device, end: int)
     spec = StageSpec(config=config, start=case.start, end=end, n_layers=manifest.n_layers)
     blobs = manifest.blobs_for(case.start, end, stage_tensor_names(spec)[1])
     files = {name: store.path(blob.digest) for name, blob in blobs.items()}
-    return load_stage(spec, case.dtype, device, files, vocab_size=manifest.vocab_size)
+    return load_stage(spec, case.dtype, device, files, vocab_size=manifest.vocab_size, packed=case.packed)
 
 
 def run(stage: LoadedStage, manifest: Manifest, prompts: Iterable[int]) -> list[JobState]:
@@ -253,7 +263,9 @@ def main(root: str, device: str, *names: str) -> None:
 
 
 def measured(name: str, folder: Path, case: Case, device: str) -> dict[str, Any]:
-    return {"case": name, **(measure_jobs if case is JOBS else measure)(folder, case, device)}
+    if case is JOBS:
+        return {"case": name, **measure_jobs(folder, case, device, LONGER[name])}
+    return {"case": name, **measure(folder, case, device)}
 
 
 if __name__ == "__main__":

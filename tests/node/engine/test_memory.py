@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.node.engine.memory_cases import CASES
+from tests.node.engine.memory_cases import CASES, LONGER
 
 pytestmark = pytest.mark.slow
 
@@ -22,7 +22,7 @@ MIB = 1 << 20
 
 def measured(folder: Path, device: str) -> dict[str, dict[str, Any]]:
     """Each case's figures, in bytes."""
-    names = ["jobs", *CASES]
+    names = [*LONGER, *CASES]
     if importlib.util.find_spec("torchao") is None:
         names = [name for name in names if not name.endswith("int8")]
     command = [sys.executable, "-m", "tests.node.engine.memory_cases", str(folder), device, *names]
@@ -38,8 +38,10 @@ def on_cpu(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]
     return measured(tmp_path_factory.mktemp("memory"), "cpu")
 
 
-def test_jobs_take_what_their_caches_should_and_leave_nothing(on_cpu: dict[str, dict[str, Any]]) -> None:
-    check_jobs(on_cpu["jobs"])
+@pytest.mark.parametrize("name", LONGER)
+def test_jobs_take_what_their_caches_should_and_leave_nothing(on_cpu: dict[str, dict[str, Any]], name: str) -> None:
+    check_jobs(on_cpu[name])
+    assert on_cpu[name]["in_slots"] == [name == "jobs"]
 
 
 def check_jobs(figures: dict[str, Any]) -> None:
@@ -58,14 +60,15 @@ def test_resident_memory_is_as_estimated(on_cpu: dict[str, dict[str, Any]], name
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="NO CUDA DEVICE: its memory estimates are not checked here")
 def test_cuda_memory_is_as_estimated(tmp_path: Path) -> None:
     found = measured(tmp_path, "cuda:0")
-    check_jobs(found.pop("jobs"))
+    for name in LONGER:
+        check_jobs(found.pop(name))
     for figures in found.values():
         check(figures)
 
 
 def check(figures: dict[str, Any]) -> None:
     peak = max(figures["load_peak"], figures["run_peak"])
-    # The two are the same but where oneDNN compiles kernels for 16-bit numbers: how many depends on what jobs come.
+    # The two are the same but where oneDNN compiles kernels for layers: how many depends on what jobs come.
     assert figures["least"] - TOLERANCE * peak <= peak <= figures["most"] + TOLERANCE * peak, figures
     # The weights alone, to the tensor; the rest is allocators' rounding and Python's modules.
     assert 0 <= figures["loaded"] - figures["weights"] <= 0.01 * figures["weights"] + 4 * MIB, figures
