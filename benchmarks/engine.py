@@ -36,7 +36,7 @@ from tests.local_swarm import LocalSwarm
 
 PROMPT = "Tell me a long story about a fox, an owl and a very old oak tree."
 TOPICS = ("a fox", "an owl", "rain", "the sea", "a violin", "bread", "a lighthouse", "snow", "a clock", "two brothers",
-          "a garden", "the moon", "a train", "a market", "a letter", "the desert")  # fmt: skip
+          "a garden", "the moon", "a train", "a river", "a letter", "the desert")  # fmt: skip
 # Positions of KV cache that stages have room for: so many that layers weigh more than embeddings and head, and workers
 # that can hold the largest of equal stages can hold no more layers than that.
 KV_TOKENS = 65_536
