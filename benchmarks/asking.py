@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 
 import httpx
 
 from tests.local_swarm import LocalSwarm
 
-__all__ = ["Answer", "ask", "ask_all"]
+__all__ = ["Answer", "ask", "ask_all", "computed"]
 
 
 @dataclass(frozen=True)
@@ -72,3 +75,15 @@ def ask_all(swarm: LocalSwarm, prompts: Sequence[str], tokens: Sequence[int]) ->
     """All at once; `tokens` of each."""
     with ThreadPoolExecutor(len(prompts)) as pool:
         return list(pool.map(partial(ask, swarm), prompts, tokens))
+
+
+def computed(swarm: LocalSwarm) -> list[tuple[float, int]]:
+    """Of each worker, since its start: seconds in passes, and passes."""
+    found = []
+    for number in range(1, len(swarm.workers) + 1):
+        command = ["azu-node", "status", "--json", "--data-dir", str(swarm.folder / f"worker{number}")]
+        program = Path(sys.executable).with_name(command[0])
+        done = subprocess.run([program, *command[1:]], capture_output=True, check=True)
+        total = json.loads(done.stdout)["since_start"]
+        found.append((total["compute_s"], total["passes"]))
+    return found

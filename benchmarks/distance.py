@@ -11,16 +11,13 @@ after a long wait the same pass takes longer, since caches and cores have gone t
 from __future__ import annotations
 
 import argparse
-import json
 import socket
 import statistics
-import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.asking import ask
+from benchmarks.asking import ask, computed
 from benchmarks.engine import KV_TOKENS, PROMPT, vram_for
 from tests.forwarders import Forwarders
 from tests.local_swarm import LocalSwarm
@@ -50,18 +47,6 @@ def measure(swarm: LocalSwarm, tokens: int, rounds: int) -> Figures:
     compute = sum((now[0] - then[0]) / (now[1] - then[1]) for now, then in zip(computed(swarm), before, strict=True))
     pauses = [pause for answer in answers for pause in answer.pauses]
     return Figures(statistics.mean(pauses), compute, statistics.median(answer.ttft for answer in answers))
-
-
-def computed(swarm: LocalSwarm) -> list[tuple[float, int]]:
-    """Of each worker, since its start: seconds in passes, and passes."""
-    found = []
-    for number in range(1, len(swarm.workers) + 1):
-        command = ["azu-node", "status", "--json", "--data-dir", str(swarm.folder / f"worker{number}")]
-        program = Path(sys.executable).with_name(command[0])
-        done = subprocess.run([program, *command[1:]], capture_output=True, check=True)
-        total = json.loads(done.stdout)["since_start"]
-        found.append((total["compute_s"], total["passes"]))
-    return found
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ transformers runs the unsplit model in this process, with the same weights, prom
 a round follow one another, so that what else the machine does hits each alike; figures are medians over the rounds, and
 ratios are of one run of this program.
 
-    one    1 job through 1, 3 and 6 stages, and what a hop costs beyond computing: against generate()
+    one    1 job through 1, 3 and 6 stages: against generate(); and what a hop costs beyond what stages compute
     many   16 jobs on 3 stages: against 1 job, a static batch in generate(), and transformers' continuous batching
     busy   TTFT of a prompt of 1,024 tokens while 8 jobs decode, and those jobs' p99 time per token meanwhile
 """
@@ -30,7 +30,7 @@ import torch
 from azu.distribution import Library
 from azu.models.memory import stage_memory
 from azu.wire.tensors import WeightFormat
-from benchmarks.asking import Answer, ask, ask_all
+from benchmarks.asking import Answer, ask, ask_all, computed
 from benchmarks.unsplit import Unsplit
 from tests.local_swarm import LocalSwarm
 
@@ -85,7 +85,7 @@ class Bench:
     def unsplit(self) -> Unsplit:
         """transformers' own."""
         if self._unsplit is None:
-            swarm = self.swarm(1)
+            swarm = next(iter(self._swarms.values()), None) or self.swarm(1)
             self._unsplit = Unsplit(swarm.folder / "coordinator", swarm.manifest, getattr(torch, self.dtype))
         return self._unsplit
 
@@ -119,10 +119,24 @@ def one(bench: Bench) -> None:
         rate = middle(answers, "rate")
         p99 = pauses[name][int(len(pauses[name]) * 0.99)] * 1000
         print(f"{name:<12} {middle(answers, 'ttft') * 1000:8.0f} {rate:9.1f} {rate / speed:6.2f} {p99:13.1f}")
-    whole = statistics.median(pauses["1 stages"])
     for count in (3, 6):
-        hops = [(pause - whole) / (count - 1) * 1000 for pause in pauses[f"{count} stages"]]
-        print(f"a hop among {count} costs {statistics.median(hops):.2f} ms, p99 {hops[int(len(hops) * 0.99)]:.2f} ms")
+        found_s = sorted(hop for _ in range(bench.rounds) for hop in hops(bench.swarm(count), bench.tokens))
+        median, p99 = (1_000 * found_s[int(len(found_s) * share)] for share in (0.5, 0.99))
+        print(f"a hop among {count}, beside what stages compute: median {median:.2f} ms, p99 {p99:.2f} ms")
+
+
+def hops(swarm: LocalSwarm, tokens: int) -> list[float]:
+    """Seconds of each hop for each token of an answer: what it took beyond what all stages computed, on average.
+
+    The answer's prompt is computed too; so what a short answer to it takes is subtracted.
+    """
+    totals = []
+    for count in (WARM_TOKENS, WARM_TOKENS + tokens):
+        before = sum(seconds for seconds, _ in computed(swarm))
+        answer = ask(swarm, PROMPT, count)
+        totals.append(sum(seconds for seconds, _ in computed(swarm)) - before)
+    compute = (totals[1] - totals[0]) / tokens
+    return [(pause - compute) / answer.stages for pause in answer.pauses]
 
 
 def many(bench: Bench) -> None:

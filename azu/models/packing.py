@@ -85,10 +85,12 @@ class Pack(Cache):
     def attend(self, module: Any, query: torch.Tensor, scaling: float | None, **scores: Any) -> torch.Tensor:
         """Attention of each job's queries [1, heads, tokens, width] over its own keys: [1, tokens, heads, width]."""
         expand = getattr(module, "expand_kv", None)  # what is cached may be latent
-        together = self._together if expand is None else None
+        # Whatever writes its scores to memory does that for one job after the other, as the memory estimate has it.
+        is_plain = expand is None and not any(each is not None for each in scores.values())
+        together = self._together if is_plain else None
         outputs: dict[int, torch.Tensor] = {}
         if together is not None:
-            found = together.attend(self._index, query, partial(_attend, scaling=scaling, **scores))
+            found = together.attend(self._index, query, partial(_attend, scaling=scaling))
             if len(found) == len(self._rows):
                 return found.squeeze(2).unsqueeze(0)
             outputs = dict(zip(together.jobs, torch.split(found, 1), strict=True))
@@ -160,7 +162,7 @@ def _attend_by_hand(
         scores = scores + mask
     if sinks is None:
         return scores.softmax(-1, dtype=torch.float32).to(query.dtype) @ values
-    sunk = torch.cat([scores, sinks.view(1, -1, 1, 1).expand(len(scores), -1, scores.shape[2], 1)], -1)
+    sunk = torch.cat([scores, sinks.view(1, -1, 1, 1).expand(1, -1, scores.shape[2], 1)], -1)
     return sunk.softmax(-1, dtype=torch.float32)[..., :-1].to(query.dtype) @ values
 
 
