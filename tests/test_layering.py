@@ -17,6 +17,8 @@ LONGEST = 400  # lines of one file
 
 SPLICE = (
     "azu/models/cache.py",
+    "azu/models/slots.py",
+    "azu/models/abreast.py",
     "azu/models/packing.py",
     "azu/models/splice.py",
     "azu/models/architecture.py",
