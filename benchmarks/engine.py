@@ -130,13 +130,17 @@ def hops(swarm: LocalSwarm, tokens: int) -> list[float]:
 
     The answer's prompt is computed too; so what a short answer to it takes is subtracted.
     """
-    totals = []
-    for count in (WARM_TOKENS, WARM_TOKENS + tokens):
-        before = sum(seconds for seconds, _ in computed(swarm))
-        answer = ask(swarm, PROMPT, count)
-        totals.append(sum(seconds for seconds, _ in computed(swarm)) - before)
-    compute = (totals[1] - totals[0]) / tokens
+    _, short = spent(swarm, WARM_TOKENS)
+    answer, long = spent(swarm, WARM_TOKENS + tokens)
+    compute = (long - short) / tokens
     return [(pause - compute) / answer.stages for pause in answer.pauses]
+
+
+def spent(swarm: LocalSwarm, tokens: int) -> tuple[Answer, float]:
+    """An answer, and the seconds for which stages computed it."""
+    before = sum(seconds for seconds, _ in computed(swarm))
+    answer = ask(swarm, PROMPT, tokens)
+    return answer, sum(seconds for seconds, _ in computed(swarm)) - before
 
 
 def many(bench: Bench) -> None:
