@@ -70,7 +70,7 @@ class Loader:
         layer_us = await self._thread.run(stage.measure_layer_us)
         await self._thread.run(partial(stage.measure_pace, min(_MEASURED_ROWS, manifest.context_length)))
         log(logger, logging.INFO, "stage loaded", estimated=format_size(memory.weights + memory.overhead),
-            measured=format_size(held_bytes(self._device) - before))  # fmt: skip
+            measured=format_size(held_bytes(self._device) - before), packed=packed)  # fmt: skip
         kv_tokens = kv_room(*_stage(manifest, assignment), self._device.vram, assignment.kv_tokens, packed=packed)
         return Loaded(
             manifest.digest, spec.start, spec.end, stage, kv_tokens, memory.kv_per_token, layer_us,

@@ -13,6 +13,7 @@ import mmap
 import sys
 import weakref
 from contextlib import suppress
+from pathlib import Path
 
 import torch
 
@@ -22,11 +23,14 @@ __all__ = ["POSITIONS", "Slot", "Slots", "has_slots"]
 
 # A longer job's own attention takes so long that a call of its own costs little; and its addresses would be many.
 POSITIONS = 2_048
+_OVERCOMMIT, _STRICT = Path("/proc/sys/vm/overcommit_memory"), "2"  # proc_sys_vm(5)
 
 
 def has_slots(device: torch.device) -> bool:
-    """Whether a device's memory is such: elsewhere the system has other ways to give pages back."""
-    return device.type == "cpu" and sys.platform == "linux"
+    """Whether a device's memory is such: elsewhere the system has other ways to give pages back, and where Linux may
+    promise no more memory than it has, addresses would use that up.
+    """
+    return device.type == "cpu" and sys.platform == "linux" and _OVERCOMMIT.read_text().strip() != _STRICT
 
 
 class Slots:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from pathlib import Path
 
 import psutil
 import pytest
@@ -78,6 +79,13 @@ def test_a_width_that_fills_no_page() -> None:
     del other
     assert bool((one.rows(0, 0, like) == 1).all())
     assert (slots.rows(0, 0).stride(0) * 2) % mmap.PAGESIZE == 0
+
+
+def test_none_where_addresses_count_as_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "overcommit").write_text("2\n")
+    monkeypatch.setattr(slots_module, "_OVERCOMMIT", tmp_path / "overcommit")
+    assert not has_slots(torch.device("cpu"))
+    assert not has_slots(torch.device("cuda:0"))
 
 
 def test_a_kernel_without_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
