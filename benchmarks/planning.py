@@ -11,7 +11,8 @@ a plan gives where jobs may take parts of what workers hold, as they do, and whe
 relaxed bound; in swarms for which that takes long, against the crude one, which is a little higher. The same for swarms
 whose workers were replaced, a twentieth at a time. For small swarms the planner's own search goes on for twenty times
 as long, and where the plan is not near that bound, a mixed-integer program searches for a better plan that is as safe
-and for a lower bound. Needs scipy: pip install scipy
+and for a lower bound. With --through 6x32, which takes a quarter of an hour, the search goes through all plans that its
+bounds leave open, so that the best one is known. Needs scipy: pip install scipy
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import count as count_from
 from itertools import islice
+from math import inf
 from typing import Any
+from unittest.mock import patch
 
 from azu.planning import Demand, Links, ModelShape, Placement, WorkerView, few, place
 from benchmarks.bounds import best_with_parts, crude, parts, relaxed, safest, safety_of, whole
@@ -132,34 +135,46 @@ def report_reach(count: int, n_layers: int, swarms: int) -> None:
     for a better plan too, and for a lower bound.
     """
     of_best, of_bound = [], []
-    searched = unsafe = 0
-    seeds = (seed for seed in count_from(0) if safest(large_model(n_layers), machines(count, seed)))
-    for seed in islice(seeds, swarms):
-        shape, workers = large_model(n_layers), machines(count, seed)
+    programs = unsafe = 0
+    for shape, workers in small_swarms(count, n_layers, swarms):
         running = carried_out(workers, place(shape, workers))
         safety = safety_of(running, n_layers)
         rate, bound = parts(running, n_layers), relaxed(shape, workers)
-        best = max(rate, parts(searched_longer(shape, workers), n_layers))
+        best = max(rate, parts(searched(shape, workers, work=LONGER * few.MOST_WORK), n_layers))
         if rate < NEARLY * bound:
             found, limit = best_with_parts(shape, workers, SEARCH_S, safety)
             best, bound = max(best, found), min(bound, limit)
-            searched += 1
+            programs += 1
         of_best.append(rate / best)
         of_bound.append(rate / bound)
         unsafe += safety < safest(shape, workers)
     shares = (min(of_best), statistics.median(of_best), min(of_bound), statistics.median(of_bound))
     text = " | ".join(f"{share:.3f}" for share in shares)
-    print(f"| {count} | {n_layers} | {text} | {searched} | {unsafe} |", flush=True)
+    print(f"| {count} | {n_layers} | {text} | {programs} | {unsafe} |", flush=True)
 
 
-def searched_longer(shape: ModelShape, workers: Sequence[WorkerView]) -> list[WorkerView]:
-    """The workers with all layers loaded, of a plan that took many times as long."""
-    usual = few.MOST_WORK
-    few.MOST_WORK = LONGER * usual
-    try:
+def report_through(count: int, n_layers: int, swarms: int) -> None:
+    """A row: small swarms against the best plan there is."""
+    shares = []
+    for shape, workers in small_swarms(count, n_layers, swarms):
+        best = parts(searched(shape, workers, work=inf, plans=inf), n_layers)
+        shares.append(parts(carried_out(workers, place(shape, workers)), n_layers) / best)
+    print(f"| {count} | {n_layers} | {min(shares):.3f} | {statistics.median(shares):.3f} |", flush=True)
+
+
+def small_swarms(count: int, n_layers: int, swarms: int) -> Iterator[tuple[ModelShape, list[WorkerView]]]:
+    """So many that can hold the model at all."""
+    shape = large_model(n_layers)
+    found = ((shape, machines(count, seed)) for seed in count_from(0) if safest(shape, machines(count, seed)))
+    return islice(found, swarms)
+
+
+def searched(
+    shape: ModelShape, workers: Sequence[WorkerView], *, work: float, plans: float = few.MOST_PLANS
+) -> list[WorkerView]:
+    """The workers with all layers loaded, of a plan that was searched for with other limits."""
+    with patch.object(few, "MOST_WORK", work), patch.object(few, "MOST_PLANS", plans):
         return carried_out(workers, place(shape, workers))
-    finally:
-        few.MOST_WORK = usual
 
 
 def main() -> None:
@@ -168,6 +183,7 @@ def main() -> None:
     parser.add_argument("--sizes", default=SIZES, help="workers x layers, measured by the bound")
     parser.add_argument("--churned", default=CHURNED, help="workers x layers, measured while workers are replaced")
     parser.add_argument("--small", default=SMALL, help="workers x layers, for which better plans are searched for")
+    parser.add_argument("--through", default="", help="workers x layers, for which all plans are gone through")
     parser.add_argument("--swarms", type=int, default=10, help="of each of these sizes")
     parser.add_argument("--seeds", type=int, default=5, help="swarms of each size")
     options = parser.parse_args()
@@ -187,6 +203,10 @@ def main() -> None:
     )
     for count, n_layers in _sizes(options.small):
         report_reach(count, n_layers, options.swarms)
+    if options.through:
+        print("\n| workers | layers | of the best there is, least | median |\n| --- | --- | --- | --- |")
+    for count, n_layers in _sizes(options.through):
+        report_through(count, n_layers, options.swarms)
 
 
 def _sizes(text: str) -> list[tuple[int, int]]:
