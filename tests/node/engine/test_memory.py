@@ -6,6 +6,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,17 @@ import torch
 
 from tests.node.engine.memory_cases import CASES, LONGER
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="the peak of resident memory is read from Linux's /proc"),
+]
 
 TOLERANCE = 0.1
 MIB = 1 << 20
 
 
-def measured(folder: Path, device: str) -> dict[str, dict[str, Any]]:
+def measured(folder: Path, device: str, names: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Each case's figures, in bytes."""
-    names = [*LONGER, *CASES]
     if importlib.util.find_spec("torchao") is None:
         names = [name for name in names if not name.endswith("int8")]
     command = [sys.executable, "-m", "tests.node.engine.memory_cases", str(folder), device, *names]
@@ -33,15 +36,14 @@ def measured(folder: Path, device: str) -> dict[str, dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def on_cpu(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    if sys.platform != "linux":
-        pytest.skip("the peak of resident memory is read from Linux's /proc")
-    return measured(tmp_path_factory.mktemp("memory"), "cpu")
+    return measured(tmp_path_factory.mktemp("memory"), "cpu", CASES)
 
 
 @pytest.mark.parametrize("name", LONGER)
-def test_jobs_take_what_their_caches_should_and_leave_nothing(on_cpu: dict[str, dict[str, Any]], name: str) -> None:
-    check_jobs(on_cpu[name])
-    assert on_cpu[name]["in_slots"] == [name == "jobs"]
+def test_jobs_take_what_their_caches_should_and_leave_nothing(tmp_path: Path, name: str) -> None:
+    figures = measured(tmp_path, "cpu", [name])[name]
+    check_jobs(figures)
+    assert figures["in_slots"] == [name == "jobs"]
 
 
 def check_jobs(figures: dict[str, Any]) -> None:
@@ -59,7 +61,7 @@ def test_resident_memory_is_as_estimated(on_cpu: dict[str, dict[str, Any]], name
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="NO CUDA DEVICE: its memory estimates are not checked here")
 def test_cuda_memory_is_as_estimated(tmp_path: Path) -> None:
-    found = measured(tmp_path, "cuda:0")
+    found = measured(tmp_path, "cuda:0", [*LONGER, *CASES])
     for name in LONGER:
         check_jobs(found.pop(name))
     for figures in found.values():
