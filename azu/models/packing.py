@@ -74,12 +74,12 @@ class Pack(Cache):
         abreast = self._abreast
         self._together = abreast if abreast and abreast.append(layer_idx, self._layers, states) else None
         done = self._together.jobs if self._together else ()
-        keys, values = (torch.split(each, self._rows, 2) for each in states)
-        self._held = {
-            job: layer.update(keys[job], values[job], *args, **kwargs)
-            for job, layer in enumerate(self._layers)
-            if job not in done
-        }
+        self._held = {}
+        if len(done) < len(self._layers):
+            keys, values = (torch.split(each, self._rows, 2) for each in states)
+            for job, layer in enumerate(self._layers):
+                if job not in done:
+                    self._held[job] = layer.update(keys[job], values[job], *args, **kwargs)
         return states
 
     def attend(self, module: Any, query: torch.Tensor, scaling: float | None, **scores: Any) -> torch.Tensor:
@@ -87,18 +87,18 @@ class Pack(Cache):
         expand = getattr(module, "expand_kv", None)  # what is cached may be latent
         # Whatever writes its scores to memory does that for one job after the other, as the memory estimate has it.
         is_plain = expand is None and not any(each is not None for each in scores.values())
-        together = self._together if is_plain else None
+        together = self._together
         outputs: dict[int, torch.Tensor] = {}
-        if together is not None:
+        if together is not None and not is_plain:
+            self._held |= {job: (self._layers[job].keys, self._layers[job].values) for job in together.jobs}
+        elif together is not None:
             found = together.attend(self._index, query, partial(_attend, scaling=scaling))
             if len(found) == len(self._rows):
                 return found.squeeze(2).unsqueeze(0)
             outputs = dict(zip(together.jobs, torch.split(found, 1), strict=True))
         for job, part in enumerate(torch.split(query, self._rows, 2)):
             if job not in outputs:
-                layer = self._layers[job]
-                keys, values = self._held.get(job, (layer.keys, layer.values))
-                keys, values = (keys, values) if expand is None else expand(keys, values)
+                keys, values = self._held[job] if expand is None else expand(*self._held[job])
                 outputs[job] = _attend(part, keys, values, self._mask(part, keys), scaling, **scores)
         return torch.cat([outputs[job] for job in range(len(outputs))], 2).transpose(1, 2)
 
