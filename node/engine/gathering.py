@@ -18,6 +18,7 @@ _GROUPS = (1, 2, 3, 4, 6, 8, 12, 16)  # that are tried
 _FIRST = 2
 _ROUNDS = 8  # tokens of each job in one trial
 _SETTLE = 2  # rounds after a change that do not count
+_GLANCE, _POOR = 3, 0.9  # rounds after which a trial ends that gave less than this share of what the best one does
 _GAIN = 1.02  # how much better another number has to be
 _PAUSE, _LONGEST_PAUSE = 8, 64  # trials between two with another number
 _SMOOTH = 0.3  # weight of a new measurement
@@ -99,10 +100,12 @@ class Gathering:
         elif self._began is None:
             if self._tokens >= 0:
                 self._began, self._tokens, self._disturbed = now, 0, 0
-        elif self._tokens >= _ROUNDS * jobs:
-            if self._disturbed <= self._tokens:
-                self._conclude(self._tokens / (now - self._began))
-            self._begin(jobs)
+        elif self._tokens >= _GLANCE * jobs:
+            rate = self._tokens / (now - self._began)
+            if self._tokens >= _ROUNDS * jobs or self._is_poor(rate):
+                if self._disturbed <= self._tokens:
+                    self._conclude(rate)
+                self._begin(jobs)
 
     def _begin(self, jobs: int) -> None:
         """Choose the number of groups of the next trial."""
@@ -122,6 +125,11 @@ class Gathering:
             record.detours += 1
             record.trials = 0
             record.pause = min(2 * record.pause, _LONGEST_PAUSE)
+
+    def _is_poor(self, rate: float) -> bool:
+        """Whether it is not worth going on with another number than the best."""
+        record = self._records[self._jobs.bit_length()]
+        return self.groups != record.best and rate < _POOR * record.rates.get(record.best, 0.0)
 
     def _conclude(self, rate: float) -> None:
         record = self._records[self._jobs.bit_length()]
