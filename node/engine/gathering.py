@@ -9,6 +9,7 @@ and the next larger one are tried now and then. (vLLM and others set as many as 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -19,7 +20,7 @@ _FIRST = 2
 _ROUNDS = 8  # tokens of each job in one trial
 _SETTLE = 2  # rounds after a change that do not count
 _GLANCE, _POOR = 3, 0.9  # rounds after which a trial ends that gave less than this share of what the best one does
-_GAIN = 1.02  # how much better another number has to be
+_GAIN, _SURE = 1.02, 1.1  # how much better another number has to be, and in a single trial
 _PAUSE, _LONGEST_PAUSE = 8, 64  # trials between two with another number
 _SMOOTH = 0.3  # weight of a new measurement
 _LOST = 4.0  # trips after which a token does not count as away any more
@@ -29,8 +30,11 @@ _LOST = 4.0  # trips after which a token does not count as away any more
 class _Record:
     """What was found out with about so many jobs."""
 
-    rates: dict[int, float] = field(default_factory=dict)  # groups -> tokens per second
     best: int = _FIRST
+    rate: float = 0.0  # tokens per second when the best one was tried last
+    # Others -> their rate, as a share of the best one's just before: a machine's speed changes more from minute to
+    # minute than from one number to the next.
+    shares: dict[int, float] = field(default_factory=dict)
     pause: int = _PAUSE
     trials: int = 0  # with the best one since another was tried
     detours: int = 0
@@ -113,29 +117,33 @@ class Gathering:
         self._tokens, self._disturbed = -_SETTLE * jobs, 0
         record = self._records.setdefault(jobs.bit_length(), _Record())
         at = _GROUPS.index(record.best)
-        beside = [groups for groups in _GROUPS[max(0, at - 1) : at + 2] if groups <= jobs]
-        untried = [groups for groups in beside if groups not in record.rates]
-        if untried:
-            self.groups = record.best if record.best in untried else untried[0]
-        elif record.trials < record.pause:
+        beside = [groups for groups in _GROUPS[max(0, at - 1) : at + 2] if groups <= jobs and groups != record.best]
+        unsure = [groups for groups in beside if record.shares.get(groups, math.inf) > _GAIN]
+        if not beside or not record.trials or (not unsure and record.trials < record.pause):
             self.groups = record.best
+        elif unsure:
+            self.groups = unsure[0]
         else:
-            others = [groups for groups in beside if groups != record.best] or [record.best]
-            self.groups = others[record.detours % len(others)]
+            self.groups = beside[record.detours % len(beside)]
             record.detours += 1
-            record.trials = 0
             record.pause = min(2 * record.pause, _LONGEST_PAUSE)
 
     def _is_poor(self, rate: float) -> bool:
         """Whether it is not worth going on with another number than the best."""
         record = self._records[self._jobs.bit_length()]
-        return self.groups != record.best and rate < _POOR * record.rates.get(record.best, 0.0)
+        return self.groups != record.best and rate < _POOR * record.rate
 
     def _conclude(self, rate: float) -> None:
         record = self._records[self._jobs.bit_length()]
-        known = record.rates.get(self.groups, rate)
-        record.rates[self.groups] = known + (rate - known) * _SMOOTH
-        record.trials += 1
-        leader = max(record.rates, key=record.rates.__getitem__)
-        if record.rates[leader] > _GAIN * record.rates.get(record.best, 0.0):
-            record.best, record.pause = leader, _PAUSE
+        if self.groups == record.best:
+            record.rate = rate
+            record.trials += 1
+            return
+        record.trials = 0
+        share = rate / record.rate
+        known = record.shares.get(self.groups)
+        share = share if known is None else known + (share - known) * _SMOOTH
+        record.shares[self.groups] = share
+        # What seems to be a little better may be so by chance: it is tried twice.
+        if share > _SURE or (share > _GAIN and known is not None):
+            self._records[self._jobs.bit_length()] = _Record(self.groups, rate, {record.best: 1 / share})

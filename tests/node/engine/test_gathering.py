@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import groupby
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from node.engine.gathering import Gathering
+
+
+class Fixed(Gathering):
+    """Tries nothing."""
+
+    def __init__(self, groups: int) -> None:
+        super().__init__()
+        self.groups = groups
+
+    def _measure(self, now: float) -> None:
+        pass
 
 
 @dataclass
@@ -25,7 +38,6 @@ class Ring:
     shared: bool
     stages: int = 3
     jobs: int = 16
-    fixed: int | None = None
     gathering: Gathering = field(default_factory=Gathering)
 
     def run(self, seconds: float) -> float:
@@ -35,8 +47,6 @@ class Ring:
         running: dict[int, tuple[float, list[int]]] = {}  # stage -> seconds of work left, jobs
         flying = [(0.013 * job, 0, job) for job in range(self.jobs)]  # when it comes, stage, job
         while now < seconds:
-            if self.fixed is not None:
-                self.gathering.groups = self.fixed
             alarm = math.inf
             for stage, queue in enumerate(queues):
                 if queue and stage not in running:
@@ -77,8 +87,35 @@ RINGS = {
 
 @pytest.mark.parametrize("kind", RINGS)
 def test_it_finds_about_the_best_number(kind: str) -> None:
-    rates = {groups: Ring(**RINGS[kind], fixed=groups).run(60) for groups in (1, 2, 3, 4, 8, 16)}  # type: ignore[arg-type]
+    rates = {groups: Ring(**RINGS[kind], gathering=Fixed(groups)).run(60) for groups in (1, 2, 3, 4, 8, 16)}  # type: ignore[arg-type]
     assert Ring(**RINGS[kind]).run(120) > 0.9 * max(rates.values()), rates  # type: ignore[arg-type]
+
+
+def tried(seconds: Callable[[int, float], float], rounds: int = 400) -> list[int]:
+    """The groups in each round of 16 jobs' tokens, which takes `seconds` with so many groups at that time."""
+    gathering, now, found = Gathering(), 0.0, []
+    for _ in range(rounds):
+        for job in range(16):
+            gathering.came(job, now)
+        found.append(gathering.groups)
+        now += seconds(gathering.groups, now)
+        gathering.left(range(16), 0, now)
+    return found
+
+
+def test_a_number_that_is_much_worse_is_not_tried_for_long() -> None:
+    runs = [(groups, len(list(run))) for groups, run in groupby(tried(lambda groups, _: 1.0 if groups == 2 else 1.3))]
+    others = [length for groups, length in runs if groups != 2]
+    assert len(others) > 3
+    assert max(others[1:]) <= 5, runs  # the first is in force before anything is tried
+
+
+def test_a_machine_that_is_faster_at_times_does_not_make_a_worse_number_seem_better() -> None:
+    def seconds(groups: int, now: float) -> float:
+        return (1.0 if groups == 2 else 1.05) * (1 + 0.4 * math.sin(now / 40))
+
+    found = tried(seconds, 2_000)
+    assert found.count(2) > 0.8 * len(found)
 
 
 def test_one_job_never_waits() -> None:
