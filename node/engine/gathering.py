@@ -121,7 +121,9 @@ class Gathering:
         unsure = [groups for groups in beside if record.shares.get(groups, math.inf) > _GAIN]
         if not beside or not record.trials or (not unsure and record.trials < record.pause):
             self.groups = record.best
-        elif unsure:
+            return
+        record.trials = 0
+        if unsure:
             self.groups = unsure[0]
         else:
             self.groups = beside[record.detours % len(beside)]
@@ -139,7 +141,6 @@ class Gathering:
             record.rate = rate
             record.trials += 1
             return
-        record.trials = 0
         share = rate / record.rate
         known = record.shares.get(self.groups)
         share = share if known is None else known + (share - known) * _SMOOTH

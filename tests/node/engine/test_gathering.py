@@ -91,15 +91,20 @@ def test_it_finds_about_the_best_number(kind: str) -> None:
     assert Ring(**RINGS[kind]).run(120) > 0.9 * max(rates.values()), rates  # type: ignore[arg-type]
 
 
-def tried(seconds: Callable[[int, float], float], rounds: int = 400) -> list[int]:
-    """The groups in each round of 16 jobs' tokens, which takes `seconds` with so many groups at that time."""
+def tried(
+    seconds: Callable[[int, float], float], rounds: int = 400, prompts: Callable[[int], int] = lambda _: 0
+) -> list[int]:
+    """The groups in each round of 16 jobs' tokens, which takes `seconds` with so many groups at that time.
+
+    prompts: the rows of prompts in each round.
+    """
     gathering, now, found = Gathering(), 0.0, []
-    for _ in range(rounds):
+    for number in range(rounds):
         for job in range(16):
             gathering.came(job, now)
         found.append(gathering.groups)
         now += seconds(gathering.groups, now)
-        gathering.left(range(16), 0, now)
+        gathering.left(range(16), prompts(number), now)
     return found
 
 
@@ -116,6 +121,12 @@ def test_a_machine_that_is_faster_at_times_does_not_make_a_worse_number_seem_bet
 
     found = tried(seconds, 2_000)
     assert found.count(2) > 0.8 * len(found)
+
+
+def test_where_prompts_never_end_a_trial_of_another_number_does() -> None:
+    found = tried(lambda groups, _: 1.0 if groups == 2 else 1.05, prompts=lambda number: 100 if number > 12 else 0)
+    assert found[13] != 2
+    assert set(found[30:]) == {2}
 
 
 def test_one_job_never_waits() -> None:
