@@ -1,7 +1,8 @@
 """Attention of several jobs' decoded tokens in one call, where their caches lie in slots (see `slots`).
 
-The call goes over all slots from the first to the last of these jobs, and over as many positions as the longest has.
-What a job does not have is masked. Where that would be much more than what there is, jobs are left out.
+The call goes over as many positions as the longest of these jobs has; what a job does not have is masked. Slots that
+follow one another are read where they lie, others are copied together first. Where that would be much more than what
+there is, jobs are left out.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ __all__ = ["Abreast", "find_abreast"]
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 # Positions for each job that may be computed in vain: as many take about as long as a call for a job of its own.
-_IN_VAIN = 128
+_IN_VAIN = 96
+_COPY_SHARE = 4  # positions that are copied take as long as one that is computed
+_MOST_COPIED = 4_096  # positions: no more memory than a prompt takes
 
 
 def find_abreast(caches: Sequence[Cache], rows: Sequence[int]) -> Abreast | None:
@@ -37,7 +40,7 @@ def find_abreast(caches: Sequence[Cache], rows: Sequence[int]) -> Abreast | None
     chosen = sorted(able, key=lambda job: able[job].length)
     while len(chosen) > 1:
         found = Abreast({job: able[job] for job in sorted(chosen)}, rows)
-        if found.in_vain <= _IN_VAIN * len(chosen):
+        if found.in_vain <= _IN_VAIN * len(chosen) and found.copied <= _MOST_COPIED:
             return found
         del chosen[-1]
     return None
@@ -47,7 +50,8 @@ class Abreast:
     """Jobs of one stage, a token of each.
 
     Attributes:
-        jobs: which they are, of a pack. in_vain: positions that are computed beside those that jobs have.
+        jobs: which they are, of a pack. in_vain: positions beyond those that jobs have, as much work as the call takes.
+        copied: positions of each layer that are copied for the call.
     """
 
     def __init__(self, layers: dict[int, ReservedLayer], rows: Sequence[int]) -> None:
@@ -57,10 +61,11 @@ class Abreast:
         slots = [layer.slot for layer in layers.values() if layer.slot is not None]
         self._slots = slots[0].slots
         self._numbers = [slot.number for slot in slots]
-        self._first = min(self._numbers)
-        self._count = max(self._numbers) + 1 - self._first
+        self._is_run = self._numbers == [*range(self._numbers[0], self._numbers[0] + len(slots))]
         self._longest = max(self._lengths) + 1
-        self.in_vain = self._count * self._longest - sum(self._lengths) - len(self.jobs)
+        positions = len(slots) * self._longest
+        self.copied = 0 if self._is_run else positions
+        self.in_vain = positions - sum(self._lengths) - len(slots) + self.copied // _COPY_SHARE
 
     def append(self, index: int, layers: Sequence[Any], states: Sequence[torch.Tensor]) -> bool:
         """Append the jobs' keys and values to their layers with this index; False where these do not lie in the slots.
@@ -84,18 +89,21 @@ class Abreast:
         """The jobs' attention, [jobs, heads, 1, width], of a whole pack's queries [1, heads, tokens, width].
 
         Args:
-            attention: takes queries [slots, heads, 1, width], keys and values [slots, kv heads, positions, width] and
-                what to add to scores [slots, 1, 1, positions].
+            attention: takes queries [jobs, heads, 1, width], keys and values [jobs, kv heads, positions, width] and
+                what to add to scores [jobs, 1, 1, positions].
         """
-        reach = slice(self._first, self._first + self._count)
-        keys, values = (self._slots.rows(index, kind)[reach, :, : self._longest] for kind in range(2))
+        keys, values = (self._held(index, kind) for kind in range(2))
         queries = query.transpose(0, 2)
-        if not self._is_in_order:
-            queries = queries[self._tokens_by_slot]
         if self._mask.dtype != query.dtype:
             self._mask = self._mask.to(query.dtype)
-        found = attention(queries, keys, values, self._mask)
-        return found if self._is_in_order else found[self._places]
+        return attention(queries if self._is_all else queries[self._tokens], keys, values, self._mask)
+
+    def _held(self, index: int, kind: int) -> torch.Tensor:
+        """The jobs' keys (kind 0) or values (kind 1) in a layer, [jobs, kv heads, positions, width]."""
+        rows = self._slots.rows(index, kind)[:, :, : self._longest]
+        if self._is_run:
+            return rows[self._numbers[0] : self._numbers[0] + len(self.jobs)]
+        return rows.index_select(0, self._at[0])
 
     @cached_property
     def _tokens(self) -> torch.Tensor:
@@ -109,33 +117,12 @@ class Abreast:
         return len(self.jobs) == len(self._rows)
 
     @cached_property
-    def _is_in_order(self) -> bool:
-        """Whether the jobs are the pack's, and in the order of their slots, without one between."""
-        return self._is_all and self._numbers == [*range(self._first, self._first + self._count)]
-
-    @cached_property
     def _at(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Slots and positions of the new tokens."""
         return torch.tensor(self._numbers), torch.tensor(self._lengths)
 
     @cached_property
-    def _places(self) -> torch.Tensor:
-        """The jobs' slots, counted from the first."""
-        return torch.tensor(self._numbers) - self._first
-
-    @cached_property
-    def _tokens_by_slot(self) -> torch.Tensor:
-        """Where in the pack the token of each slot is; any token for a slot that is none of these jobs'."""
-        tokens = torch.zeros(self._count, dtype=torch.int64)
-        tokens[self._places] = self._tokens
-        return tokens
-
-    @cached_property
     def _mask(self) -> torch.Tensor:
-        """What to add to scores, [slots, 1, 1, positions]: nothing in slots that are none of these jobs', as where
-        there is nothing to see the sum of weights would be zero.
-        """
-        seen = torch.full((self._count, 1), self._longest)
-        seen[self._places, 0] = torch.tensor(self._lengths) + 1
-        mask = torch.zeros(self._count, self._longest)
-        return mask.masked_fill(torch.arange(self._longest) >= seen, float("-inf")).view(self._count, 1, 1, -1)
+        """What to add to scores, [jobs, 1, 1, positions]."""
+        hidden = torch.arange(self._longest) > self._at[1].unsqueeze(1)
+        return torch.zeros(hidden.shape).masked_fill(hidden, float("-inf")).view(len(self.jobs), 1, 1, -1)

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import DynamicCache, DynamicLayer, PreTrainedConfig
+from transformers import Cache, DynamicCache, DynamicLayer, PreTrainedConfig
 
 from azu.models.slots import POSITIONS, Slot
 
-__all__ = ["GROWTH", "ReservedLayer", "new_cache"]
+__all__ = ["GROWTH", "ReservedLayer", "new_cache", "place_of"]
 
 GROWTH = 256  # tokens by which a layer grows that was told too few
 
@@ -29,6 +29,12 @@ def new_cache(config: PreTrainedConfig, tokens: int, slot: Slot | None = None) -
         for index, layer in enumerate(cache.layers)
     ]
     return cache
+
+
+def place_of(cache: Cache) -> int:
+    """The number of a cache's slot; 0 where it has none."""
+    slots = (layer.slot for layer in cache.layers if isinstance(layer, ReservedLayer))
+    return next((slot.number for slot in slots if slot is not None), 0)
 
 
 class ReservedLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # no annotations upstream

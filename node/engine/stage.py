@@ -17,7 +17,7 @@ import torch
 
 from azu.errors import AzuError, CapacityError, InternalError, ModelError
 from azu.logs import log
-from azu.models.cache import GROWTH
+from azu.models.cache import GROWTH, place_of
 from azu.models.quantize import held_weights, return_freed_memory
 from azu.models.splice import Part, Stage, StageSpec, build_stage
 from azu.tickets import Sampling
@@ -61,6 +61,7 @@ class JobState:
         self.cache = cache
         self.sampler = sampler
         self.position = 0  # positions in the cache
+        self.place = place_of(cache)
 
     def held(self) -> list[dict[str, Any]]:
         """The cache as it is, to be put back: layers replace their tensors, or write behind what they hold."""
@@ -83,6 +84,10 @@ class Step:
     inputs: tuple[int, ...] | bytearray
     rows: int
     sample: bool
+
+
+def _place(step: Step) -> int:
+    return step.job.place
 
 
 def _plain_strides(_head: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
@@ -200,8 +205,10 @@ class LoadedStage:
         """
         if len(steps) > 1 and self.can_pack:
             before = [step.job.held() for step in steps]
+            ordered = sorted(steps, key=_place)  # caches that lie side by side can be read as one
             try:
-                return self._run_together(steps)
+                found = dict(zip(ordered, self._run_together(ordered), strict=True))
+                return [found[step] for step in steps]
             except Exception as error:  # a border, as in _run_alone: one job shall not end the others
                 log(logger, logging.WARNING, "a pass failed, its steps are run one by one", reason=repr(error))
                 for step, held in zip(steps, before, strict=True):

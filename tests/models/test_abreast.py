@@ -90,10 +90,24 @@ def test_one_call_for_all_that_lie_close(monkeypatch: pytest.MonkeyPatch) -> Non
     assert calls == [4, 4], "one in each of two layers"
     calls.clear()
     attended(filled(Slots(), [30, 35, 1_500, 31]), [1, 1, 1, 1])
-    assert calls == [4, 1, 4, 1], "what is much longer goes alone: its slot is passed over"
+    assert calls == [3, 1, 3, 1], "what is much longer goes alone, and its slot is passed over"
     calls.clear()
     attended(filled(Slots(), [30, 35, 40]), [1, 5, 1])
-    assert calls == [3, 1, 3, 1], "so does a prompt"
+    assert calls == [2, 1, 2, 1], "so does a prompt"
+
+
+def test_only_slots_that_lie_apart_are_copied() -> None:
+    caches = filled(Slots(), [30, 40, 50, 60])
+    run, apart = find_abreast(caches, [1] * 4), find_abreast([caches[0], caches[1], caches[3]], [1] * 3)
+    assert run is not None
+    assert apart is not None
+    assert (run.jobs, run.copied, run.in_vain) == ([0, 1, 2, 3], 0, 30 + 20 + 10)
+    assert (apart.jobs, apart.copied, apart.in_vain) == ([0, 1, 2], 3 * 61, 30 + 20 + 3 * 61 // 4)
+    long = filled(Slots(), [380] * 20)
+    assert find_abreast(long, [1] * 20) is not None, "as they lie there is no copy"
+    few = find_abreast(long[::-1], [1] * 20)
+    assert few is not None
+    assert len(few.jobs) == 4_096 // 381, "no more memory than that"
 
 
 def test_who_cannot_be_there() -> None:

@@ -13,7 +13,9 @@ import torch
 import transformers
 
 from azu.errors import CapacityError, InternalError, ModelError
+from azu.models.abreast import find_abreast
 from azu.models.publish import publish
+from azu.models.slots import has_slots
 from azu.models.splice import StageSpec, stage_tensor_names
 from azu.models.store import LayerStore
 from azu.records import Speed
@@ -167,3 +169,34 @@ def test_out_of_memory_in_a_job(load: Load, monkeypatch: pytest.MonkeyPatch) -> 
             run(stage, stage.open_job(Sampling()))
     assert caught.value.code == "device_out_of_memory"
     run(stage, stage.open_job(Sampling()))
+
+
+@pytest.mark.skipif(not has_slots(torch.device("cpu")), reason="slots are for Linux")
+def test_a_pass_goes_through_jobs_as_their_caches_lie(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that they are read as one; and each has its own result, in whatever order they came."""
+    stage, copied = load(0, 4), []
+
+    def noted(caches: Any, rows: Any) -> Any:
+        found = find_abreast(caches, rows)
+        copied.append(found.copied if found is not None else None)
+        return found
+
+    monkeypatch.setattr("azu.models.packing.find_abreast", noted)
+    prompts = [(3,), (4, 5), (6, 7, 8), (9, 10, 11, 12)]
+
+    def answers(order: list[int]) -> list[list[int]]:
+        jobs = [stage.open_job(Sampling(temperature=0), (), 32) for _ in prompts]
+        said: list[list[int]] = [[] for _ in prompts]
+        rows = list(prompts)
+        for _ in range(6):
+            steps = [Step(jobs[job], rows[job], len(rows[job]), sample=True) for job in order]
+            for job, found in zip(order, stage.run_steps(steps), strict=True):
+                token = found.unwrap().token
+                assert token is not None
+                said[job].append(token)
+                rows[job] = (token,)
+        return said
+
+    assert answers([2, 0, 3, 1]) == answers([0, 1, 2, 3])
+    assert set(copied[1:6]) == {0}
+    assert len({tuple(each) for each in answers([3, 2, 1, 0])}) > 1, "answers that are alike would show nothing"
