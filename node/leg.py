@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -101,7 +102,8 @@ class Leg:
         self._wait = trio.CancelScope()  # what is waited for between two steps
         self._has_failed = False
         self._number = 0  # of the job, for the device thread
-        self._inbox_in, self._inbox = trio.open_memory_channel[Work](WINDOW)
+        self._inbox: deque[Work] = deque()
+        self._has_work = trio.Event()  # set with work and by a pause, and then replaced
         self._taken = 0
         hello = Hello(job_id=ticket.job_id, epoch=ticket.epoch, stage=index)
         count = len(ticket.stages)
@@ -146,6 +148,7 @@ class Leg:
     def pause(self) -> None:
         """End `run` after the step that is being computed."""
         self._paused.set()
+        self._has_work.set()
         self._wait.cancel()
 
     # --- from the previous stage
@@ -175,11 +178,23 @@ class Leg:
             if isinstance(message, Moved):
                 await self._intake.follow(message)
                 return
-            try:
-                self._inbox_in.send_nowait(self._accept(message, body))
-            except trio.WouldBlock:
-                raise ProtocolError(f"{channel.peer_id} sent more than it has credit for", code="no_credit") from None
+            if len(self._inbox) == WINDOW:
+                raise ProtocolError(f"{channel.peer_id} sent more than it has credit for", code="no_credit")
+            self._put(self._accept(message, body))
         raise NetworkError(f"{channel.peer_id} closed the ring", code="stage_lost")
+
+    def _put(self, work: Work) -> None:
+        self._inbox.append(work)
+        self._has_work.set()
+
+    async def _get(self) -> Work:
+        """The next of the inbox. Without a scope of its own, as the ring's next step waits for this."""
+        while not self._paused.is_set():
+            if self._inbox:
+                return self._inbox.popleft()
+            self._has_work = trio.Event()
+            await self._has_work.wait()
+        raise _PausedError
 
     def _accept(self, message: Message, body: bytearray) -> Work:
         """Check a message as it comes: what is wrong with it is its sender's fault, and nobody else's."""
@@ -232,6 +247,10 @@ class Leg:
         message = "internal error" if isinstance(error, InternalError) else error.message[:2_000]
         await self._around.coordinator.send(Failed(code=error.code, message=message, peer_id=peer_id))
 
+    def _sending(self, link: RingLink) -> AbstractContextManager[None]:
+        """As `_pausable`, for what is sent on. What need not be waited for takes no scope."""
+        return nullcontext() if link.is_ready and not self._paused.is_set() else self._pausable()
+
     @contextmanager
     def _pausable(self) -> Iterator[None]:
         """What is waited for in here is given up when the leg is paused."""
@@ -256,8 +275,7 @@ class Leg:
                 await self._run(Step(state, ids, len(ids), sample))
         while True:
             since = time.perf_counter()
-            with self._pausable():
-                message, body, rows = await self._inbox.receive()
+            message, body, rows = await self._get()
             self._around.meter.note_input(len(body), time.perf_counter() - since)
             await self._step(state, message, body, rows)
 
@@ -343,18 +361,19 @@ class Leg:
         """To the next stage, and note it even where that fails: it may have left."""
         link: Any = self._link  # who calls this has one
         try:
-            with self._pausable():
+            with self._sending(link):
                 await link.send_chunk(chunk, body)
         finally:  # afterwards: the next stage waits for it
             self.sent.note(chunk.position, chunk.tensor.shape[0], body)
 
     async def _pass_token(self, token: Token) -> None:
         """To the first stage first, since the next step waits for it there."""
-        with self._pausable():
-            if not token.finish:
-                next_step = Next(index=token.index, token=token.token)
-                if self._link is None:
-                    self._inbox_in.send_nowait(self._accept(next_step, bytearray()))
-                else:
+        if not token.finish:
+            next_step = Next(index=token.index, token=token.token)
+            if self._link is None:
+                self._put(self._accept(next_step, bytearray()))
+            else:
+                with self._sending(self._link):
                     await self._link.send_next(next_step)
+        with self._pausable():
             await self._around.coordinator.send(token)

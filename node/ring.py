@@ -158,6 +158,11 @@ class RingLink:
             raise
         return channel
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether a chunk can be sent without waiting for credit, or for a stream."""
+        return self._credits.value > 0 and self._open.is_set()
+
     async def send_chunk(self, chunk: Chunk, body: Buffer) -> None:
         """Send hidden states on, once there is credit; raises NetworkError if the peer is gone."""
         try:

@@ -21,17 +21,23 @@ ALONE = 8  # writes in a row that met no other, after which none waits for one a
 
 
 class _Entry:
-    """Frames that belong together. `turn` is set once they have left, or are the next to leave."""
+    """Frames that belong together, and the task that waits for them to leave, or to be the next to leave."""
 
-    __slots__ = ("error", "frames", "has_left", "size", "stream", "turn")
+    __slots__ = ("error", "frames", "has_left", "size", "stream", "task")
 
     def __init__(self, frames: Sequence[bytes]) -> None:
         self.frames = frames
         self.stream = frames[0][4:8]  # its id, in a Yamux header
         self.size = sum(map(len, frames))
-        self.turn = trio.Event()
+        self.task: trio.lowlevel.Task | None = None
         self.has_left = False
         self.error: BaseException | None = None
+
+    def wake(self) -> None:
+        """Let its task go on, if it waits."""
+        if self.task is not None:
+            trio.lowlevel.reschedule(self.task)
+            self.task = None
 
 
 class Outbox:
@@ -48,7 +54,8 @@ class Outbox:
         self._alone = 0  # writes since two last met
 
     async def write(self, frames: Sequence[bytes]) -> None:
-        """Write frames whole. Cancelling is safe: they leave whole, or not at all.
+        """Write frames whole. Cancelling is safe: they leave whole, or not at all, and small ones do leave, since they
+        go with the next call.
 
         Raises:
             ConnectionClosedError: the connection ended; and whatever `send` raises.
@@ -71,14 +78,21 @@ class Outbox:
         await self._flush()
 
     async def _wait(self, entry: _Entry) -> None:
-        try:
-            await entry.turn.wait()
-        except trio.Cancelled:
-            if entry in self._waiting:
-                self._waiting.remove(entry)
-                if entry.turn.is_set():  # it was to send the next ones, and was cancelled before it woke
-                    self._pass_on()
-            raise
+        def abort(_: object) -> trio.lowlevel.Abort:
+            if entry not in self._waiting or self._is_next(entry):
+                return trio.lowlevel.Abort.FAILED
+            entry.task = None
+            self._waiting.remove(entry)
+            return trio.lowlevel.Abort.SUCCEEDED
+
+        entry.task = trio.lowlevel.current_task()
+        await trio.lowlevel.wait_task_rescheduled(abort)
+
+    def _is_next(self, entry: _Entry) -> bool:
+        """Whether it will leave with the next call in any case."""
+        return entry.size <= SMALL_BYTES and not any(
+            each.stream == entry.stream and each.size > SMALL_BYTES for each in self._waiting
+        )
 
     async def _flush(self) -> None:
         taken = self._take()
@@ -91,12 +105,12 @@ class Outbox:
         finally:
             for entry in taken:
                 entry.has_left = True
-                entry.turn.set()
+                entry.wake()
             self._pass_on()
 
     def _pass_on(self) -> None:
         if self._waiting:
-            self._waiting[0].turn.set()  # it sends the next ones, its own among them
+            self._waiting[0].wake()  # it sends the next ones, its own among them
         else:
             self._is_sending = False
 

@@ -18,6 +18,7 @@ from libp2p.stream_muxer.yamux.yamux import (
 )
 
 from azu.overlay._link import Buffer, Inbox
+from azu.overlay._outbox import SMALL_BYTES
 
 if TYPE_CHECKING:
     from azu.overlay._yamux import AzuYamux
@@ -117,6 +118,7 @@ class AzuYamuxStream(YamuxStream):
                 await self._wait_for_window()
             self._check_writable()
             frames: list[bytes] = []
+            before = sent
             flags = owed = self.pay()
             while sent < len(view) and self.send_window > 0 and len(frames) < MAX_BATCH:
                 size = min(self.send_window, MAX_PAYLOAD, len(view) - sent)
@@ -128,7 +130,12 @@ class AzuYamuxStream(YamuxStream):
                 await self.conn._write_frames(frames)
             except trio.Cancelled:  # nothing has left
                 self.owed = owed
+                self.send_window += sent - before
                 raise
+
+    def leaves_whole(self, size: int) -> bool:
+        """Whether a write of so many bytes leaves whole or not at all, and without waiting for the remote's credit."""
+        return size + HEADER.size <= SMALL_BYTES and size <= self.send_window
 
     def _check_writable(self) -> None:
         if self.send_closed or self.closed:

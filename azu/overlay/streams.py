@@ -92,10 +92,14 @@ class OverlayStream:
         Raises:
             NetworkError: the peer went away, reset the stream, or did not read in time.
         """
+        chunks = _joined(buffers)
         await acquire(self._send_lock)
         try:
+            if len(chunks) == 1 and self._muxed.leaves_whole(len(chunks[0])):
+                await self._send_whole(chunks[0])
+                return
             with shielded(timeout) as scope, mapped(f"send to {self.peer_id}"):
-                for chunk in _joined(buffers):
+                for chunk in chunks:
                     await self._muxed.write(chunk)
             if not scope.cancelled_caught:
                 return
@@ -107,6 +111,14 @@ class OverlayStream:
             )
         finally:
             self._send_lock.release()
+
+    async def _send_whole(self, chunk: Buffer) -> None:
+        """What needs no shield: scopes take time, and the ring's next step waits for this."""
+        try:
+            await self._muxed.write(chunk)
+        except Exception:  # mapped, or raised as it is
+            with mapped(f"send to {self.peer_id}"):
+                raise
 
     async def send_eof(self) -> None:
         """Half-close: the remote reads b"" after what was sent. No error if the remote is gone already."""

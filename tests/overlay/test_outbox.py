@@ -98,7 +98,7 @@ async def test_a_writer_that_gives_up_leaves_nothing_and_holds_up_nobody() -> No
             await trio.testing.wait_all_tasks_blocked()
             with trio.CancelScope() as scope:
                 async with trio.open_nursery() as inner:
-                    inner.start_soon(outbox.write, [frame(1, 100)])
+                    inner.start_soon(outbox.write, [frame(1, LARGE_BYTES)])
                     await trio.testing.wait_all_tasks_blocked()
                     scope.cancel()
             nursery.start_soon(outbox.write, [frame(2, 100)])
@@ -109,8 +109,9 @@ async def test_a_writer_that_gives_up_leaves_nothing_and_holds_up_nobody() -> No
 
 
 @pytest.mark.parametrize("others", [0, 1, 2])
-async def test_a_writer_that_gives_up_as_its_turn_comes_passes_it_on(others: int) -> None:
-    """Cancelled and called to send in one turn of the event loop, before it ran: it never sees that it was called."""
+@pytest.mark.parametrize("size", [100, LARGE_BYTES])
+async def test_a_writer_that_gives_up_as_its_turn_comes_passes_it_on(size: int, others: int) -> None:
+    """Cancelled and called to send in one turn of the event loop. What is small leaves then, and is no less whole."""
     socket, scope = Socket(), trio.CancelScope()
 
     async def send(frames: Sequence[bytes]) -> None:
@@ -119,7 +120,7 @@ async def test_a_writer_that_gives_up_as_its_turn_comes_passes_it_on(others: int
 
     async def give_up() -> None:
         with scope:
-            await outbox.write([frame(1, 100)])
+            await outbox.write([frame(1, size)])
 
     outbox = Outbox(send)
     with trio.fail_after(LIMIT):
@@ -134,7 +135,35 @@ async def test_a_writer_that_gives_up_as_its_turn_comes_passes_it_on(others: int
             socket.may_go_on.release()
             socket.may_go_on.release()
         await outbox_is_idle(outbox, socket)
-    assert sorted(stream_of(each) for call in socket.calls for each in call) == [0, *range(2, 2 + others), 9]
+    sent = {stream_of(each) for call in socket.calls for each in call}
+    assert sent == {0, *range(2, 2 + others), 9} | ({1} if size == 100 else set())
+
+
+async def test_a_small_frame_that_waits_leaves_although_its_writer_is_cancelled() -> None:
+    """It goes with the next call, so its stream needs no shield to stay whole. Behind a large one it is given up."""
+    socket, done = Socket(), list[str]()
+    outbox = Outbox(socket.send)
+
+    async def write(name: str, *frames: bytes) -> None:
+        await outbox.write(frames)
+        done.append(name)
+
+    with trio.fail_after(LIMIT):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(outbox.write, [frame(0, 100)])
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.start_soon(outbox.write, [frame(2, LARGE_BYTES)])
+            await trio.testing.wait_all_tasks_blocked()
+            async with trio.open_nursery() as inner:
+                inner.start_soon(write, "alone", frame(1, 100))
+                inner.start_soon(write, "behind a large one", frame(2, 100))
+                await trio.testing.wait_all_tasks_blocked()
+                inner.cancel_scope.cancel()
+                await trio.lowlevel.cancel_shielded_checkpoint()
+                for _ in range(3):
+                    socket.may_go_on.release()
+    assert done == ["alone"]
+    assert [[stream_of(each) for each in call] for call in socket.calls] == [[0], [1, 2]]
 
 
 async def outbox_is_idle(outbox: Outbox, socket: Socket) -> None:

@@ -13,6 +13,7 @@ import trio.testing
 from libp2p.stream_muxer.exceptions import MuxedStreamEOF, MuxedStreamError, MuxedStreamReset
 
 from azu.overlay import _yamux, _yamux_stream
+from azu.overlay._outbox import SMALL_BYTES
 from azu.overlay._yamux import AzuYamux
 from tests.turns import counted_turns
 
@@ -195,12 +196,15 @@ async def test_a_first_write_that_is_cancelled_before_it_left_leaves_the_opening
         busy: Any = muxer.secured_conn
         out = busy.out
         busy.out, taken = trio.open_memory_channel[bytes](0)
-        stream, other = await muxer.open_stream(), await muxer.open_stream()
+        stream: Any = await muxer.open_stream()
+        other = await muxer.open_stream()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(other.write, b"first")
             await trio.testing.wait_all_tasks_blocked()
+            window = stream.send_window
             with trio.move_on_after(0.01):
-                await stream.write(b"lost")
+                await stream.write(bytes(SMALL_BYTES))  # what is smaller would leave with the next call
+            assert stream.send_window == window
             assert await taken.receive() == frame(DATA, SYN, 4, 5, b"first")
         busy.out = out
         await stream.write(b"kept")
