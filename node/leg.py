@@ -51,7 +51,7 @@ from node.intake import Intake, Part
 from node.kv_room import KvRoom
 from node.line import Line
 from node.progress import Progress
-from node.ring import GRANT, WINDOW, RingLink
+from node.ring import GRANT, TOKEN_GRANT, WINDOW, RingLink
 from node.session import StageSession
 
 __all__ = ["Leg", "Surroundings"]
@@ -104,7 +104,7 @@ class Leg:
         self._number = 0  # of the job, for the device thread
         self._inbox: deque[Work] = deque()
         self._has_work = trio.Event()  # set with work and by a pause, and then replaced
-        self._taken = 0
+        self._owed = 0  # chunks that were taken and not given credit for
         hello = Hello(job_id=ticket.job_id, epoch=ticket.epoch, stage=index)
         count = len(ticket.stages)
         next_peer = ticket.stages[(index + 1) % count].peer_id
@@ -309,7 +309,7 @@ class Leg:
         self.received.note(message.position, rows, body)
         await self._run(Step(state, body, rows, message.sample), self._give_credit)
 
-    async def _run(self, step: Step, then: Callable[[], Awaitable[None]] | None = None) -> None:
+    async def _run(self, step: Step, then: Callable[[int], Awaitable[None]] | None = None) -> None:
         """Compute a step, and pass on what it gives."""
         progress, position = self._progress, self._progress.positions
         kv, job, positions = self._around.kv, self.ticket.job_id, position + step.rows
@@ -329,19 +329,21 @@ class Leg:
             progress.tokens.append(output.token)
         await self._pass_on(output, position, step)  # first: the rest of the ring waits for it
         if then is not None:
-            await then()
+            await then(step.rows)
 
     async def _tell_waiting(self) -> None:
         await self._around.coordinator.send(Waiting())
 
-    async def _give_credit(self) -> None:
-        self._taken += 1
-        if self._taken % GRANT == 0 and (channel := self._intake.channel) is not None:
-            try:
-                with self._pausable():
-                    await channel.send(Credit(frames=GRANT))
-            except NetworkError:
-                return  # receive_from() sees the same end and tells whose it is
+    async def _give_credit(self, rows: int) -> None:
+        self._owed += 1
+        if self._owed < (GRANT if rows > 1 else TOKEN_GRANT) or (channel := self._intake.channel) is None:
+            return
+        frames, self._owed = self._owed, 0
+        try:
+            with self._pausable():
+                await channel.send(Credit(frames=frames))
+        except NetworkError:
+            return  # receive_from() sees the same end and tells whose it is
 
     async def _pass_on(self, output: Output, position: int, step: Step) -> None:
         if output.tensor is not None and self._link is not None:

@@ -42,7 +42,7 @@ from azu.wire.messages import (
 )
 from node.instruments import RingMeter
 
-__all__ = ["GRANT", "WINDOW", "RingLink"]
+__all__ = ["GRANT", "TOKEN_GRANT", "WINDOW", "RingLink"]
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +50,8 @@ logger = logging.getLogger(__name__)
 WINDOW = 8
 # Credit is given back for this many chunks at once: fewer small frames, and the window never runs empty.
 GRANT = 4
+# Of decoded tokens, one is under way at a time.
+TOKEN_GRANT = WINDOW - 1
 # A direct connection that came about has this long to prove of use, ...
 _WELCOME_S = 10.0
 # ... or else it, or the next one, is tried after this pause, MAX_PART times in all.

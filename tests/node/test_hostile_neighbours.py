@@ -137,6 +137,22 @@ async def test_an_honest_ring_runs_on_credit(model: TinyModel) -> None:
         assert await ring.end() == []
 
 
+async def test_credit_for_single_rows_comes_less_often_and_before_there_is_none(model: TinyModel) -> None:
+    """Of decoded tokens one is under way at a time; whatever was sent before them counts with them."""
+    async with middle(model) as ring:
+        position, granted = 0, list[int]()
+        for sizes in ([1] * 7, [ROWS] * 4, [ROWS, ROWS, *[1] * 5], [*[1] * 5, ROWS]):
+            for rows in sizes:
+                await ring.send(position, rows)
+                await ring.following.expect(Chunk)
+                await ring.following.send(Credit(frames=1))
+                position += rows
+            credit, _ = await ring.previous.expect(Credit)
+            granted.append(credit.frames)
+        assert granted == [7, 4, 7, 6]
+        assert await ring.end() == []
+
+
 Deed = Callable[[Middle], Awaitable[None]]
 
 
