@@ -50,7 +50,7 @@ logger = logging.getLogger(__name__)
 WINDOW = 8
 # Credit is given back for this many chunks at once: fewer small frames, and the window never runs empty.
 GRANT = 4
-# Of decoded tokens, one is under way at a time.
+# The same after a chunk of one row: of decoded tokens, one is under way at a time.
 TOKEN_GRANT = WINDOW - 1
 # A direct connection that came about has this long to prove of use, ...
 _WELCOME_S = 10.0
