@@ -3,9 +3,9 @@
     python -m benchmarks.engine [--rounds 3] [--dtype float32] [--stage-threads 1] [--only one,many,busy]
 
 The stages are real azu-node processes on loopback, asked through the coordinator's HTTP endpoint with streaming;
-transformers runs the unsplit model in this process, with the same weights, prompts, dtype and thread count. All runs of
-a round follow one another, so that what else the machine does hits each alike; figures are medians over the rounds, and
-ratios are of one run of this program.
+transformers runs the unsplit model in this process, with the same weights, prompts, dtype and thread count. One swarm
+runs at a time. All runs of a round follow one another, so that what else the machine does hits each alike; figures are
+medians over the rounds, and ratios are of one run of this program.
 
     one    1 job through 1, 3 and 6 stages: against generate(); and what a hop costs beyond what stages compute
     many   16 jobs on 3 stages: against 1 job, a static batch in generate(), and transformers' continuous batching
@@ -57,35 +57,36 @@ def prompts(count: int) -> list[str]:
 
 
 class Bench:
-    """Swarms that are started once, the model in one piece, and what was measured."""
+    """A swarm, the model in one piece, and how often to measure both."""
 
     def __init__(self, stack: ExitStack, arguments: argparse.Namespace) -> None:
-        self._stack = stack
+        self._stack = stack.enter_context(ExitStack())
         self.tokens: int = arguments.tokens
         self.rounds: int = arguments.rounds
         self.dtype: WeightFormat = arguments.dtype
         self.stage_threads: int = arguments.stage_threads or arguments.threads
-        self._swarms: dict[int, LocalSwarm] = {}
+        self._swarm: LocalSwarm | None = None
         self._unsplit: Unsplit | None = None
 
     def swarm(self, stages: int) -> LocalSwarm:
-        """A swarm whose model runs in so many stages."""
-        if stages not in self._swarms:
+        """A swarm whose model runs in so many stages; the one before ends, since idle workers take time, too."""
+        if self._swarm is None or len(self._swarm.workers) != stages:
+            self._stack.close()
             folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
-            swarm = self._swarms[stages] = self._stack.enter_context(LocalSwarm(folder, kv_tokens=KV_TOKENS))
+            swarm = self._swarm = self._stack.enter_context(LocalSwarm(folder, kv_tokens=KV_TOKENS))
             vram = vram_for(swarm, stages, self.dtype)
             for _ in range(stages):
                 swarm.add_worker(vram, "--threads", str(self.stage_threads), "--dtype", self.dtype)
             swarm.wait_until_covered()
             answer = ask(swarm, PROMPT, WARM_TOKENS)
             assert answer.stages == stages, f"it runs through {answer.stages} stages"
-        return self._swarms[stages]
+        return self._swarm
 
     @property
     def unsplit(self) -> Unsplit:
         """transformers' own."""
         if self._unsplit is None:
-            swarm = next(iter(self._swarms.values()), None) or self.swarm(1)
+            swarm = self._swarm or self.swarm(1)
             self._unsplit = Unsplit(swarm.folder / "coordinator", swarm.manifest, getattr(torch, self.dtype))
         return self._unsplit
 
@@ -107,22 +108,34 @@ def middle(answers: list[Answer], figure: str) -> float:
 
 def one(bench: Bench) -> None:
     """1 job."""
-    runs: dict[str, Callable[[], Answer]] = {"generate": lambda: bench.unsplit.generate(PROMPT, bench.tokens)}
+    print(
+        f"\n1 job, {bench.tokens} tokens; a hop is what a token takes beyond what all stages compute, for each of them"
+    )
+    print(f"{'':<12} {'TTFT ms':>8} {'tokens/s':>9} {'ratio':>6} {'p99 ms/token':>13} {'hop ms':>7} {'p99':>6}")
     for count in (1, 3, 6):
         swarm = bench.swarm(count)
-        runs[f"{count} stages"] = lambda swarm=swarm: ask(swarm, PROMPT, bench.tokens)  # type: ignore[misc]
-    found = bench.medians(runs)
-    speed = middle(found["generate"], "rate")
-    print(f"\n1 job, {bench.tokens} tokens\n{'':<12} {'TTFT ms':>8} {'tokens/s':>9} {'ratio':>6} {'p99 ms/token':>13}")
-    pauses = {name: sorted(pause for answer in answers for pause in answer.pauses) for name, answers in found.items()}
-    for name, answers in found.items():
-        rate = middle(answers, "rate")
-        p99 = pauses[name][int(len(pauses[name]) * 0.99)] * 1000
-        print(f"{name:<12} {middle(answers, 'ttft') * 1000:8.0f} {rate:9.1f} {rate / speed:6.2f} {p99:13.1f}")
-    for count in (3, 6):
-        found_s = sorted(hop for _ in range(bench.rounds) for hop in hops(bench.swarm(count), bench.tokens))
-        median, p99 = (1_000 * found_s[int(len(found_s) * share)] for share in (0.5, 0.99))
-        print(f"a hop among {count}, beside what stages compute: median {median:.2f} ms, p99 {p99:.2f} ms")
+        runs: dict[str, Callable[[], Answer]] = {
+            "generate": lambda: bench.unsplit.generate(PROMPT, bench.tokens),
+            f"{count} stages": lambda swarm=swarm: ask(swarm, PROMPT, bench.tokens),  # type: ignore[misc]
+        }
+        found = bench.medians(runs)
+        speed = middle(found["generate"], "rate")
+        took = [hop for _ in range(bench.rounds) for hop in hops(swarm, bench.tokens)]
+        for name, answers in found.items():
+            rate, ttft = middle(answers, "rate"), middle(answers, "ttft")
+            p99 = percentile([pause for answer in answers for pause in answer.pauses], 0.99)
+            line = f"{name:<12} {ttft * 1000:8.0f} {rate:9.1f} {rate / speed:6.2f} {p99 * 1000:13.1f}"
+            hop = (
+                ""
+                if name == "generate"
+                else f" {percentile(took, 0.5) * 1000:7.2f} {percentile(took, 0.99) * 1000:6.2f}"
+            )
+            print(line + hop)
+
+
+def percentile(values: list[float], share: float) -> float:
+    """The value that so great a share of them do not exceed."""
+    return sorted(values)[int(len(values) * share)]
 
 
 def hops(swarm: LocalSwarm, tokens: int) -> list[float]:
@@ -197,7 +210,7 @@ def busy(bench: Bench) -> None:
                 disturbed += [pause for at, pause in steps if started <= at <= ended]
                 quiet += [pause for at, pause in steps if at < started - 1 or at > ended + 1]
     first, second = statistics.median(ttfts["alone"]), statistics.median(ttfts["among 8"])
-    before, during = (sorted(each)[int(len(each) * 0.99)] * 1000 for each in (quiet, disturbed))
+    before, during = (percentile(each, 0.99) * 1000 for each in (quiet, disturbed))
     print("\na prompt of 1,024 tokens while 8 jobs decode, 3 stages")
     print(f"TTFT alone {first * 1000:.0f} ms, among the jobs {second * 1000:.0f} ms: {second / first:.2f} times")
     print(f"the jobs' p99 per token {before:.0f} ms, during the prompt {during:.0f} ms: {during / before:.2f} times")

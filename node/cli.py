@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from functools import partial
 
 from azu.cli import begin_logging, program, run_program, settings_options
 from azu.config import NodeSettings
+from node.engine.openmp import openmp_settled
 from node.settings import EarningsSettings, LeaveSettings, PlanSettings, StatusSettings
 
 __all__ = ["main"]
@@ -33,13 +33,10 @@ def join(settings: NodeSettings) -> None:
 
     A worker that is stopped has others take its jobs over first; a second signal ends it at once.
     """
-    # Read once, when torch loads its OpenMP: compute threads spin until a pass goes on, and sleep soon after it; else
-    # they take the cores from this machine's other workers (docs/performance.md has the measurement).
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     import trio
 
-    from node.service import serve  # torch and libp2p load here, so that --help is fast
+    with openmp_settled(settings.threads, settings.device):
+        from node.service import serve  # torch and libp2p load here, so that --help is fast
 
     leave = trio.Event()
     run_program(partial(serve, settings, leave), settings=settings, at_signal=leave.set)

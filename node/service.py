@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from functools import partial
 
 import trio
@@ -20,6 +19,7 @@ from azu.sizes import format_size
 from node.book import Book
 from node.engine.device import open_device_thread
 from node.engine.hardware import find_device, require_packages
+from node.engine.openmp import usable_cpus
 from node.report import serve_report
 from node.trust import Trust
 from node.worker import AGENT, Worker
@@ -27,11 +27,6 @@ from node.worker import AGENT, Worker
 __all__ = ["serve"]
 
 logger = logging.getLogger(__name__)
-
-
-def usable_cpus() -> int:
-    """CPUs that this process may use, which may be fewer than there are."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 async def serve(settings: NodeSettings, leave: trio.Event) -> None:
