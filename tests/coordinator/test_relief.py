@@ -38,6 +38,7 @@ from tests.worker_records import MANIFEST
 PROMPT, COUNT, SLOW_AT = prompt_of(40), 240, 100
 POSITIONS = len(PROMPT) + COUNT - 1
 LAG_S = 0.04  # many times what a step takes
+USUAL_S = 0.005  # what each pass takes longer from the beginning, or a fast machine ends the job after a few looks
 LONG_S = 0.2  # and what it takes on a machine that has much else to do
 
 
@@ -69,6 +70,7 @@ def earnest(monkeypatch: pytest.MonkeyPatch, quick: None) -> None:
 async def measured(swarm: RealSwarm) -> RealSwarm:
     """The swarm, once all workers' records tell how fast they are, and the coordinator knows that as usual."""
     for worker in swarm.workers:
+        slow_down(worker, USUAL_S)
         loaded = worker.real.jobs.loaded
         assert loaded is not None
         await worker.real.device.run(lambda stage=loaded.stage: stage.measure_pace(64))

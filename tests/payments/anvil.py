@@ -56,16 +56,17 @@ class Chain:
         """Make blocks of what waits."""
         self.ask("anvil_mine", hex(blocks))
 
-    def count(self, address: str) -> int:
-        """Transactions that an address has sent."""
-        return int(self.ask("eth_getTransactionCount", address, "latest"), 16)
+    def count(self, address: str, block: str = "latest") -> int:
+        """Transactions that an address has sent, at that block."""
+        return int(self.ask("eth_getTransactionCount", address, block), 16)
 
     def transfer(
         self, sender: LocalAccount, to: str | None, value: int, *, data: str = "0x", gas: int = 100_000, nonce: int = -1
     ) -> str:
-        """Send coin, and return the transaction's hash; mined at once unless the chain was told not to."""
+        """Send coin, and return the transaction's hash; mined soon unless the chain was told not to."""
+        nonce = self.count(sender.address, "pending") if nonce < 0 else nonce  # the one before may not be mined yet
         fields: dict[str, Any] = {
-            "chainId": CHAIN_ID, "nonce": self.count(sender.address) if nonce < 0 else nonce, "value": value,
+            "chainId": CHAIN_ID, "nonce": nonce, "value": value,
             "gas": gas, "maxFeePerGas": GAS_PRICE, "maxPriorityFeePerGas": 0, "data": data, "type": 2,
             **({} if to is None else {"to": check_evm_address(to)}),
         }  # fmt: skip
