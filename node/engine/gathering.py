@@ -21,7 +21,7 @@ _ROUNDS = 8  # tokens of each job in one trial
 _SETTLE = 2  # rounds after a change that do not count
 _GLANCE, _POOR = 3, 0.9  # rounds after which a trial ends that gave less than this share of what the best one does
 _GAIN, _SURE = 1.02, 1.1  # how much better another number has to be, and in a single trial
-_PAUSE, _LONGEST_PAUSE = 8, 64  # trials between two with another number
+_PAUSE, _LONGEST_PAUSE = 2, 64  # trials between two with another number, at first and in the end
 _SMOOTH = 0.3  # weight of a new measurement
 _LOST = 4.0  # trips after which a token does not count as away any more
 
@@ -115,7 +115,7 @@ class Gathering:
         """Choose the number of groups of the next trial."""
         self._jobs, self._began = jobs, None
         self._tokens, self._disturbed = -_SETTLE * jobs, 0
-        record = self._records.setdefault(jobs.bit_length(), _Record())
+        record = self._record(jobs)
         at = _GROUPS.index(record.best)
         beside = [groups for groups in _GROUPS[max(0, at - 1) : at + 2] if groups <= jobs and groups != record.best]
         unsure = [groups for groups in beside if record.shares.get(groups, math.inf) > _GAIN]
@@ -129,6 +129,17 @@ class Gathering:
             self.groups = beside[record.detours % len(beside)]
             record.detours += 1
             record.pause = min(2 * record.pause, _LONGEST_PAUSE)
+
+    def _record(self, jobs: int) -> _Record:
+        """That of about so many jobs; where nothing was tried with them, it begins with what is best for others."""
+        mine = jobs.bit_length()
+        record = self._records.setdefault(mine, _Record())
+        tried = [about for about, other in self._records.items() if other.shares]
+        if tried and not record.shares:
+            best = self._records[min(tried, key=lambda about: abs(about - mine))].best
+            if best != record.best:
+                record = self._records[mine] = _Record(best)
+        return record
 
     def _is_poor(self, rate: float) -> bool:
         """Whether it is not worth going on with another number than the best."""

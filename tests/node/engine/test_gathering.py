@@ -115,6 +115,28 @@ def test_a_number_that_is_much_worse_is_not_tried_for_long() -> None:
     assert max(others[1:]) <= 5, runs  # the first is in force before anything is tried
 
 
+def test_what_was_found_with_some_jobs_holds_for_others_until_it_is_tried() -> None:
+    gathering, now = Gathering(), 0.0
+
+    def go(jobs: int, rounds: int) -> list[int]:
+        nonlocal now
+        found = []
+        for _ in range(rounds):
+            for job in range(jobs):
+                gathering.came(job, now)
+            found.append(gathering.groups)
+            now += 1.0 if gathering.groups == 1 else 1.5
+            gathering.left(range(jobs), 0, now)
+        return found
+
+    go(9, 10)  # one trial, of the number that is tried first
+    assert go(16, 60)[-1] == 1
+    for job in range(9, 16):
+        gathering.forget(job)
+    assert set(go(9, 10)[1:]) == {1}
+    assert set(go(9, 200)) == {1, 2}, "that another number is no better with so many is found out all the same"
+
+
 def test_a_machine_that_is_faster_at_times_does_not_make_a_worse_number_seem_better() -> None:
     def seconds(groups: int, now: float) -> float:
         return (1.0 if groups == 2 else 1.05) * (1 + 0.4 * math.sin(now / 40))
