@@ -111,26 +111,27 @@ def one(bench: Bench) -> None:
     print(
         f"\n1 job, {bench.tokens} tokens; a hop is what a token takes beyond what all stages compute, for each of them"
     )
-    print(f"{'':<12} {'TTFT ms':>8} {'tokens/s':>9} {'ratio':>6} {'p99 ms/token':>13} {'hop ms':>7} {'p99':>6}")
+    print(f"{'':<12} {'TTFT ms':>8} {'tokens/s':>9} {'ratio':>6} {'p99 ms/token':>13} {'hop ms':>6} {'p99':>6}")
     for count in (1, 3, 6):
-        swarm = bench.swarm(count)
-        runs: dict[str, Callable[[], Answer]] = {
-            "generate": lambda: bench.unsplit.generate(PROMPT, bench.tokens),
-            f"{count} stages": lambda swarm=swarm: ask(swarm, PROMPT, bench.tokens),  # type: ignore[misc]
-        }
-        found = bench.medians(runs)
-        speed = middle(found["generate"], "rate")
-        took = [hop for _ in range(bench.rounds) for hop in hops(swarm, bench.tokens)]
-        for name, answers in found.items():
-            rate, ttft = middle(answers, "rate"), middle(answers, "ttft")
-            p99 = percentile([pause for answer in answers for pause in answer.pauses], 0.99)
-            line = f"{name:<12} {ttft * 1000:8.0f} {rate:9.1f} {rate / speed:6.2f} {p99 * 1000:13.1f}"
-            hop = (
-                ""
-                if name == "generate"
-                else f" {percentile(took, 0.5) * 1000:7.2f} {percentile(took, 0.99) * 1000:6.2f}"
-            )
-            print(line + hop)
+        through(bench, count)
+
+
+def through(bench: Bench, count: int) -> None:
+    """1 job through so many stages."""
+    swarm = bench.swarm(count)
+    mine = f"{count} stages"
+    runs: dict[str, Callable[[], Answer]] = {
+        "generate": lambda: bench.unsplit.generate(PROMPT, bench.tokens),
+        mine: lambda: ask(swarm, PROMPT, bench.tokens),
+    }
+    found = bench.medians(runs)
+    speed = middle(found["generate"], "rate")
+    took = [hop for _ in range(bench.rounds) for hop in hops(swarm, bench.tokens)]
+    for name, answers in found.items():
+        rate, ttft = middle(answers, "rate"), middle(answers, "ttft")
+        p99 = percentile([pause for answer in answers for pause in answer.pauses], 0.99)
+        hop = [f"{percentile(took, share) * 1000:6.2f}" for share in (0.5, 0.99) if name == mine]
+        print(f"{name:<12} {ttft * 1000:8.0f} {rate:9.1f} {rate / speed:6.2f} {p99 * 1000:13.1f}", *hop)
 
 
 def percentile(values: list[float], share: float) -> float:

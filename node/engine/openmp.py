@@ -35,7 +35,7 @@ def openmp_settled(threads: int | None, device: str) -> Iterator[None]:
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
-    if not _can_bind() or (threads or usable_cpus()) != usable_cpus() or not _computes_on_cpu(device):
+    if not _can_bind() or threads not in (None, usable_cpus()) or not _computes_on_cpu(device):
         yield
         return
     cpus = os.sched_getaffinity(0)

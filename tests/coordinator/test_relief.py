@@ -37,8 +37,8 @@ from tests.worker_records import MANIFEST
 
 PROMPT, COUNT, SLOW_AT = prompt_of(40), 240, 100
 POSITIONS = len(PROMPT) + COUNT - 1
-LAG_S = 0.04  # many times what a step takes
 USUAL_S = 0.005  # what each pass takes longer from the beginning, or a fast machine ends the job after a few looks
+LAG_S = 0.04  # many times what a step takes
 LONG_S = 0.2  # and what it takes on a machine that has much else to do
 
 
