@@ -41,11 +41,14 @@ class Intake:
         expected: what that stage has to say on the first.
         peer_id: whose streams they have to be.
         max_body: largest body in bytes that it may send.
+
+    Attributes:
+        peer_id: the previous stage's.
     """
 
     def __init__(self, expected: Hello, peer_id: str, max_body: int) -> None:
         self._expected = expected
-        self._peer_id = peer_id
+        self.peer_id = peer_id
         self._max_body = max_body
         self._current: Part | None = None
         self._held: Part | None = None
@@ -63,7 +66,7 @@ class Intake:
         Raises:
             ProtocolError: it is not the previous stage's, or not after those that came.
         """
-        if channel.peer_id != self._peer_id or hello.model_copy(update={"part": 0}) != self._expected:
+        if channel.peer_id != self.peer_id or hello.model_copy(update={"part": 0}) != self._expected:
             raise ProtocolError(f"{channel.peer_id} is not the previous stage of this job", code="not_a_neighbour")
         # The first comes through a relay, so that the second may be here before it.
         if not (hello.part > self._newest or (hello.part == 0 and self._current is None)):

@@ -48,6 +48,7 @@ from node.heritage import bequeath, inherit
 from node.history import History, HistoryBudget
 from node.leg import Leg, Surroundings
 from node.line import Line
+from node.packs import Entry
 from node.progress import Progress
 from node.session import StageSession
 
@@ -154,6 +155,19 @@ class StageJob:
             await self._inherit(channel, hello)
         else:
             await self._leg.receive_from(channel, hello)
+
+    @property
+    def previous(self) -> str:
+        """The peer id of the stage before this one."""
+        return self._leg.previous
+
+    def take(self, entry: Entry) -> None:
+        """As `Leg.take`, in the leg that runs."""
+        self._leg.take(entry)
+
+    async def fail(self, error: ProtocolError) -> None:
+        """Tell the coordinator that the previous stage broke the protocol."""
+        await self._leg.fail(error, self.previous)
 
     async def _inherit(self, channel: Channel, hello: Hello) -> None:
         entry, around, job_id = self.ticket.stages[self.index], self._around, self.ticket.job_id

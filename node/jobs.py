@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 import trio
 
 from azu.channel import Channel, refusal_of
-from azu.errors import AzuError, InternalError, NetworkError
+from azu.errors import AzuError, InternalError, NetworkError, ProtocolError
 from azu.identity import Identity
 from azu.logs import log
 from azu.models.memory import MAX_JOBS
 from azu.overlay import Overlay, OverlayStream
 from azu.tickets import JobTicket, LoadedLayers, Refusal, check_ticket, open_ticket, sign_receipt
-from azu.wire.messages import JOB, LEAVING, RING, Amend, Failed, Hello, Open, ReceiptReply, Refused
+from azu.wire.messages import JOB, LEAVING, PACK, RING, Amend, Failed, Hello, Open, ReceiptReply, Refused
 from node.book import Book, entry_of
 from node.engine.device import DeviceThread
 from node.engine.pace import Pace
@@ -29,6 +29,7 @@ from node.job import StageJob
 from node.kv_room import KvRoom
 from node.leg import Surroundings
 from node.line import Line
+from node.packs import Entry, Packs, entries_of
 
 __all__ = ["HISTORY_BYTES", "Jobs", "Loaded"]
 
@@ -88,6 +89,7 @@ class Jobs:
         self.admitted = 0  # jobs since the start
         self.is_leaving = False
         self.meter = meter or RingMeter()
+        self.packs = Packs(overlay, self.meter)
         self.history = HistoryBudget(history)
         self._identity = identity
         self._overlay = overlay
@@ -97,6 +99,7 @@ class Jobs:
         self._book = book
         self._jobs: dict[bytes, StageJob] = {}
         self._ended: OrderedDict[bytes, int] = OrderedDict()  # the last epoch by job id, the oldest first
+        self._packing: dict[str, trio.CancelScope] = {}  # by peer, while it sends packs
         self._serving = 0  # jobs that run, or have ended and whose coordinator has not got the receipt yet
         self._changed = trio.Event()  # set when a job or a leg begins, or a job ends or is served, and then replaced
 
@@ -184,7 +187,10 @@ class Jobs:
             return
         _limit(channel, ticket)
         line = Line(channel, message.keep_s)
-        around = Surroundings(self._identity, self._overlay, self._device, loaded.stage, line, self.meter, self.kv)
+        around = Surroundings(
+            *(self._identity, self._overlay, self._device, loaded.stage),
+            *(line, self.meter, self.kv, self.packs),
+        )
         job = StageJob(
             ticket,
             index,
@@ -242,6 +248,37 @@ class Jobs:
             await channel.send(Refused(code="stale_epoch", message="other peers have taken this job over"))
         else:
             await job.receive_from(channel, hello)
+
+    async def handle_pack(self, stream: OverlayStream) -> None:
+        """Serve a /azu/pack/1 stream: decoded tokens of any of the jobs that run here. A peer has one such stream."""
+        channel = Channel(stream, PACK)
+        with trio.CancelScope() as scope:
+            if (older := self._packing.get(stream.peer_id)) is not None:
+                older.cancel()
+            self._packing[stream.peer_id] = scope
+            try:
+                while (received := await channel.receive()) is not None:
+                    self.meter.links.note_heard(stream.peer_id, trio.current_time())
+                    for entry in entries_of(*received):
+                        await self._take(entry, stream.peer_id)
+            finally:
+                if self._packing[stream.peer_id] is scope:
+                    del self._packing[stream.peer_id]
+
+    async def _take(self, entry: Entry, sender: str) -> None:
+        """Give a token to its job. What comes for one that has ended, or went on otherwise, was under way then."""
+        job = self._jobs.get(entry.job_id)
+        if job is None and entry.job_id not in self._ended:
+            raise ProtocolError("a token came for a job that never was here", code="unknown_job")
+        if job is None or job.epoch != entry.epoch:
+            return
+        if job.previous != sender:
+            raise ProtocolError(f"{sender} is not the previous stage of this job", code="not_a_neighbour")
+        try:
+            job.take(entry)
+        except ProtocolError as error:
+            await job.fail(error)
+            raise
 
     async def _job(self, hello: Hello) -> StageJob | None:
         """The job that a ring stream is for, once it has got to the stream's epoch."""

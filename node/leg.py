@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
+import outcome
 import trio
 
 from azu.channel import Channel
@@ -29,7 +28,6 @@ from azu.identity import Identity
 from azu.logs import log
 from azu.overlay import Overlay
 from azu.tickets import JobTicket
-from azu.wire.frames import Buffer
 from azu.wire.messages import (
     Chunk,
     Credit,
@@ -40,16 +38,17 @@ from azu.wire.messages import (
     Next,
     Ready,
     Resume,
-    Token,
     Waiting,
 )
-from azu.wire.tensors import ITEMSIZE, TensorHeader
+from node.agenda import Agenda, Input, PausedError, Result
 from node.engine.device import DeviceThread
 from node.engine.stage import JobState, LoadedStage, Output, Step
 from node.instruments import RingMeter
 from node.intake import Intake, Part
 from node.kv_room import KvRoom
 from node.line import Line
+from node.outlet import Outlet
+from node.packs import Entry, Packs
 from node.progress import Progress
 from node.ring import GRANT, TOKEN_GRANT, WINDOW, RingLink
 from node.session import StageSession
@@ -57,9 +56,6 @@ from node.session import StageSession
 __all__ = ["Leg", "Surroundings"]
 
 logger = logging.getLogger(__name__)
-
-# A checked message of the ring, its body and its rows.
-Work = tuple[Chunk | Next, bytearray, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,44 +69,50 @@ class Surroundings:
     coordinator: Line
     meter: RingMeter
     kv: KvRoom
-
-
-class _PausedError(Exception):
-    """The leg ends here."""
+    packs: Packs
 
 
 class Leg:
     """Stage `index` of a ticket's job, with this ticket's neighbours.
 
     Attributes:
-        received, sent: the hidden states that it computed on, and those that it gave to the next stage.
+        received: the hidden states that it computed on.
     """
 
     def __init__(self, ticket: JobTicket, index: int, around: Surroundings, progress: Progress) -> None:
         self.ticket = ticket
-        self.received, self.sent = SeamLog(), SeamLog()
+        self.received = SeamLog()
         self.index = index
         self._around = around
         self._progress = progress
         self._session = self._new_session()
         self._tokens: tuple[int, ...] = ()  # that were sampled before the leg began
-        self._send_from = 0
         self._begun = trio.Event()
         if ticket.epoch == 0:
             self._begun.set()
-        self._paused = trio.Event()
-        self._wait = trio.CancelScope()  # what is waited for between two steps
+        self._agenda = Agenda()
+        self._idle_since = 0.0  # by a steady clock
         self._has_failed = False
         self._number = 0  # of the job, for the device thread
-        self._inbox: deque[Work] = deque()
-        self._has_work = trio.Event()  # set with work and by a pause, and then replaced
+        self._give_up: Callable[[], None] | None = None  # the step that is computed without the task
         self._owed = 0  # chunks that were taken and not given credit for
         hello = Hello(job_id=ticket.job_id, epoch=ticket.epoch, stage=index)
         count = len(ticket.stages)
         next_peer = ticket.stages[(index + 1) % count].peer_id
-        self._link = RingLink(around.overlay, next_peer, hello, around.meter) if count > 1 else None
+        self._link = RingLink(around.overlay, next_peer, hello, around.packs, around.meter) if count > 1 else None
         theirs = hello.model_copy(update={"stage": (index - 1) % count})
         self._intake = Intake(theirs, ticket.stages[index - 1].peer_id, self._session.max_body)
+        self._outlet = Outlet(self._session, self._link, around.coordinator, self._agenda, self._take_token)
+
+    @property
+    def previous(self) -> str:
+        """The previous stage's peer id."""
+        return self._intake.peer_id
+
+    @property
+    def sent(self) -> SeamLog:
+        """The hidden states that it gave to the next stage."""
+        return self._outlet.sent
 
     def _new_session(self, known: int = 0, position: int = 0, next_position: int = 0) -> StageSession:
         stage = self._around.stage
@@ -141,15 +143,13 @@ class Leg:
         elif not self._session.is_last and not progress.history.has(message.send_from, message.position):
             raise ProtocolError("what this stage sent before is not here any more", code="bad_resume")
         progress.tokens = list(self._tokens)
-        self._send_from = message.send_from
         self._session = self._new_session(message.known, message.position, message.send_from)
+        self._outlet.session, self._outlet.send_from = self._session, message.send_from
         self._begun.set()
 
     def pause(self) -> None:
         """End `run` after the step that is being computed."""
-        self._paused.set()
-        self._has_work.set()
-        self._wait.cancel()
+        self._agenda.pause()
 
     # --- from the previous stage
 
@@ -167,7 +167,7 @@ class Leg:
                 await self._begun.wait()  # this stage may be told to go on later than the previous one
                 await self._receive(part)
             except AzuError as error:
-                await self._fail(error, channel.peer_id)
+                await self.fail(error, channel.peer_id)
                 raise
 
     async def _receive(self, part: Part) -> None:
@@ -178,34 +178,70 @@ class Leg:
             if isinstance(message, Moved):
                 await self._intake.follow(message)
                 return
-            if len(self._inbox) == WINDOW:
-                raise ProtocolError(f"{channel.peer_id} sent more than it has credit for", code="no_credit")
             self._put(self._accept(message, body))
         raise NetworkError(f"{channel.peer_id} closed the ring", code="stage_lost")
 
-    def _put(self, work: Work) -> None:
-        self._inbox.append(work)
-        self._has_work.set()
-
-    async def _get(self) -> Work:
-        """The next of the inbox. Without a scope of its own, as the ring's next step waits for this."""
-        while not self._paused.is_set():
-            if self._inbox:
-                return self._inbox.popleft()
-            self._has_work = trio.Event()
-            await self._has_work.wait()
-        raise _PausedError
-
-    def _accept(self, message: Message, body: bytearray) -> Work:
+    def _accept(self, message: Message, body: bytearray) -> Input:
         """Check a message as it comes: what is wrong with it is its sender's fault, and nobody else's."""
+        session = self._session
         if isinstance(message, Next):
-            token = self._session.accept_next(message)
-            if not self._session.is_last:
-                self._progress.tokens.append(token)
-            return message, body, 1
+            return self._note_token(session.accept_next(message.index, message.token))
         if isinstance(message, Chunk):
-            return message, body, self._session.accept_chunk(message, len(body))
+            rows = session.accept_chunk(message, len(body))
+            return Input(message.position, rows, message.sample, body, is_owed=True)
         raise ProtocolError(f"{type(message).__name__} on the ring", code="unexpected_message")
+
+    def _note_token(self, token: int) -> Input:
+        if not self._session.is_last:
+            self._progress.tokens.append(token)
+        return Input(self._session.position - 1, 1, sample=True, token=token)
+
+    def take(self, entry: Entry) -> None:
+        """Take a decoded token that the previous stage sent in a pack.
+
+        Raises:
+            ProtocolError: it is not what comes next.
+        """
+        session = self._session
+        if self._agenda.is_paused:
+            return
+        if entry.token >= 0:
+            self._put(self._note_token(session.accept_packed_next(entry.position, entry.token)))
+        else:
+            session.accept_row(entry.position, entry.dtype, len(entry.body))
+            self._put(Input(entry.position, 1, True, entry.body))
+
+    def _take_token(self, index: int, token: int) -> None:
+        """What was sampled here begins the next step."""
+        self._put(self._note_token(self._session.accept_next(index, token)))
+
+    def _put(self, work: Input) -> None:
+        """Compute it at once where it is a decoded token and nothing has to be waited for; else the task does.
+
+        Raises:
+            ProtocolError: more wait than may be under way.
+        """
+        if len(self._agenda.inputs) == WINDOW:
+            raise ProtocolError(f"{self.previous} sent more than it has credit for", code="no_credit")
+        state, is_decoded = self._progress.state, work.rows == 1 and work.sample and not work.is_owed
+        if is_decoded and state is not None and self._agenda.is_clear and self._has_room(1):
+            step = self._begin(state, work)
+            self._agenda.is_stepping = True
+            self._give_up = self._around.device.submit(state.stage, step, 1, self._number, partial(self._land, step))
+        else:
+            self._agenda.put(work)
+
+    def _land(self, step: Step, came: outcome.Outcome[Output]) -> None:
+        """A step that was computed without the task is over."""
+        self._give_up = None
+        try:
+            result = self._keep(step, came.unwrap())
+            if result is not None and not self._outlet.pass_at_once(result):
+                self._agenda.pass_on(result)
+        except Exception as error:  # the task's to raise
+            self._progress.clear()
+            self._agenda.fail(error)
+        self._agenda.landed()
 
     # --- the leg itself
 
@@ -216,9 +252,12 @@ class Leg:
                 if self._link is not None:
                     nursery.start_soon(self._guard, partial(self._link.run, self._ready), self._link.peer_id)
                 await self._guard(self._compute, self._around.identity.peer_id)
-                await self._paused.wait()
+                await self._agenda.until_landed()
+                await self._agenda.until_paused()
                 nursery.cancel_scope.cancel()
         finally:
+            if self._give_up is not None:
+                self._give_up()
             self._intake.close()
             self._around.device.ended(self._number)
 
@@ -227,57 +266,48 @@ class Leg:
 
     async def _guard(self, part: Callable[[], Awaitable[None]], blamed: str) -> None:
         try:
-            with suppress(_PausedError):
+            with suppress(PausedError):
                 await part()
         except AzuError as error:
             if isinstance(error, NetworkError) and self._link is not None:
                 blamed = self._link.peer_id  # to which alone a computation sends what the job depends on
             if isinstance(error, ProtocolError):
                 self._around.overlay.count_violation(blamed)
-            await self._fail(error, blamed)
+            await self.fail(error, blamed)
 
-    async def _fail(self, error: AzuError, peer_id: str) -> None:
+    async def fail(self, error: AzuError, peer_id: str) -> None:
+        """Tell the coordinator, once, that the leg cannot go on, and whose fault it seems."""
         # A neighbour that got the job's end first closes its stream first: only the coordinator knows if it is a loss.
         level = logging.DEBUG if isinstance(error, NetworkError) else logging.WARNING
         job = self.ticket.job_id.hex()
         log(logger, level, "job cannot go on", job=job, code=error.code, reason=str(error))
-        if self._has_failed or self._paused.is_set():
+        if self._has_failed or self._agenda.is_paused:
             return
         self._has_failed = True
         message = "internal error" if isinstance(error, InternalError) else error.message[:2_000]
         await self._around.coordinator.send(Failed(code=error.code, message=message, peer_id=peer_id))
 
-    def _sending(self, link: RingLink) -> AbstractContextManager[None]:
-        """As `_pausable`, for what is sent on. What need not be waited for takes no scope."""
-        return nullcontext() if link.is_ready and not self._paused.is_set() else self._pausable()
-
-    @contextmanager
-    def _pausable(self) -> Iterator[None]:
-        """What is waited for in here is given up when the leg is paused."""
-        with trio.CancelScope() as self._wait:
-            if self._paused.is_set():
-                self._wait.cancel()
-            yield
-        if self._wait.cancelled_caught:
-            raise _PausedError
-
     async def _compute(self) -> None:
-        with self._pausable():
+        with self._agenda.pausable():
             if self._link is None:
                 await self._ready()
             await self._begun.wait()
             if self._session.needs_prompt:
                 await self._progress.prompt_came.wait()
         state = await self._take_up()
-        await self._replay()
+        await self._outlet.replay(self._progress.history)
         if self._session.is_first:
             for ids, sample in self._session.id_chunks(self._progress.prompt + self._tokens):
                 await self._run(Step(state, ids, len(ids), sample))
+        self._idle_since = time.perf_counter()
         while True:
-            since = time.perf_counter()
-            message, body, rows = await self._get()
-            self._around.meter.note_input(len(body), time.perf_counter() - since)
-            await self._step(state, message, body, rows)
+            work = await self._agenda.next()
+            if isinstance(work, Input):
+                await self._run(self._begin(state, work))
+                if work.is_owed:
+                    await self._give_credit(work.rows)
+            else:
+                await self._outlet.pass_on(work)
 
     async def _take_up(self) -> JobState:
         """The state to compute with: as it was left, or a new one."""
@@ -292,44 +322,46 @@ class Leg:
         self._number = id(progress.state)
         return progress.state
 
-    async def _replay(self) -> None:
-        """Send on what the next stage lacks of what this one computed before."""
-        if self._link is None or self._session.is_last:
-            return
-        session = self._session
-        for position, body in self._progress.history.replay(self._send_from, session.rows):
-            rows = len(body) // (session.hidden_size * ITEMSIZE[session.dtype])
-            header = TensorHeader(dtype=session.dtype, shape=(rows, session.hidden_size))
-            await self._send_on(Chunk(position=position, tensor=header, sample=position + rows == session.base), body)
+    def _begin(self, state: JobState, work: Input) -> Step:
+        self._around.meter.note_input(len(work.body), time.perf_counter() - self._idle_since)
+        if work.token >= 0:
+            return Step(state, (work.token,), 1, sample=True)
+        self.received.note(work.position, work.rows, work.body)
+        return Step(state, work.body, work.rows, work.sample)
 
-    async def _step(self, state: JobState, message: Chunk | Next, body: bytearray, rows: int) -> None:
-        if isinstance(message, Next):
-            await self._run(Step(state, (message.token,), 1, sample=True))
-            return
-        self.received.note(message.position, rows, body)
-        await self._run(Step(state, body, rows, message.sample), self._give_credit)
+    def _has_room(self, rows: int) -> bool:
+        return self._around.kv.grow_at_once(self.ticket.job_id, self._progress.positions + rows)
 
-    async def _run(self, step: Step, then: Callable[[int], Awaitable[None]] | None = None) -> None:
+    async def _run(self, step: Step) -> None:
         """Compute a step, and pass on what it gives."""
-        progress, position = self._progress, self._progress.positions
-        kv, job, positions = self._around.kv, self.ticket.job_id, position + step.rows
-        if not kv.grow_at_once(job, positions):
-            with self._pausable():
-                await kv.grow(job, positions, self._tell_waiting)
+        if not self._has_room(step.rows):
+            kv, positions = self._around.kv, self._progress.positions + step.rows
+            with self._agenda.pausable():
+                await kv.grow(self.ticket.job_id, positions, self._tell_waiting)
         try:
             returns_to = self._number if step.sample else 0
             output: Output = await self._around.device.step(step.job.stage, step, step.rows, returns_to)
         except AzuError:
-            progress.clear()  # a cache that a failed step may have touched is of no use to a later leg
+            self._progress.clear()  # a cache that a failed step may have touched is of no use to a later leg
             raise
+        result = self._keep(step, output)
+        if result is not None and not self._outlet.pass_at_once(result):
+            await self._outlet.pass_on(result)
+
+    def _keep(self, step: Step, output: Output) -> Result | None:
+        """What a step gave becomes part of what the stage holds of the job. Returns what is to be passed on."""
+        self._idle_since = time.perf_counter()
+        progress, position = self._progress, self._progress.positions
         progress.positions += step.rows
-        if output.tensor is not None and self._link is not None:
-            progress.history.add(output.body)
+        token = None
         if output.token is not None:
             progress.tokens.append(output.token)
-        await self._pass_on(output, position, step)  # first: the rest of the ring waits for it
-        if then is not None:
-            await then(step.rows)
+            token = self._session.sampled(output.token)
+        elif output.tensor is None:
+            return None
+        elif self._link is not None:
+            progress.history.add(output.body)
+        return Result(position, step.rows, output.body, token)
 
     async def _tell_waiting(self) -> None:
         await self._around.coordinator.send(Waiting())
@@ -340,42 +372,7 @@ class Leg:
             return
         frames, self._owed = self._owed, 0
         try:
-            with self._pausable():
+            with self._agenda.pausable():
                 await channel.send(Credit(frames=frames))
         except NetworkError:
             return  # receive_from() sees the same end and tells whose it is
-
-    async def _pass_on(self, output: Output, position: int, step: Step) -> None:
-        if output.tensor is not None and self._link is not None:
-            skipped = min(max(0, self._send_from - position), step.rows)  # rows that the next stage has
-            if skipped == step.rows:
-                return
-            rows, body, header = step.rows, output.body, output.tensor
-            if skipped:
-                rows -= skipped
-                body = body[len(body) // step.rows * skipped :]
-                header = header.model_copy(update={"shape": (rows, self._session.hidden_size)})
-            await self._send_on(Chunk(position=position + skipped, tensor=header, sample=step.sample), body)
-        elif output.token is not None:
-            await self._pass_token(self._session.sampled(output.token))
-
-    async def _send_on(self, chunk: Chunk, body: Buffer) -> None:
-        """To the next stage, and note it even where that fails: it may have left."""
-        link: Any = self._link  # who calls this has one
-        try:
-            with self._sending(link):
-                await link.send_chunk(chunk, body)
-        finally:  # afterwards: the next stage waits for it
-            self.sent.note(chunk.position, chunk.tensor.shape[0], body)
-
-    async def _pass_token(self, token: Token) -> None:
-        """To the first stage first, since the next step waits for it there."""
-        if not token.finish:
-            next_step = Next(index=token.index, token=token.token)
-            if self._link is None:
-                self._put(self._accept(next_step, bytearray()))
-            else:
-                with self._sending(self._link):
-                    await self._link.send_next(next_step)
-        with self._pausable():
-            await self._around.coordinator.send(token)

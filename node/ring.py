@@ -41,6 +41,7 @@ from azu.wire.messages import (
     encode_message,
 )
 from node.instruments import RingMeter
+from node.packs import PackLink, Packs
 
 __all__ = ["GRANT", "TOKEN_GRANT", "WINDOW", "RingLink"]
 
@@ -59,12 +60,20 @@ _RETRY_S = 5.0
 
 
 class RingLink:
-    """The sending end. `run()` owns the streams; `send_*` may be called from another task once it is open."""
+    """The sending end. `run()` owns the streams; `send_*` may be called from another task once it is open.
 
-    def __init__(self, overlay: Overlay, peer_id: str, hello: Hello, meter: RingMeter | None = None) -> None:
+    Attributes:
+        pack: the stream for decoded tokens of all jobs, while there is a direct connection to the next stage.
+    """
+
+    def __init__(
+        self, overlay: Overlay, peer_id: str, hello: Hello, packs: Packs, meter: RingMeter | None = None
+    ) -> None:
         self._overlay = overlay
         self._meter = meter or RingMeter()
         self.peer_id = peer_id
+        self.pack: PackLink | None = None
+        self._packs = packs
         self._hello = hello
         self._channel: Channel | None = None
         self._is_relayed = False
@@ -87,8 +96,10 @@ class RingLink:
             await on_open()
             if stream.is_relayed:
                 await self._leave_relay(self._channel)
-            await self._take_credit(self._channel)
+            with self._packs.held(self.peer_id) as self.pack:
+                await self._take_credit(self._channel)
         finally:
+            self.pack = None
             for channel in (self._channel, self._next):
                 if channel is not None:
                     await channel.stream.aclose()

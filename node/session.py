@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from azu.errors import ProtocolError
 from azu.models.memory import chunk_rows
 from azu.tickets import JobTicket
-from azu.wire.messages import Chunk, Next, Resume, Token
+from azu.wire.messages import Chunk, Resume, Token
 from azu.wire.tensors import ACTIVATIONS, ITEMSIZE
 from azu.wire.tokens import unpack_tokens
 
@@ -63,9 +63,14 @@ class StageSession:
         self._received = known  # sampled tokens that this stage, as the first, was told
 
     @property
+    def row_bytes(self) -> int:
+        """Of one position's hidden states."""
+        return self.hidden_size * ITEMSIZE[self.dtype]
+
+    @property
     def max_body(self) -> int:
         """The largest body in bytes that the previous stage may send."""
-        return 0 if self.is_first else self.rows * self.hidden_size * ITEMSIZE[self.dtype]
+        return 0 if self.is_first else self.rows * self.row_bytes
 
     @property
     def needs_prompt(self) -> bool:
@@ -97,21 +102,50 @@ class StageSession:
         Raises:
             ProtocolError: it is not what comes next in this job.
         """
-        if self.is_first:
-            raise ProtocolError("the first stage takes no hidden states", code="unexpected_message")
         rows = chunk.tensor.check(body_length, dtype=self.dtype, width=self.hidden_size, max_rows=self.rows)
-        end = self.position + rows
-        if chunk.position != self.position:
-            raise ProtocolError(f"position {chunk.position} came, {self.position} is next", code="bad_position")
-        if end > self.base and (self.position < self.base or rows != 1 or end > self.ticket.total_tokens - 1):
-            raise ProtocolError("a chunk reaches past the ticket's tokens", code="bad_position")
-        if chunk.sample != (end >= self.base):
-            raise ProtocolError("a chunk asks to sample where the ticket does not", code="bad_position")
-        self.position = end
+        self._advance(chunk.position, rows, chunk.sample)
         return rows
 
-    def accept_next(self, message: Next) -> int:
-        """First stage: check a token from the last stage and return it.
+    def accept_row(self, position: int, dtype: str, size: int) -> None:
+        """Later stages: check a decoded position's hidden states, of so many bytes, that came in a pack.
+
+        Raises:
+            ProtocolError: they are not what comes next in this job, or had to come on its ring stream.
+        """
+        if dtype != self.dtype or size != self.row_bytes:
+            raise ProtocolError(f"{size} bytes of {dtype} came for one position", code="bad_tensor")
+        self._check_packed(position)
+        self._advance(position, 1, sample=True)
+
+    def may_pack(self, position: int) -> bool:
+        """Whether a position's hidden states, or the token that begins it, may travel in a pack: what comes before it
+        has been through the whole ring then, and so cannot be overtaken.
+        """
+        return position > self.base
+
+    def _check_packed(self, position: int) -> None:
+        if not self.may_pack(position):
+            raise ProtocolError(f"position {position} came in a pack", code="bad_position")
+
+    def _advance(self, position: int, rows: int, sample: bool) -> None:
+        if self.is_first:
+            raise ProtocolError("the first stage takes no hidden states", code="unexpected_message")
+        end = self.position + rows
+        if position != self.position:
+            raise ProtocolError(f"position {position} came, {self.position} is next", code="bad_position")
+        if end > self.base and (self.position < self.base or rows != 1 or end > self.ticket.total_tokens - 1):
+            raise ProtocolError("a chunk reaches past the ticket's tokens", code="bad_position")
+        if sample != (end >= self.base):
+            raise ProtocolError("a chunk asks to sample where the ticket does not", code="bad_position")
+        self.position = end
+
+    def accept_packed_next(self, index: int, token: int) -> int:
+        """First stage: as `accept_next`, of a token that came in a pack."""
+        self._check_packed(self.ticket.prompt_tokens + index)
+        return self.accept_next(index, token)
+
+    def accept_next(self, index: int, token: int) -> int:
+        """First stage: check the `index`-th token, from the last stage, and return it.
 
         Raises:
             ProtocolError: it is not the token that comes next.
@@ -119,15 +153,15 @@ class StageSession:
         if not self.is_first:
             raise ProtocolError("only the first stage takes token ids", code="unexpected_message")
         position = self.ticket.prompt_tokens + self._received
-        if message.index != self._received or (self.position != position and not self._is_behind):
-            raise ProtocolError(f"token {message.index} came out of turn", code="bad_position")
+        if index != self._received or (self.position != position and not self._is_behind):
+            raise ProtocolError(f"token {index} came out of turn", code="bad_position")
         if position >= self.ticket.total_tokens - 1:
             raise ProtocolError("a token came past the ticket's max_tokens", code="bad_position")
-        if message.token >= self.vocab_size:
+        if token >= self.vocab_size:
             raise ProtocolError("a token id is outside the vocabulary", code="bad_token")
         self._received += 1
         self.position = position + 1
-        return message.token
+        return token
 
     def accept_resume(self, message: Resume, body: bytearray, held: int) -> tuple[int, ...]:
         """The known tokens with which a session is to begin, in the first and the last stage; none in the others.

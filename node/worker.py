@@ -22,6 +22,7 @@ from azu.wire.messages import (
     JOB_PROTOCOL,
     LAYERS_PROTOCOL,
     LEAVING,
+    PACK_PROTOCOL,
     RING_PROTOCOL,
     Accepted,
     Assign,
@@ -48,7 +49,7 @@ __all__ = ["Worker"]
 logger = logging.getLogger(__name__)
 
 AGENT = "azu-node/0.1.0"
-_PROTOCOLS = (CONTROL_PROTOCOL, LAYERS_PROTOCOL, JOB_PROTOCOL, RING_PROTOCOL)
+_PROTOCOLS = (CONTROL_PROTOCOL, LAYERS_PROTOCOL, JOB_PROTOCOL, RING_PROTOCOL, PACK_PROTOCOL)
 # A record outlives three refreshes, so that one lost in the network does not make a worker vanish.
 _REFRESH_S = 15.0
 _RECORD_LIFE_S = 60
@@ -113,6 +114,7 @@ class Worker:
         overlay.handle(LAYERS_PROTOCOL, layers.handle)
         overlay.handle(JOB_PROTOCOL, self.jobs.handle_job)
         overlay.handle(RING_PROTOCOL, self.jobs.handle_ring)
+        overlay.handle(PACK_PROTOCOL, self.jobs.handle_pack)
 
     async def run(self) -> None:
         """Serve until cancelled, then withdraw the record."""
@@ -121,6 +123,7 @@ class Worker:
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self.instruments.run)
+                nursery.start_soon(self.jobs.packs.run)
                 nursery.start_soon(self._advertise)
                 nursery.start_soon(self._provide)
                 nursery.start_soon(self._note_what_comes)

@@ -15,7 +15,8 @@ from libp2p.io.exceptions import ConnectionClosedError
 
 __all__ = ["Outbox"]
 
-SMALL_BYTES = 32 * 1024  # a decoded token's states and every control frame: these overtake prompts and files
+# A decoded token's states and every control frame: these overtake prompts and files, and so does an urgent stream.
+SMALL_BYTES = 32 * 1024
 LARGE_BYTES = 256 * 1024  # of the others that leave with one call; one at least
 ALONE = 8  # writes in a row that met no other, after which none waits for one any more
 
@@ -23,12 +24,13 @@ ALONE = 8  # writes in a row that met no other, after which none waits for one a
 class _Entry:
     """Frames that belong together, and the task that waits for them to leave, or to be the next to leave."""
 
-    __slots__ = ("error", "frames", "has_left", "size", "stream", "task")
+    __slots__ = ("error", "frames", "has_left", "is_small", "size", "stream", "task")
 
-    def __init__(self, frames: Sequence[bytes]) -> None:
+    def __init__(self, frames: Sequence[bytes], *, is_urgent: bool) -> None:
         self.frames = frames
         self.stream = frames[0][4:8]  # its id, in a Yamux header
         self.size = sum(map(len, frames))
+        self.is_small = is_urgent or self.size <= SMALL_BYTES
         self.task: trio.lowlevel.Task | None = None
         self.has_left = False
         self.error: BaseException | None = None
@@ -53,7 +55,7 @@ class Outbox:
         self._is_sending = False
         self._alone = 0  # writes since two last met
 
-    async def write(self, frames: Sequence[bytes]) -> None:
+    async def write(self, frames: Sequence[bytes], *, is_urgent: bool = False) -> None:
         """Write frames whole. Cancelling is safe: they leave whole, or not at all, and small ones do leave, since they
         go with the next call.
 
@@ -61,7 +63,7 @@ class Outbox:
             ConnectionClosedError: the connection ended; and whatever `send` raises.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
-        entry = _Entry(frames)
+        entry = _Entry(frames, is_urgent=is_urgent)
         self._waiting.append(entry)
         if self._is_sending:
             self._alone = 0
@@ -90,9 +92,7 @@ class Outbox:
 
     def _is_next(self, entry: _Entry) -> bool:
         """Whether it will leave with the next call in any case."""
-        return entry.size <= SMALL_BYTES and not any(
-            each.stream == entry.stream and each.size > SMALL_BYTES for each in self._waiting
-        )
+        return entry.is_small and not any(each.stream == entry.stream and not each.is_small for each in self._waiting)
 
     async def _flush(self) -> None:
         taken = self._take()
@@ -122,7 +122,7 @@ class Outbox:
         size = 0
         held: set[bytes] = set()  # streams that have something large waiting
         for entry in self._waiting:
-            if entry.size <= SMALL_BYTES and entry.stream not in held:
+            if entry.is_small and entry.stream not in held:
                 small.append(entry)
                 continue
             held.add(entry.stream)

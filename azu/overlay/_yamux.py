@@ -158,9 +158,9 @@ class AzuYamux(Yamux):
             data = HEADER.pack(0, kind, flags | stream.pay(), stream_id, length)
         await self._write_frames([data])
 
-    async def _write_frames(self, frames: Sequence[bytes]) -> None:
+    async def _write_frames(self, frames: Sequence[bytes], *, is_urgent: bool = False) -> None:
         """Write frames whole, or close the connection. Only the wait for one's turn can be cancelled."""
-        await self._outbox.write(frames)
+        await self._outbox.write(frames, is_urgent=is_urgent)
 
     async def _send_frames(self, frames: Sequence[bytes]) -> None:
         with shielded(FRAME_SECONDS) as scope:

@@ -43,6 +43,7 @@ class AzuYamuxStream(YamuxStream):
 
     def __init__(self, stream_id: int, conn: AzuYamux, is_initiator: bool) -> None:
         super().__init__(stream_id, conn, is_initiator)
+        self.is_urgent = False  # whether its frames overtake those of others, however large they are
         self.window_opened = trio.Event()
         self.owed = FLAG_SYN if is_initiator else FLAG_ACK  # flags for the next frame
         self._unreturned = 0  # bytes read but not yet given back as credit
@@ -127,7 +128,7 @@ class AzuYamuxStream(YamuxStream):
                 frames.append(b"".join((header, view[sent : sent + size])))
                 sent, flags = sent + size, 0
             try:
-                await self.conn._write_frames(frames)
+                await self.conn._write_frames(frames, is_urgent=self.is_urgent)
             except trio.Cancelled:  # nothing has left
                 self.owed = owed
                 self.send_window += sent - before

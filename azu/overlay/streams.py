@@ -54,6 +54,10 @@ class OverlayStream:
         """The /24, or /48 of IPv6, that the peer's packets come from; empty where a relay sends them."""
         return subnet_of(self.remote_ip) if self.remote_ip else ""
 
+    def hurry(self) -> None:
+        """Let what is sent on it overtake large writes of the connection's other streams."""
+        self._muxed.is_urgent = True
+
     async def __aenter__(self) -> Self:
         return self
 

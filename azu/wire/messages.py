@@ -5,6 +5,7 @@
 /azu/layers/1    anyone -> any holder    a signed manifest, which files are there, or a range of one
 /azu/job/1       coordinator -> stage    one job's ticket, prompt, tokens and end
 /azu/ring/1      stage -> next stage     activations on, token ids from the last stage back to the first
+/azu/pack/1      stage -> next stage     the same of decoded tokens, of all jobs that are there at once
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pydantic import Field
 
 from azu.crossings import NOTHING, Crossing
 from azu.wire.codec import Codec, Message, encode_message
-from azu.wire.document import PeerId
+from azu.wire.document import PeerId, Tuple
 from azu.wire.fields import MAX_PART, MAX_TOKENS, Code, Count, Epoch, JobId, Part, Text, TokenId
 from azu.wire.layers import (
     MAX_ASKED,
@@ -41,9 +42,13 @@ __all__ = [
     "LAYERS_PROTOCOL",
     "LEAVING",
     "MAX_ASKED",
+    "MAX_PACKED",
+    "MAX_PACK_BYTES",
     "MAX_PART",
     "MAX_RANGE_BYTES",
     "MAX_TOKENS",
+    "PACK",
+    "PACK_PROTOCOL",
     "PING_S",
     "RING",
     "RING_PROTOCOL",
@@ -72,6 +77,7 @@ __all__ = [
     "Message",
     "Moved",
     "Next",
+    "Nexts",
     "Open",
     "Paused",
     "Ping",
@@ -80,6 +86,7 @@ __all__ = [
     "ReceiptReply",
     "Refused",
     "Resume",
+    "Rows",
     "Status",
     "Token",
     "Waiting",
@@ -93,6 +100,7 @@ CONTROL_PROTOCOL = "/azu/control/1"
 LAYERS_PROTOCOL = "/azu/layers/1"
 JOB_PROTOCOL = "/azu/job/1"
 RING_PROTOCOL = "/azu/ring/1"
+PACK_PROTOCOL = "/azu/pack/1"
 
 # Both ends of a job stream say something at least this often, and take silence for death after SILENCE_S: a peer that
 # was stopped or cut off ends no stream by itself.
@@ -102,6 +110,8 @@ SILENCE_S = 15.0
 LEAVING = "leaving"
 # A stage keeps a job whose coordinator is away for so long at most: it restarts, and comes back to it.
 KEEP_S = 120
+# Jobs in a frame of a pack stream, and bytes of their hidden states.
+MAX_PACKED, MAX_PACK_BYTES = 256, 262_144
 _MAX_SIGNED_BYTES = 65_536
 
 
@@ -355,6 +365,28 @@ class Credit(Message):
     frames: Annotated[int, Field(ge=1, le=1_024)]
 
 
+class Rows(Message):
+    """Body: hidden states [jobs, hidden], of one decoded position of each; `jobs`: id, epoch and position of each."""
+
+    max_body: ClassVar[int] = MAX_PACK_BYTES
+    t: Literal["rows"] = "rows"
+    jobs: Annotated[
+        Tuple[Annotated[tuple[JobId, Epoch, Count], Field(strict=False)]],
+        Field(min_length=1, max_length=MAX_PACKED),
+    ]
+    tensor: TensorHeader
+
+
+class Nexts(Message):
+    """`Next` of each of several jobs; `jobs`: id, epoch, index and token of each."""
+
+    t: Literal["nexts"] = "nexts"
+    jobs: Annotated[
+        Tuple[Annotated[tuple[JobId, Epoch, Count, TokenId], Field(strict=False)]],
+        Field(min_length=1, max_length=MAX_PACKED),
+    ]
+
+
 ACCOUNT = Codec("account", GetStatus, Status, Refused)
 CONTROL = Codec("control", GetStatus, Status, Assign, Accepted, Refused)
 LAYERS = Codec("layers", GetManifest, ManifestReply, WhichBlobs, HaveBlobs, GetBlob, BlobRange, Refused)
@@ -363,4 +395,5 @@ JOB = Codec(
     *(Open, Prompt, Ping, Amend, Bequeath, Resume, End, Forget),
     *(Ready, Paused, Waiting, Leaving, Inherited, Token, Failed, ReceiptReply, Refused),
 )
+PACK = Codec("pack", Rows, Nexts)
 RING = Codec("ring", Hello, Welcome, Chunk, Next, Credit, Moved, Inheritance, Kept, Refused)

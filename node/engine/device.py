@@ -18,6 +18,7 @@ import weakref
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import outcome
@@ -59,13 +60,18 @@ class _Work:
     """A call, or (where there is a `runner`) a step of a job."""
 
     call: Callable[[], Any] | None
-    task: trio.lowlevel.Task
+    done: Callable[[outcome.Outcome[Any]], None]  # called on the event loop with what came of it
     runner: Runner | None = None
     step: Any = None
     rows: int = 0
     returns_to: int = 0  # its job, where a token of it will come
     since: float = field(default_factory=time.perf_counter)
     abandoned: bool = False
+
+    def abandon(self) -> None:
+        """Skip it, if it has not begun, or drop its result."""
+        self.abandoned = True
+        self.step = None  # its job's cache is free at once, not when its turn comes
 
 
 class DeviceThread(trio.abc.Instrument):
@@ -93,9 +99,9 @@ class DeviceThread(trio.abc.Instrument):
         Safe to cancel: a call that has not begun is skipped, the result of one that has is dropped.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
-        work = _Work(call, trio.lowlevel.current_task())
+        work = _Work(call, _waking(trio.lowlevel.current_task()))
         self._queue.put(work)
-        result: T = await self._wait_for(work)
+        result: T = await _wait(work.abandon)
         return result
 
     async def step(self, runner: Runner, step: Any, rows: int, returns_to: int = 0) -> Any:
@@ -107,9 +113,19 @@ class DeviceThread(trio.abc.Instrument):
             returns_to: a number of the job's own where a token of it will come after this step; `ended` takes it back.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
-        work = _Work(None, trio.lowlevel.current_task(), runner, step, rows, returns_to)
+        return await _wait(self.submit(runner, step, rows, returns_to, _waking(trio.lowlevel.current_task())))
+
+    def submit(
+        self, runner: Runner, step: Any, rows: int, returns_to: int, done: Callable[[outcome.Outcome[Any]], None]
+    ) -> Callable[[], None]:
+        """As `step`, without a task that waits for it: `done` is called on the event loop, and must not raise.
+
+        Returns:
+            What gives the step up: it is skipped, or its result dropped.
+        """
+        work = _Work(None, done, runner, step, rows, returns_to)
         self._arriving.append(work)
-        return await self._wait_for(work)
+        return work.abandon
 
     def ended(self, job: int) -> None:
         """No token of this job will come any more."""
@@ -120,14 +136,6 @@ class DeviceThread(trio.abc.Instrument):
         if self._arriving:
             self._queue.put(self._arriving)
             self._arriving = []
-
-    async def _wait_for(self, work: _Work) -> Any:
-        def abort(_: object) -> trio.lowlevel.Abort:
-            work.abandoned = True
-            work.step = None  # its job's cache is free at once, not when its turn comes
-            return trio.lowlevel.Abort.SUCCEEDED
-
-        return await trio.lowlevel.wait_task_rescheduled(abort)
 
     @property
     def pending(self) -> int:
@@ -218,6 +226,18 @@ class DeviceThread(trio.abc.Instrument):
         self._trio.run_sync_soon(_deliver, [(work, result) for (work, _), result in zip(steps, results, strict=True)])
 
 
+async def _wait(abandon: Callable[[], None]) -> Any:
+    def abort(_: object) -> trio.lowlevel.Abort:
+        abandon()
+        return trio.lowlevel.Abort.SUCCEEDED
+
+    return await trio.lowlevel.wait_task_rescheduled(abort)
+
+
+def _waking(task: trio.lowlevel.Task) -> Callable[[outcome.Outcome[Any]], None]:
+    return partial(trio.lowlevel.reschedule, task)
+
+
 def _first(pair: tuple[float, object]) -> float:
     return pair[0]
 
@@ -225,7 +245,7 @@ def _first(pair: tuple[float, object]) -> float:
 def _deliver(done: list[tuple[_Work, outcome.Outcome[Any]]]) -> None:
     for work, result in done:
         if not work.abandoned:
-            trio.lowlevel.reschedule(work.task, result)
+            work.done(result)
         elif isinstance(result, outcome.Error):
             logger.debug("a call whose caller was cancelled failed: %r", result.error)
 

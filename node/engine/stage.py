@@ -76,12 +76,12 @@ class JobState:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Step:
-    """What one job has to compute next: token ids in the first stage, else hidden states [rows, hidden] as bytes, whose
-    memory is used in place. sample: whether the last stage picks a token after it.
+    """What one job has to compute next: token ids in the first stage, else hidden states [rows, hidden] as bytes that
+    can be written to, whose memory is used in place. sample: whether the last stage picks a token after it.
     """
 
     job: JobState
-    inputs: tuple[int, ...] | bytearray
+    inputs: tuple[int, ...] | Buffer
     rows: int
     sample: bool
 

@@ -277,4 +277,5 @@ def _forget_what_is_sent(worker: Worker) -> None:
     async def nowhere(_: object) -> None:
         await trio.lowlevel.checkpoint()
 
+    link.pack = None
     link.send_next = nowhere  # type: ignore[method-assign]

@@ -28,6 +28,7 @@ from azu.tickets import JobTicket, Receipt, open_receipt, sign_ticket
 from azu.wire.messages import (
     JOB,
     JOB_PROTOCOL,
+    PACK_PROTOCOL,
     RING_PROTOCOL,
     End,
     Failed,
@@ -239,22 +240,32 @@ async def peer(number: int) -> AsyncIterator[Overlay]:
 
 
 @asynccontextmanager
-async def real_stage(model: TinyModel, number: int, start: int, end: int) -> AsyncIterator[Stage]:
+async def real_stage(
+    model: TinyModel, number: int, start: int, end: int, *, takes_packs: bool = True
+) -> AsyncIterator[Stage]:
     async with peer(number) as overlay, open_device_thread() as thread:
         jobs = Jobs(identity(number), overlay, thread, is_trusted=TRUSTED.__contains__)
         jobs.loaded = Loaded(model.manifest.digest, start, end, model.stage(start, end), KV_TOKENS, 1, 1, 2 * KV_TOKENS)
         overlay.handle(JOB_PROTOCOL, jobs.handle_job)
         overlay.handle(RING_PROTOCOL, jobs.handle_ring)
-        yield Stage(identity(number), overlay, jobs, thread, start, end)
+        if takes_packs:
+            overlay.handle(PACK_PROTOCOL, jobs.handle_pack)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(jobs.packs.run)
+            yield Stage(identity(number), overlay, jobs, thread, start, end)
+            nursery.cancel_scope.cancel()
 
 
 @asynccontextmanager
-async def real_ring(model: TinyModel, count: int) -> AsyncIterator[Coordinator]:
-    """A coordinator connected to `count` real stages that are connected to each other."""
+async def real_ring(model: TinyModel, count: int, *, refusing: int = -1) -> AsyncIterator[Coordinator]:
+    """A coordinator connected to `count` real stages that are connected to each other. One may take no packs."""
     with trio.fail_after(LIMIT):
         async with AsyncExitStack() as stack:
             ranges = enumerate(pairwise(CUTS[count]), 1)
-            stages = [await stack.enter_async_context(real_stage(model, n, *range_)) for n, range_ in ranges]
+            stages = [
+                await stack.enter_async_context(real_stage(model, n, *range_, takes_packs=n != refusing + 1))
+                for n, range_ in ranges
+            ]
             me = await stack.enter_async_context(peer(99))
             for stage in stages:
                 await me.connect(stage.peer_id, stage.overlay.addrs)

@@ -92,7 +92,7 @@ class Neighbours:
 
 
 @asynccontextmanager
-async def middle(model: TinyModel) -> AsyncIterator[Middle]:
+async def middle(model: TinyModel, prompt_tokens: int = PROMPT) -> AsyncIterator[Middle]:
     with trio.fail_after(LIMIT):
         async with (
             real_stage(model, MIDDLE, 1, 3) as stage,
@@ -108,7 +108,7 @@ async def middle(model: TinyModel) -> AsyncIterator[Middle]:
             coordinator = Coordinator(identity(COORDINATOR), me, [stage], model.manifest.digest)
             ends = [(identity(FIRST).peer_id, 0, 1), (stage.peer_id, 1, 3), (identity(LAST).peer_id, 3, 4)]
             stages = [{"peer_id": peer_id, "start": start, "end": end} for peer_id, start, end in ends]
-            ticket = coordinator.ticket(PROMPT, 8, stages=stages)
+            ticket = coordinator.ticket(prompt_tokens, 20, stages=stages)
             async with (
                 coordinator.opened(ticket) as job,
                 await first.open_stream(stage.peer_id, RING_PROTOCOL) as to_stage,

@@ -20,8 +20,10 @@ from azu.wire.messages import RING, RING_PROTOCOL, Chunk, Credit, Hello, Moved, 
 from azu.wire.tensors import TensorHeader
 from node import ring
 from node.engine.stage import Step
+from node.instruments import RingMeter
 from node.intake import Intake
 from node.leg import Leg
+from node.packs import Packs
 from node.ring import GRANT, WINDOW, RingLink
 from tests.node.real_stages import (
     LIMIT,
@@ -124,7 +126,8 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 async def relayed(*odd: Odd) -> AsyncIterator[Relayed]:
     async with corners(listen=LOOPBACK) as (hub, target, source), trio.open_nursery() as nursery:
         await source.connect(target.peer_id, await reserve(target, hub))
-        link, intake = RingLink(source, target.peer_id, HELLO), Intake(HELLO, source.peer_id, 4 * WIDTH)
+        link = RingLink(source, target.peer_id, HELLO, Packs(source, RingMeter()))
+        intake = Intake(HELLO, source.peer_id, 4 * WIDTH)
         pair = Relayed(hub, source, target, link, intake, list(odd))
         target.handle(RING_PROTOCOL, pair.serve)
         nursery.start_soon(pair.run)
@@ -219,7 +222,7 @@ async def test_a_ring_that_is_direct_from_the_start_has_no_second_stream() -> No
             await trio.sleep_forever()
 
         target.handle(RING_PROTOCOL, take)
-        link = RingLink(source, target.peer_id, HELLO)
+        link = RingLink(source, target.peer_id, HELLO, Packs(source, RingMeter()))
         nursery.start_soon(link.run, trio.lowlevel.checkpoint)
         await link.send_next(Next(index=0, token=1))
         [task] = [each for each in nursery.child_tasks if each.name.endswith("RingLink.run")]

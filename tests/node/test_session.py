@@ -121,7 +121,7 @@ class Ring:
             position += len(part)
         while told is not None:
             position = first.position
-            assert first.accept_next(told) == told.token
+            assert first.accept_next(told.index, told.token) == told.token
             told = self._pass_round(position, 1, sample=True)
         return self.emitted
 
@@ -181,7 +181,7 @@ def test_known_tokens_are_run_as_the_prompt_is_and_the_next_is_sampled_after_the
     for position, (part, sample) in zip((3, 5), parts, strict=True):
         assert accept(last, chunk(position, len(part), sample, width=1_000_000)) == 2
     assert last.sampled(9) == Token(index=2, token=9)
-    assert first.accept_next(Next(index=2, token=9)) == 9
+    assert first.accept_next(2, 9) == 9
     assert accept(last, chunk(7, 1, True, width=1_000_000)) == 1
     assert last.sampled(9) == Token(index=3, token=9)
 
@@ -272,7 +272,7 @@ def test_each_end_refuses_the_others_messages() -> None:
         accept(first, chunk(0, 5, True))
     for stage in (middle, last):
         with pytest.raises(ProtocolError):
-            stage.accept_next(Next(index=0, token=1))
+            stage.accept_next(0, 1)
 
 
 def started(max_tokens: int = 3) -> StageSession:
@@ -287,36 +287,36 @@ def test_tokens_out_of_turn_are_refused_and_change_nothing() -> None:
     for step in range(2):
         for index in {step - 1, step + 1, 7} - {-1}:
             with pytest.raises(ProtocolError) as raised:
-                stage.accept_next(Next(index=index, token=1))
+                stage.accept_next(index, 1)
             assert raised.value.code == "bad_position"
         with pytest.raises(ProtocolError) as raised:
-            stage.accept_next(Next(index=step, token=VOCABULARY))
+            stage.accept_next(step, VOCABULARY)
         assert raised.value.code == "bad_token"
-        assert stage.accept_next(Next(index=step, token=VOCABULARY - 1)) == VOCABULARY - 1
+        assert stage.accept_next(step, VOCABULARY - 1) == VOCABULARY - 1
     with pytest.raises(ProtocolError):  # max_tokens is 3: the third token is the last, and ends the job
-        stage.accept_next(Next(index=2, token=1))
+        stage.accept_next(2, 1)
     assert stage.position == 5 + 2
 
 
 def test_a_token_before_the_prompt_was_run_is_refused() -> None:
     stage = session(ticket(), 0)
     with pytest.raises(ProtocolError):
-        stage.accept_next(Next(index=0, token=1))
+        stage.accept_next(0, 1)
     chunks = stage.id_chunks((1,) * 5)
     next(chunks)
-    assert stage.accept_next(Next(index=0, token=1)) == 1
+    assert stage.accept_next(0, 1) == 1
 
 
 def test_a_first_stage_that_is_behind_is_told_a_token_before_it_has_run_all_that_are_known() -> None:
     stage = StageSession(ticket(), 0, hidden_size=2**20, vocab_size=9, known=1, next_position=6)
-    assert stage.accept_next(Next(index=1, token=2)) == 2
+    assert stage.accept_next(1, 2) == 2
     assert list(stage.id_chunks((1,) * 6)) == [((1, 1), False), ((1, 1), False), ((1, 1), True)]
     assert stage.position == 7
 
 
 def test_a_job_of_one_token_takes_none_back() -> None:
     with pytest.raises(ProtocolError):
-        started(max_tokens=1).accept_next(Next(index=0, token=1))
+        started(max_tokens=1).accept_next(0, 1)
 
 
 class Pipeline(RuleBasedStateMachine):
@@ -358,8 +358,8 @@ class Pipeline(RuleBasedStateMachine):
     @precondition(lambda self: self.to_first)
     @rule()
     def deliver_a_token(self) -> None:
-        position = self.first.position
-        self.first.accept_next(self.to_first.popleft())
+        position, told = self.first.position, self.to_first.popleft()
+        self.first.accept_next(told.index, told.token)
         self._forward(position, 1, sample=True)
 
     @rule(position=st.integers(0, 20), rows=st.integers(1, 4), sample=st.booleans())
@@ -376,7 +376,7 @@ class Pipeline(RuleBasedStateMachine):
     @rule(index=st.integers(0, 8))
     def slip_in_a_token(self, index: int) -> None:
         assume(index != self.first.position - self.ticket.prompt_tokens)
-        self._refused(lambda: self.first.accept_next(Next(index=index, token=1)))
+        self._refused(lambda: self.first.accept_next(index, 1))
 
     def _refused(self, act: Any) -> None:
         before = (self.first.position, self.last.position)

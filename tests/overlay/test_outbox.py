@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from functools import partial
 
 import pytest
 import trio
@@ -87,6 +88,22 @@ async def test_small_frames_overtake_large_ones_but_not_those_of_their_own_strea
                 socket.may_go_on.release()
     order = [[(stream_of(each), len(each)) for each in call] for call in socket.calls]
     assert order == [[(0, 100)], [(3, 100), (1, LARGE_BYTES)], [(2, LARGE_BYTES)], [(2, 100)]]
+
+
+async def test_an_urgent_stream_overtakes_others_however_much_it_writes() -> None:
+    socket = Socket()
+    outbox = Outbox(socket.send)
+    with trio.fail_after(LIMIT):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(outbox.write, [frame(0, 100)])
+            await trio.testing.wait_all_tasks_blocked()
+            for stream in (1, 2, 3):
+                write = partial(outbox.write, [frame(stream, LARGE_BYTES)], is_urgent=stream == 3)
+                nursery.start_soon(write)
+                await trio.testing.wait_all_tasks_blocked()
+            for _ in range(3):
+                socket.may_go_on.release()
+    assert [[stream_of(each) for each in call] for call in socket.calls] == [[0], [3, 1], [2]]
 
 
 async def test_a_writer_that_gives_up_leaves_nothing_and_holds_up_nobody() -> None:
