@@ -21,7 +21,8 @@ _ROUNDS = 8  # tokens of each job in one trial
 _SETTLE = 2  # rounds after a change that do not count
 _GLANCE, _POOR = 3, 0.9  # rounds after which a trial ends that gave less than this share of what the best one does
 _GAIN, _SURE = 1.02, 1.1  # how much better another number has to be, and in a single trial
-_PAUSE, _LONGEST_PAUSE = 2, 64  # trials between two with another number, at first and in the end
+_PAUSE, _LONGEST_PAUSE = 2, 64  # trials between two with another number, at first and in the end, ...
+_GROWS, _GROWS_FAST = 2, 8  # and how it grows from one to the next, where the other number was not good, or poor
 _SMOOTH = 0.3  # weight of a new measurement
 _LOST = 4.0  # trips after which a token does not count as away any more
 
@@ -128,17 +129,16 @@ class Gathering:
         else:
             self.groups = beside[record.detours % len(beside)]
             record.detours += 1
-            record.pause = min(2 * record.pause, _LONGEST_PAUSE)
+            record.pause = _longer(record.pause, record.shares[self.groups])
 
     def _record(self, jobs: int) -> _Record:
-        """That of about so many jobs; where nothing was tried with them, it begins with what is best for others."""
+        """That of about so many jobs; where nothing was tried with them, what was found with others holds for them."""
         mine = jobs.bit_length()
         record = self._records.setdefault(mine, _Record())
         tried = [about for about, other in self._records.items() if other.shares]
         if tried and not record.shares:
-            best = self._records[min(tried, key=lambda about: abs(about - mine))].best
-            if best != record.best:
-                record = self._records[mine] = _Record(best)
+            nearest = self._records[min(tried, key=lambda about: abs(about - mine))]
+            record = self._records[mine] = _Record(nearest.best, shares=dict(nearest.shares), trials=record.trials)
         return record
 
     def _is_poor(self, rate: float) -> bool:
@@ -158,4 +158,10 @@ class Gathering:
         record.shares[self.groups] = share
         # What seems to be a little better may be so by chance: it is tried twice.
         if share > _SURE or (share > _GAIN and known is not None):
-            self._records[self._jobs.bit_length()] = _Record(self.groups, rate, {record.best: 1 / share})
+            pause = _longer(_PAUSE, 1 / share)
+            self._records[self._jobs.bit_length()] = _Record(self.groups, rate, {record.best: 1 / share}, pause)
+
+
+def _longer(pause: int, share: float) -> int:
+    """The pause after another number was tried that gave so great a share of what the best one does."""
+    return min(pause * (_GROWS_FAST if share < _POOR else _GROWS), _LONGEST_PAUSE)

@@ -115,6 +115,14 @@ def test_a_number_that_is_much_worse_is_not_tried_for_long() -> None:
     assert max(others[1:]) <= 5, runs  # the first is in force before anything is tried
 
 
+def test_a_number_that_is_much_worse_is_tried_less_often_than_one_that_is_nearly_as_good() -> None:
+    def detours(worse: float) -> int:
+        found = tried(lambda groups, _: 1.0 if groups == 2 else worse, 1_000)
+        return sum(1 for groups, _ in groupby(found) if groups != 2)
+
+    assert detours(1.5) < detours(1.05) - 1
+
+
 def test_what_was_found_with_some_jobs_holds_for_others_until_it_is_tried() -> None:
     gathering, now = Gathering(), 0.0
 
@@ -135,6 +143,9 @@ def test_what_was_found_with_some_jobs_holds_for_others_until_it_is_tried() -> N
         gathering.forget(job)
     assert set(go(9, 10)[1:]) == {1}
     assert set(go(9, 200)) == {1, 2}, "that another number is no better with so many is found out all the same"
+    for job in range(5, 9):
+        gathering.forget(job)
+    assert set(go(5, 18)[1:]) == {1}, "so is what was worse with others: it is tried later, and not at once"
 
 
 def test_a_machine_that_is_faster_at_times_does_not_make_a_worse_number_seem_better() -> None:
