@@ -20,6 +20,7 @@ from node.book import Book
 from node.engine.device import open_device_thread
 from node.engine.hardware import find_device, require_packages
 from node.engine.openmp import usable_cpus
+from node.engine.sharing import turns_on
 from node.report import serve_report
 from node.trust import Trust
 from node.worker import AGENT, Worker
@@ -42,14 +43,16 @@ async def serve(settings: NodeSettings, leave: trio.Event) -> None:
             code="no_bootstrap",
             remedy="Run: azu-node join MULTIADDR, with an address that `azu-bootstrap run` or another node prints",
         )
-    device = find_device(settings.device, settings.vram, settings.threads or usable_cpus())
+    threads = settings.threads or usable_cpus()
+    device = find_device(settings.device, settings.vram, threads)
     dtype = device.native_dtype if settings.dtype == "auto" else settings.dtype
     require_packages(dtype, device)  # now, and not at the first stage
     _check_cache(settings.cache_limit, device.vram)
     with open_data_dir(settings.data_dir) as identity:
         library = Library(settings.data_dir, cache_limit=settings.cache_limit)
         config = overlay_config(settings, identity, AGENT, relay=RelayLimits() if settings.relay else None)
-        async with open_overlay(config) as overlay, open_device_thread() as thread, trio.open_nursery() as nursery:
+        turn = turns_on(device.torch_name, threads)
+        async with open_overlay(config) as overlay, open_device_thread(turn) as thread, trio.open_nursery() as nursery:
             log(
                 logger,
                 logging.INFO,

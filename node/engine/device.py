@@ -16,7 +16,7 @@ import threading
 import time
 import weakref
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -31,6 +31,7 @@ from node.engine.scheduler import StepQueue
 __all__ = ["DeviceThread", "Runner", "open_device_thread"]
 
 T = TypeVar("T")
+Turn = Callable[[], AbstractContextManager[None]]
 # The group of all steps that are computed alone; where steps can share a pass, each runner's are a group.
 _ALONE = object()
 logger = logging.getLogger(__name__)
@@ -80,8 +81,9 @@ class DeviceThread(trio.abc.Instrument):
     It is an instrument of the event loop only to be told where a turn ends: a callback would cost another turn.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, turn: Turn = nullcontext) -> None:
         self.passes = Passes()
+        self._turn = turn
         # Calls, steps, and jobs that ended.
         self._queue: queue.SimpleQueue[_Work | list[_Work] | int | None] = queue.SimpleQueue()
         self._arriving: list[_Work] = []  # steps of this turn of the event loop
@@ -216,7 +218,8 @@ class DeviceThread(trio.abc.Instrument):
             return
         runner: Any = steps[0][0].runner
         started = time.perf_counter()
-        done = outcome.capture(runner.run_steps, [step for _, step in steps])
+        with self._turn():
+            done = outcome.capture(runner.run_steps, [step for _, step in steps])
         results = done.value if isinstance(done, outcome.Value) else [done] * len(steps)
         rows, ended = [work.rows for work, _ in steps], time.perf_counter()
         self.passes.note(started, ended, runner.n_layers, rows, [work.since for work, _ in steps])
@@ -251,9 +254,13 @@ def _deliver(done: list[tuple[_Work, outcome.Outcome[Any]]]) -> None:
 
 
 @asynccontextmanager
-async def open_device_thread() -> AsyncIterator[DeviceThread]:
-    """A running device thread; it ends with the context."""
-    device = DeviceThread()
+async def open_device_thread(turn: Turn = nullcontext) -> AsyncIterator[DeviceThread]:
+    """A running device thread; it ends with the context.
+
+    Args:
+        turn: makes what each pass is run in.
+    """
+    device = DeviceThread(turn)
     trio.lowlevel.add_instrument(device)
     try:
         yield device
