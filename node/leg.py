@@ -216,24 +216,30 @@ class Leg:
         self._put(self._note_token(self._session.accept_next(index, token)))
 
     def _put(self, work: Input) -> None:
-        """Compute it at once where it is a decoded token and nothing has to be waited for; else the task does.
+        """Compute it at once where that can be, or leave it to the task.
 
         Raises:
             ProtocolError: more wait than may be under way.
         """
         if len(self._agenda.inputs) == WINDOW:
             raise ProtocolError(f"{self.previous} sent more than it has credit for", code="no_credit")
-        state, is_decoded = self._progress.state, work.rows == 1 and work.sample and not work.is_owed
-        if is_decoded and state is not None and self._agenda.is_clear and self._has_room(1):
-            step = self._begin(state, work)
-            self._agenda.is_stepping = True
-            self._give_up = self._around.device.submit(state.stage, step, 1, self._number, partial(self._land, step))
-        else:
+        if not (self._agenda.is_clear and self._compute_at_once(work)):
             self._agenda.put(work)
+
+    def _compute_at_once(self, work: Input) -> bool:
+        """Have a decoded token computed that no task waits for; False where something has to be waited for."""
+        state, is_decoded = self._progress.state, work.rows == 1 and work.sample and not work.is_owed
+        if not is_decoded or state is None or not self._has_room(1):
+            return False
+        step = self._begin(state, work)
+        self._agenda.is_stepping = True
+        self._give_up = self._around.device.submit(state.stage, step, 1, self._number, partial(self._land, step))
+        return True
 
     def _land(self, step: Step, came: outcome.Outcome[Output]) -> None:
         """A step that was computed without the task is over."""
         self._give_up = None
+        self._agenda.landed()
         try:
             result = self._keep(step, came.unwrap())
             if result is not None and not self._outlet.pass_at_once(result):
@@ -241,7 +247,6 @@ class Leg:
         except Exception as error:  # the task's to raise
             self._progress.clear()
             self._agenda.fail(error)
-        self._agenda.landed()
 
     # --- the leg itself
 
@@ -302,12 +307,12 @@ class Leg:
         self._idle_since = time.perf_counter()
         while True:
             work = await self._agenda.next()
-            if isinstance(work, Input):
+            if not isinstance(work, Input):
+                await self._outlet.pass_on(work)
+            elif not self._compute_at_once(work):
                 await self._run(self._begin(state, work))
                 if work.is_owed:
                     await self._give_credit(work.rows)
-            else:
-                await self._outlet.pass_on(work)
 
     async def _take_up(self) -> JobState:
         """The state to compute with: as it was left, or a new one."""

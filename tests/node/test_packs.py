@@ -19,6 +19,7 @@ from azu.wire.messages import (
     Nexts,
 )
 from azu.wire.tensors import TensorHeader
+from node.agenda import Agenda, Input
 from node.ring import WINDOW
 from tests.node.real_stages import LIMIT, TinyModel, identity, prompt_of, real_ring, tiny_model
 from tests.node.test_hostile_neighbours import FIRST, LAST, Middle, middle
@@ -93,6 +94,24 @@ async def answer_all(model: TinyModel, *, refusing: int = -1) -> tuple[int, int]
 async def test_jobs_share_frames_and_answer_as_alone(model: TinyModel) -> None:
     messages, tokens = await answer_all(model)
     assert messages < tokens / 2
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3])
+async def test_most_tokens_wake_no_task_on_their_way(
+    model: TinyModel, monkeypatch: pytest.MonkeyPatch, stages: int
+) -> None:
+    woken: list[Input] = []
+    put = Agenda.put
+
+    def noted(self: Agenda, work: Input) -> None:
+        woken.append(work)
+        put(self, work)
+
+    monkeypatch.setattr(Agenda, "put", noted)
+    async with real_ring(model, stages) as coordinator:
+        end = await coordinator.answer(coordinator.ticket(5, 60), prompt_of(5))
+    assert end.tokens == model.greedy(prompt_of(5), 60)
+    assert len(woken) < 60 * stages / 2
 
 
 @pytest.mark.parametrize("stage", range(3))
