@@ -8,7 +8,8 @@ CUDA's own context (300 to 600 MiB of the card).
     kv           keys and values of all positions that jobs may reserve, and the states of linear attention
     activations  the peak of one layer, or of sampling: a pass takes a chunk of a prompt and a token of every other job
     kernels      that oneDNN compiles on a CPU for each shape of a product, as they are needed
-    loading      experts are put together out of single tensors, and oneDNN prepacks the head; over before the first job
+    loading      experts are put together out of single tensors, oneDNN prepacks the head, and layers of one input are
+                 joined; over before the first job
     overhead     free pieces that the allocator keeps, modules
 
 **Several jobs.** A worker runs at most MAX_JOBS at once, and they reserve `tokens` positions together. A layer that
@@ -110,6 +111,8 @@ def stage_memory(
     weights = weights_bytes(manifest, start, end, dtype)
     largest = max(_held(blob, dtype) for blob in manifest.layers[start:end])
     fusing = largest * _FUSED_SHARE[0] // _FUSED_SHARE[1] if manifest.workspace.fused else 0
+    # Two of three matrices of a feed-forward layer are held twice for a moment, and one of them three times.
+    joining = largest if packed or dtype == "bfloat16" else 0
     head = _head(manifest, start, end, dtype)
     together = 1 if takes_turns(manifest.architecture) else min(jobs, MAX_JOBS)
     return StageMemory(
@@ -118,7 +121,7 @@ def stage_memory(
         kv_per_token=sum(cache.per_token for cache in manifest.caches[start:end]) * _item(dtype),
         activations=_activations(manifest, start, end, dtype, tokens, together),
         kernels=_kernels(manifest, dtype, together if head else 0, packed=packed),
-        loading=max(fusing, 2 * head - weights),  # the head is read before there are layers
+        loading=max(fusing, joining, 2 * head - weights),  # the head is read before there are layers
         overhead=_OVERHEAD_BYTES + weights // _OVERHEAD_SHARE,
     )
 

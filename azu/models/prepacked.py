@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-__all__ = ["LINEAR", "PrepackedLinear", "can_prepack", "layers_pay", "prepack"]
+__all__ = ["LINEAR", "PrepackedLinear", "can_prepack", "layers_pay", "prepack", "product"]
 
 # Classes that do no more than multiply by their weight and add a bias. Other subclasses of nn.Linear do.
 LINEAR = frozenset({"Linear", "FalconLinear"})
@@ -43,14 +43,16 @@ class PrepackedLinear(nn.Linear):
         module.__class__ = cls
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        return _product(inputs, self._parameters["weight"], self._parameters["bias"])
+        return product(inputs, self._parameters["weight"], self._parameters["bias"])
 
     def _plain_weight(self) -> nn.Parameter:
-        held = cast(nn.Parameter, self._parameters["weight"])
-        plain = nn.Parameter(held.to_dense(), requires_grad=False)
+        plain = nn.Parameter(self._dense(), requires_grad=False)
         self._parameters["weight"] = plain
         self.__class__ = self.was  # type: ignore[assignment]  # what it was before `adopt`
         return plain
+
+    def _dense(self) -> torch.Tensor:
+        return cast(torch.Tensor, self._parameters["weight"]).to_dense()
 
     weight = property(_plain_weight)
 
@@ -87,7 +89,7 @@ def _is_faster() -> bool:
         inputs = [torch.ones(rows, weight.shape[1]) for weight in plain]
         # By turns, so that what else the machine does hits both alike.
         turns = [
-            (_seconds(_product, inputs, packed), _seconds(nn.functional.linear, inputs, plain)) for _ in range(_TURNS)
+            (_seconds(product, inputs, packed), _seconds(nn.functional.linear, inputs, plain)) for _ in range(_TURNS)
         ]
         if min(one for one, _ in turns) > min(other for _, other in turns):
             return False
@@ -111,7 +113,7 @@ def _multiplies(dtype: torch.dtype) -> bool:
         weight = torch.eye(32, 64, dtype=dtype)
         bias, inputs = weight[:, 0].clone(), weight[:5].clone()
         expected = nn.functional.linear(inputs, weight, bias)
-        return _product(inputs, prepack(weight), bias).equal(expected)
+        return product(inputs, prepack(weight), bias).equal(expected)
     except (AttributeError, RuntimeError, TypeError):
         return False
 
@@ -121,5 +123,6 @@ def prepack(weight: torch.Tensor) -> torch.Tensor:
     return cast(torch.Tensor, torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _ROWS))
 
 
-def _product(inputs: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Tensor:
+def product(inputs: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Tensor:
+    """Inputs [..., in] by a prepacked weight [out, in]: [..., out]."""
     return cast(torch.Tensor, torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], ""))

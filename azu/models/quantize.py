@@ -23,6 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from azu.errors import InputError
 from azu.models.prepacked import LINEAR, PrepackedLinear, can_prepack, prepack
+from azu.models.siblings import join_siblings
 from azu.models.weight_formats import is_router
 from azu.wire.tensors import ACTIVATIONS
 
@@ -169,6 +170,7 @@ class _Quantizer(HfQuantizer):
             weight = module._parameters.get("weight")
             if weight is not None and weight.is_mkldnn:
                 PrepackedLinear.adopt(module)
+        join_siblings(model, self.quantization_config.note_freed)
 
     def get_quantize_ops(self) -> ConversionOps:
         return _Convert(self)

@@ -176,6 +176,18 @@ def test_refusals(manifest: Manifest) -> None:
     assert caught.value.code == "unsupported_dtype"
 
 
+def test_where_layers_are_joined_one_of_them_is_held_twice_for_a_moment(manifest: Manifest) -> None:
+    largest = max(blob.size for blob in manifest.layers[:2])
+    for dtype, packed, loading in (
+        ("float32", False, 0),
+        ("float32", True, 2),
+        ("bfloat16", False, 1),
+        ("int8", False, 0),
+    ):
+        held = stage_memory(manifest, 0, 2, dtype, 1, packed=packed)  # type: ignore[arg-type]
+        assert held.loading == loading * largest, dtype
+
+
 def test_a_head_that_is_packed_is_held_twice_for_a_moment(manifest: Manifest) -> None:
     """But not one that is the embedding of the same stage: it stays plain."""
     weights = (Weights("F16", 90_000, 90_000),)
@@ -183,7 +195,7 @@ def test_a_head_that_is_packed_is_held_twice_for_a_moment(manifest: Manifest) ->
     large = dataclasses.replace(manifest, shared={**manifest.shared, "lm_head.weight": head})
     held = stage_memory(large, 3, 4, "bfloat16", 1)
     assert held.weights + held.loading == 2 * 90_000
-    assert stage_memory(large, 0, 3, "bfloat16", 1).loading == 0
+    assert stage_memory(large, 0, 3, "float32", 1).loading == 0
     tied = dataclasses.replace(large, tied=True)
     first, last = (stage_memory(tied, start, 4, "float32", 1) for start in (0, 3))
     assert first.loading == 0

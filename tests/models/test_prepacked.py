@@ -49,14 +49,14 @@ def test_plain_where_it_cannot_be_had(problem: type[Exception], monkeypatch: pyt
     def fails(*_: object) -> Any:
         raise problem
 
-    monkeypatch.setattr(prepacked, "_product", fails)
+    monkeypatch.setattr(prepacked, "product", fails)
     assert not can_prepack(torch.float32)
     assert held_weights("float32", CPU) is None
 
 
 @pytest.mark.usefixtures("forget")
 def test_plain_where_the_product_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepacked, "_product", lambda inputs, *_: inputs[:, :32])
+    monkeypatch.setattr(prepacked, "product", lambda inputs, *_: inputs[:, :32])
     assert not can_prepack(torch.float32)
 
 
@@ -86,7 +86,7 @@ def test_layers_pay_where_they_are_faster_alone_and_together(
 
     def seconds(product: Any, inputs: list[torch.Tensor], weights: list[torch.Tensor]) -> float:
         assert all(each.shape[1] == weight.shape[1] for each, weight in zip(inputs, weights, strict=True))
-        is_packed, rows = product is prepacked._product, len(inputs[0])
+        is_packed, rows = product is prepacked.product, len(inputs[0])
         return (packed_s[rows > 1] if is_packed else 1.0) + next(noise)
 
     monkeypatch.setattr(prepacked, "_seconds", seconds)
@@ -97,7 +97,7 @@ def test_layers_pay_where_they_are_faster_alone_and_together(
 
 @pytest.mark.usefixtures("forget")
 def test_layers_do_not_pay_where_nothing_can_be_prepacked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepacked, "_product", lambda inputs, *_: inputs[:, :32])
+    monkeypatch.setattr(prepacked, "product", lambda inputs, *_: inputs[:, :32])
     assert not layers_pay()
 
 

@@ -17,9 +17,11 @@ from azu.wire.messages import (
     CONTROL,
     JOB,
     LAYERS,
+    MAX_PACKED,
     MAX_PART,
     MAX_RANGE_BYTES,
     MAX_TOKENS,
+    PACK,
     RING,
     Accepted,
     Amend,
@@ -45,6 +47,7 @@ from azu.wire.messages import (
     Message,
     Moved,
     Next,
+    Nexts,
     Open,
     Paused,
     Ping,
@@ -53,6 +56,7 @@ from azu.wire.messages import (
     ReceiptReply,
     Refused,
     Resume,
+    Rows,
     Status,
     Token,
     Waiting,
@@ -107,12 +111,16 @@ EXAMPLES: dict[Codec, tuple[Message, ...]] = {
         Credit(frames=1_024),
         REFUSED,
     ),
+    PACK: (
+        Rows(jobs=((b"j" * 16, 2**31, MAX_TOKENS),) * MAX_PACKED, tensor=TENSOR),
+        Nexts(jobs=((b"j" * 16, 0, MAX_TOKENS, 2**31 - 1),) * MAX_PACKED),
+    ),
 }
 ALL = [(codec, message) for codec, group in EXAMPLES.items() for message in group]
 IDS = [f"{codec.name}-{message.t}" for codec, message in ALL]  # type: ignore[attr-defined]
 WITH_BODY = (
     Status, Assign, ManifestReply, WhichBlobs, HaveBlobs, BlobRange, Open, Prompt, Amend, Paused, Resume, ReceiptReply,
-    Chunk, Bequeath, Kept,
+    Chunk, Bequeath, Kept, Rows,
 )  # fmt: skip
 
 
