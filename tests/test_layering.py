@@ -28,6 +28,7 @@ SPLICE = (
     "azu/models/quantize.py",
     "azu/models/integer_weights.py",
     "azu/models/prepacked.py",
+    "azu/models/siblings.py",
 )
 
 # Library -> the files and folders that may import it.
