@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 
+import outcome
 import pytest
 import trio
 import trio.testing
@@ -20,6 +22,7 @@ from azu.wire.messages import (
 )
 from azu.wire.tensors import TensorHeader
 from node.agenda import Agenda, Input
+from node.engine.stage import Output, Step
 from node.ring import WINDOW
 from tests.node.real_stages import LIMIT, TinyModel, identity, prompt_of, real_ring, tiny_model
 from tests.node.test_hostile_neighbours import FIRST, LAST, Middle, middle
@@ -118,6 +121,42 @@ async def test_most_tokens_wake_no_task_on_their_way(
 async def test_a_stage_that_takes_no_packs_gets_each_job_on_its_own_stream(model: TinyModel, stage: int) -> None:
     messages, tokens = await answer_all(model, refusing=stage)
     assert messages == tokens if stage == 1 else messages < tokens
+
+
+async def test_a_leg_that_is_paused_waits_for_the_step_that_no_task_waits_for(model: TinyModel) -> None:
+    entered, go_on = threading.Event(), threading.Event()
+    async with real_ring(model, 2) as coordinator, trio.open_nursery() as nursery:
+        [stage, _] = coordinator.stages
+        assert stage.jobs.loaded is not None
+        runner = stage.jobs.loaded.stage
+        run_steps, count = runner.run_steps, 0
+
+        def held(steps: Sequence[Step]) -> list[outcome.Outcome[Output]]:
+            nonlocal count
+            count += 1
+            results = run_steps(steps)
+            if count == 20:
+                entered.set()
+                assert go_on.wait(LIMIT)
+            return results
+
+        runner.run_steps = held  # type: ignore[method-assign]
+        nursery.start_soon(coordinator.answer, coordinator.ticket(5, 60), prompt_of(5))
+        while not entered.is_set():
+            await trio.sleep(0.001)
+        [job] = stage.jobs._jobs.values()
+        leg, progress = job._leg, job._progress
+        state = progress.state  # the job may end soon after the leg
+        assert state is not None
+        assert leg._agenda.is_stepping
+        leg.pause()
+        await trio.sleep(0.05)
+        assert not leg._intake._is_closed, "it has not ended"
+        go_on.set()
+        while not leg._intake._is_closed:
+            await trio.sleep(0.001)
+        assert progress.positions == state.position
+        nursery.cancel_scope.cancel()
 
 
 # --- hostile neighbours
