@@ -188,8 +188,7 @@ class Jobs:
         _limit(channel, ticket)
         line = Line(channel, message.keep_s)
         around = Surroundings(
-            *(self._identity, self._overlay, self._device, loaded.stage),
-            *(line, self.meter, self.kv, self.packs),
+            self._identity, self._overlay, self._device, loaded.stage, line, self.meter, self.kv, self.packs
         )
         job = StageJob(
             ticket,

@@ -1,8 +1,12 @@
 """One leg of a job in one stage: its ring as one ticket names it, until a peer is replaced and the next leg begins.
 
-    previous ────ring streams─► receive    chunks (in the first stage: sampled tokens), checked, into a bounded inbox
-    inbox ────────────────────► compute    one step at a time on the device thread, results passed on
-    next ◄───────ring streams── link       what was computed; credit comes back
+    previous ────ring streams─► receive    chunks (in the first stage: sampled tokens), checked, onto a bounded agenda
+    agenda ───────────────────► compute    one step at a time on the device thread, results passed on
+    next ◄───────ring streams── outlet     what was computed; credit comes back
+
+A decoded token needs no task where nothing has to be waited for, and shares a frame with those of other jobs:
+
+    previous ────────────packs─► take ───► device thread ───► land ──packs────► next
 
 A leg is paused between two steps: what the device thread has begun is waited for and noted, so that what the stage
 holds of the job stays whole. In a leg that is not the job's first, the coordinator says where to go on, and from which

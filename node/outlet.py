@@ -60,7 +60,7 @@ class Outlet:
             with self._agenda.pausable():
                 await self._coordinator.send(result)
         elif result.token is not None:
-            await self._pass_token(result.token)
+            await self._pass_token(result.token)  # to the first stage first, since the next step waits for it there
             await self.pass_on(result.token)
         elif self._link is not None:
             skipped = min(max(0, self.send_from - result.position), result.rows)
@@ -81,14 +81,10 @@ class Outlet:
             self.sent.note(position, rows, body)
 
     async def _pass_token(self, token: Token) -> None:
-        """To the first stage, since the next step waits for it there."""
-        if token.finish:
-            return
-        if self._link is None:
-            self._to_self(token.index, token.token)
-            return
-        with self._sending(self._link):
-            await self._link.send_next(Next(index=token.index, token=token.token))
+        """To the first stage, if that is another: `pass_at_once` has seen to this one."""
+        if self._link is not None and not token.finish:
+            with self._sending(self._link):
+                await self._link.send_next(Next(index=token.index, token=token.token))
 
     def _sending(self, link: RingLink) -> AbstractContextManager[None]:
         """As `pausable`, for what is sent on. What need not be waited for takes no scope."""

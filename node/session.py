@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from azu.errors import ProtocolError
 from azu.models.memory import chunk_rows
 from azu.tickets import JobTicket
-from azu.wire.messages import Chunk, Resume, Token
+from azu.wire.messages import MAX_PACK_BYTES, Chunk, Resume, Token
 from azu.wire.tensors import ACTIVATIONS, ITEMSIZE
 from azu.wire.tokens import unpack_tokens
 
@@ -119,9 +119,9 @@ class StageSession:
 
     def may_pack(self, position: int) -> bool:
         """Whether a position's hidden states, or the token that begins it, may travel in a pack: what comes before it
-        has been through the whole ring then, and so cannot be overtaken.
+        has been through the whole ring then, and so cannot be overtaken. None of a model that is too wide for a frame.
         """
-        return position > self.base
+        return position > self.base and self.row_bytes <= MAX_PACK_BYTES
 
     def _check_packed(self, position: int) -> None:
         if not self.may_pack(position):

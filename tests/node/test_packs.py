@@ -14,6 +14,7 @@ import trio.testing
 from azu.channel import Channel
 from azu.errors import ProtocolError
 from azu.wire.messages import (
+    MAX_PACK_BYTES,
     PACK,
     PACK_PROTOCOL,
     Chunk,
@@ -121,6 +122,12 @@ async def test_most_tokens_wake_no_task_on_their_way(
 async def test_a_stage_that_takes_no_packs_gets_each_job_on_its_own_stream(model: TinyModel, stage: int) -> None:
     messages, tokens = await answer_all(model, refusing=stage)
     assert messages == tokens if stage == 1 else messages < tokens
+
+
+@pytest.mark.parametrize(("hidden", "is_packed"), [(MAX_PACK_BYTES // 2, True), (MAX_PACK_BYTES // 2 + 1, False)])
+def test_rows_that_are_too_wide_for_a_frame_go_by_ring_streams(hidden: int, is_packed: bool) -> None:
+    subject = session(ticket(prompt_tokens=3), 1, hidden)  # in float16
+    assert subject.may_pack(4) == is_packed
 
 
 async def test_a_leg_that_is_paused_waits_for_the_step_that_no_task_waits_for(model: TinyModel) -> None:

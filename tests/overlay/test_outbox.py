@@ -74,36 +74,28 @@ async def test_who_never_meets_another_writer_does_not_wait_for_one() -> None:
             assert [len(call) for call in socket.calls] == calls
 
 
-async def test_small_frames_overtake_large_ones_but_not_those_of_their_own_stream() -> None:
+async def calls_of(*writes: tuple[int, int], urgent: int = -1) -> list[list[tuple[int, int]]]:
+    """What leaves with each call, where streams write frames of these sizes one after another while one is sent."""
     socket = Socket()
     outbox = Outbox(socket.send)
     with trio.fail_after(LIMIT):
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(outbox.write, [frame(0, 100)])
-            await trio.testing.wait_all_tasks_blocked()
-            for stream, size in ((1, LARGE_BYTES), (2, LARGE_BYTES), (2, 100), (3, 100)):
-                nursery.start_soon(outbox.write, [frame(stream, size)])
+            for stream, size in ((0, 100), *writes):
+                nursery.start_soon(partial(outbox.write, [frame(stream, size)], is_urgent=stream == urgent))
                 await trio.testing.wait_all_tasks_blocked()
-            for _ in range(4):
+            for _ in range(1 + len(writes)):
                 socket.may_go_on.release()
-    order = [[(stream_of(each), len(each)) for each in call] for call in socket.calls]
+    return [[(stream_of(each), len(each)) for each in call] for call in socket.calls]
+
+
+async def test_small_frames_overtake_large_ones_but_not_those_of_their_own_stream() -> None:
+    order = await calls_of((1, LARGE_BYTES), (2, LARGE_BYTES), (2, 100), (3, 100))
     assert order == [[(0, 100)], [(3, 100), (1, LARGE_BYTES)], [(2, LARGE_BYTES)], [(2, 100)]]
 
 
 async def test_an_urgent_stream_overtakes_others_however_much_it_writes() -> None:
-    socket = Socket()
-    outbox = Outbox(socket.send)
-    with trio.fail_after(LIMIT):
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(outbox.write, [frame(0, 100)])
-            await trio.testing.wait_all_tasks_blocked()
-            for stream in (1, 2, 3):
-                write = partial(outbox.write, [frame(stream, LARGE_BYTES)], is_urgent=stream == 3)
-                nursery.start_soon(write)
-                await trio.testing.wait_all_tasks_blocked()
-            for _ in range(3):
-                socket.may_go_on.release()
-    assert [[stream_of(each) for each in call] for call in socket.calls] == [[0], [3, 1], [2]]
+    order = await calls_of((1, LARGE_BYTES), (2, LARGE_BYTES), (3, LARGE_BYTES), urgent=3)
+    assert order == [[(0, 100)], [(3, LARGE_BYTES), (1, LARGE_BYTES)], [(2, LARGE_BYTES)]]
 
 
 async def test_a_writer_that_gives_up_leaves_nothing_and_holds_up_nobody() -> None:
