@@ -76,7 +76,7 @@ class Pack(Cache):
         done = self._together.jobs if self._together else ()
         self._held = {}
         if len(done) < len(self._layers):
-            keys, values = (torch.split(each, self._rows, 2) for each in states)
+            keys, values = map(self._of_jobs, states)
             for job, layer in enumerate(self._layers):
                 if job not in done:
                     self._held[job] = layer.update(keys[job], values[job], *args, **kwargs)
@@ -92,15 +92,20 @@ class Pack(Cache):
         if together is not None and not is_plain:
             self._held |= {job: (self._layers[job].keys, self._layers[job].values) for job in together.jobs}
         elif together is not None:
-            found = together.attend(self._index, query, partial(_attend, scaling=scaling))
-            if len(found) == len(self._rows):
-                return found.squeeze(2).unsqueeze(0)
-            outputs = dict(zip(together.jobs, torch.split(found, 1), strict=True))
-        for job, part in enumerate(torch.split(query, self._rows, 2)):
+            shared = together.attend(self._index, query, partial(_attend, scaling=scaling))
+            if len(shared) == len(self._rows):
+                return shared.squeeze(2).unsqueeze(0)
+            outputs = dict(zip(together.jobs, torch.split(shared, 1), strict=True))
+        for job, part in enumerate(self._of_jobs(query)):
             if job not in outputs:
                 keys, values = self._held[job] if expand is None else expand(*self._held[job])
                 outputs[job] = _attend(part, keys, values, self._mask(part, keys), scaling, **scores)
-        return torch.cat([outputs[job] for job in range(len(outputs))], 2).transpose(1, 2)
+        found = [outputs[job] for job in range(len(outputs))]
+        return (torch.cat(found, 2) if len(found) > 1 else found[0]).transpose(1, 2)
+
+    def _of_jobs(self, states: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Each job's part of [1, heads, tokens, width]."""
+        return torch.split(states, self._rows, 2) if len(self._rows) > 1 else (states,)
 
     def _mask(self, query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor | None:
         """What to add to the last positions' scores, [rows, length]; None where they see all keys.

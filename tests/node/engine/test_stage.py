@@ -171,6 +171,34 @@ def test_out_of_memory_in_a_job(load: Load, monkeypatch: pytest.MonkeyPatch) -> 
     run(stage, stage.open_job(Sampling()))
 
 
+@pytest.mark.parametrize(("dtype", "is_packed"), [("bfloat16", True), ("float16", True), ("float32", False)])
+def test_a_job_that_is_alone_computes_the_same_by_the_faster_way(
+    load: Load, monkeypatch: pytest.MonkeyPatch, dtype: WeightFormat, is_packed: bool
+) -> None:
+    """As a pack of one where that is faster, for decoded tokens; a pack that fails is computed the other way."""
+    stage, packed = load(1, 3, dtype), []
+    original = stage._stage.forward_pack
+
+    def noted(parts: Any) -> torch.Tensor:
+        packed.append(len(parts[0].inputs))
+        if len(packed) == 3:
+            raise RuntimeError("not this time")
+        return original(parts)
+
+    monkeypatch.setattr(stage._stage, "forward_pack", noted)
+    generator = torch.Generator().manual_seed(3)
+    hidden = torch.randn(12, stage.hidden_size, generator=generator).to(stage._dtype)
+    jobs = [stage.open_job(Sampling(), (), 32) for _ in range(2)]
+    for start, end in [(0, 7), (7, 8), (8, 9), (9, 10), (10, 11), (11, 12)]:
+        body = bytearray(hidden[start:end].view(torch.uint8).numpy().tobytes())
+        found = stage.run_steps([Step(jobs[0], body, end - start, sample=False)])[0].unwrap()
+        known = stage._run_alone(Step(jobs[1], bytearray(body), end - start, sample=False))
+        rows = [torch.frombuffer(bytearray(each.body), dtype=stage._dtype).float() for each in (found, known)]
+        torch.testing.assert_close(*rows, rtol=0.02, atol=0.02)
+    assert packed == ([1] * 5 if is_packed else [])
+    assert [job.position for job in jobs] == [12, 12]
+
+
 @pytest.mark.skipif(not has_slots(torch.device("cpu")), reason="slots are for Linux")
 def test_a_pass_goes_through_jobs_as_their_caches_lie(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that they are read as one; and each has its own result, in whatever order they came."""
