@@ -174,7 +174,8 @@ class Stage:
         self._incoming: Any = getattr(model, "azu_incoming", None)  # in all stages but the first
         self._device = next(model.parameters()).device
         self._dtype: torch.dtype = model.dtype  # the model looks for it each time
-        self._solo: str = model.config._attn_implementation
+        self._solo: str = model.config._attn_implementation  # of a job by itself
+        self._attention = self._solo  # now
         self._slots: Slots | None = None
         self.can_pack = can_pack(model, self.new_cache())
         if self.can_pack and has_slots(self._device):
@@ -192,6 +193,7 @@ class Stage:
         if not first <= start < end <= last:
             problem = f"layers {start}..{end} are no range of {first}..{last}, which are loaded"
             raise ModelError(problem, code="bad_layer_range")
+        self._attend_by(self._solo)
         return Stage(replace(self.spec, start=start, end=end), part_of(self.model, start - first, end - first))
 
     def new_cache(self, tokens: int = 0) -> Cache:
@@ -219,6 +221,7 @@ class Stage:
         """
         self._check(inputs)
         positions = torch.arange(position, position + inputs.shape[0], device=self._device)
+        self._attend_by(self._solo)
         return self._run(inputs, positions, cache, 1)
 
     @torch.inference_mode()
@@ -235,16 +238,17 @@ class Stage:
         for part in parts:
             self._check(part.inputs)
         rows = [len(part.inputs) for part in parts]
-        positions = torch.cat([torch.arange(each.position, each.position + len(each.inputs)) for each in parts])
-        lasts = torch.tensor(rows).cumsum(0) - 1
-        pack = Pack([part.cache for part in parts], rows)
-        self.model.config._attn_implementation = PACKED
-        try:
-            with pack:
-                inputs = torch.cat([part.inputs for part in parts])
-                return self._run(inputs, positions.to(self._device), pack, lasts.to(self._device))
-        finally:
-            self.model.config._attn_implementation = self._solo
+        positions = [each.position + row for each in parts for row in range(len(each.inputs))]
+        lasts = torch.tensor(rows, device=self._device).cumsum(0) - 1 if self.is_last else 1
+        inputs = torch.cat([part.inputs for part in parts]) if len(parts) > 1 else parts[0].inputs
+        self._attend_by(PACKED)
+        with (pack := Pack([part.cache for part in parts], rows)):
+            return self._run(inputs, torch.tensor(positions, device=self._device), pack, lasts)
+
+    def _attend_by(self, attention: str) -> None:
+        """Sets transformers' attention function; only where it differs, since that goes through all of the config."""
+        if attention != self._attention:
+            self.model.config._attn_implementation = self._attention = attention
 
     def _run(
         self, inputs: torch.Tensor, positions: torch.Tensor, cache: Cache, logits_to_keep: int | torch.Tensor

@@ -65,6 +65,14 @@ class _StandIn(nn.Module):
         return torch.zeros((), device=inputs.device) if self.embeds else inputs
 
 
+class _Layers(nn.ModuleList):
+    """Most families take all of a model's layers as a slice, of which upstream makes another list at each pass."""
+
+    def __getitem__(self, index: Any) -> Any:
+        is_all = isinstance(index, slice) and index.indices(len(self)) == (0, len(self), 1)
+        return self if is_all else super().__getitem__(index)
+
+
 def spliced(family: type[PreTrainedModel], start: int, end: int, n_layers: int) -> Any:
     """A subclass of the family whose instances are cut down to the stage as soon as they are built."""
 
@@ -152,7 +160,7 @@ def _container(model: Any, n_layers: int) -> str:
 
 def _keep_layers(model: Any, path: str, start: int, end: int) -> None:
     layers = model.get_submodule(path)
-    kept = layers[start:end]
+    kept = _Layers(layers[start:end])
     model.set_submodule(path, kept)
     for module in kept.modules():
         for name in ("layer_idx", "layer_id"):  # they index the stage's own cache

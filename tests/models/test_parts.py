@@ -57,6 +57,8 @@ def test_jobs_of_a_part_share_a_pass_beside_those_of_the_whole(models: Models, n
     assert torch.allclose(whole.forward_pack(ids), logits, atol=1e-4)
     more = [Part(prompt[:1], cache, len(prompt)) for prompt, cache in zip(prompts, caches, strict=True)]
     assert torch.allclose(part.forward_pack(more)[1:2], step_on(part, prompts[1]), atol=1e-4)
+    later = whole.part(1, 3)  # whose last pass was of a pack
+    assert later.forward(prompts[0], later.new_cache(), 0).equal(expected[: len(prompts[0])])
 
 
 def step_on(part: Stage, prompt: torch.Tensor) -> torch.Tensor:
