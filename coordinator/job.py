@@ -41,6 +41,9 @@ __all__ = ["RunningJob"]
 
 # Stages have this long to answer the end of a job with their receipt.
 _RECEIPT_S = 5.0
+# A job's tokens come on two streams of one connection. What is read first of one may be so many tokens ahead of what is
+# still to be read of the other, and for so long.
+_MAX_EARLY, _EARLY_S = 16, 5.0
 
 
 class RunningJob:
@@ -81,6 +84,8 @@ class RunningJob:
         self._prompt = prompt
         self._meter = meter
         self._vocab_size = vocab_size
+        self._early: dict[int, tuple[int, str | None]] = {}  # by index: tokens, and how they end it, if told
+        self._early_since = 0.0  # in trio's time
         self._answer = Answer(ticket)
         self._crew = Crew(identity, overlay, ticket, prompt, self, keep_s=KEEP_S if note else 0)
         self._crew.handovers += handovers
@@ -183,30 +188,63 @@ class RunningJob:
         elif self._mender.is_left(stage):
             return
         elif isinstance(message, Token):
-            self._take_token(stage, message)
+            self._take_token(stage, message.index, message.token, message.finish)
         elif isinstance(message, Failed):
             self._mender.take_failure(stage, message)
         elif isinstance(message, Paused):
             if stage.held is not None and max(stage.held.tokens, default=0) >= self._vocab_size:
                 raise ProtocolError("it knows a token outside the vocabulary", code="bad_token")
+            self._early.clear()  # it knows them
             self._crew.note_word(stage)
             self._crew.tell_news()
         elif isinstance(message, Leaving):
             self._mender.note_leaving(stage)
-        elif not isinstance(message, Ready | Ping | Waiting):
+        elif isinstance(message, Ping):
+            self._check_early(stage)
+        elif not isinstance(message, Ready | Waiting):
             raise ProtocolError(f"it sent {type(message).__name__}", code="unexpected_message")
 
     def lose(self, stage: Attendance, error: AzuError) -> None:
         """The stage cannot go on; see `Audience`."""
         self._mender.lose(stage, error)
 
-    def _take_token(self, stage: Attendance, token: Token) -> None:
+    def take(self, sender: str, epoch: int, index: int, token: int) -> None:
+        """Take a token that the last stage sent beside its job stream. One of an earlier epoch is dropped: what that
+        stage knew then, it says as it pauses.
+
+        Raises:
+            ProtocolError: the sender is not the last stage.
+        """
+        if epoch != self.ticket.epoch or not self._crew.stages:
+            return
+        stage = self._crew.stages[-1]
+        if sender != stage.peer_id:
+            raise ProtocolError(f"{sender} is not the last stage of this job", code="not_the_last_stage")
+        if not self._mender.is_left(stage):
+            try:
+                self._take_token(stage, index, token)
+            except ProtocolError as error:
+                self.lose(stage, error)
+
+    def _take_token(self, stage: Attendance, index: int, token: int, finish: str | None = None) -> None:
         answer = self._answer
         if answer.is_ended or answer.loss is not None:
             return
         is_last = stage.index == len(self.ticket.stages) - 1
-        is_next = (token.index, token.finish) == (len(answer.tokens), answer.finish(token.token))
-        if answer.is_complete or not is_last or not is_next or token.token >= self._vocab_size:
+        is_near = 0 <= index - len(answer.tokens) <= _MAX_EARLY
+        if answer.is_complete or not is_last or not is_near or token >= self._vocab_size:
             raise ProtocolError("a token came out of turn", code="bad_token")
-        self._mender.note_token()
-        answer.add(token.token)
+        if not self._early:
+            self._early_since = trio.current_time()
+        self._early[index] = token, finish
+        while not self._answer.is_over and (found := self._early.pop(len(answer.tokens), None)) is not None:
+            token, finish = found
+            if finish not in (None, answer.finish(token)):
+                raise ProtocolError("a token ends the answer where it should not, or does not", code="bad_token")
+            self._mender.note_token()
+            answer.add(token)
+
+    def _check_early(self, stage: Attendance) -> None:
+        is_late = self._early and trio.current_time() > self._early_since + _EARLY_S
+        if is_late and stage.index == len(self.ticket.stages) - 1:
+            raise ProtocolError("a token is missing", code="bad_token")

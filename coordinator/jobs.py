@@ -11,14 +11,16 @@ from itertools import count
 
 import trio
 
-from azu.errors import CapacityError
+from azu.channel import Channel
+from azu.errors import CapacityError, ProtocolError
 from azu.identity import Identity
 from azu.logs import log
 from azu.models.manifest import Manifest
 from azu.models.memory import first_positions
-from azu.overlay import Overlay
+from azu.overlay import Overlay, OverlayStream
 from azu.planning import Demand, Placement, WorkerView, links_of, views_for
 from azu.tickets import MAX_SUCCESSORS, JobTicket
+from azu.wire.messages import PACK, PACK_PROTOCOL, Nexts
 from azu.wire.tensors import WeightFormat
 from coordinator.admission import Admission, Grant
 from coordinator.agreement import Handover
@@ -84,6 +86,19 @@ class JobRunner:
         self._disputes = Disputes(identity.peer_id)
         self._relief = Relief(swarm.worker, swarm.usual, self.room.jobs)
         self._admission = Admission(self._find_room, self._refusal, self.room.free)
+        self._running: dict[bytes, RunningJob] = {}  # by their tickets' ids
+        overlay.handle(PACK_PROTOCOL, self._handle_pack)
+
+    async def _handle_pack(self, stream: OverlayStream) -> None:
+        """Serve a /azu/pack/1 stream: tokens of any of the jobs whose last stage the sender is."""
+        channel = Channel(stream, PACK, max_body=0)
+        while (received := await channel.receive()) is not None:
+            message, _ = received
+            if not isinstance(message, Nexts):
+                raise ProtocolError(f"{type(message).__name__} for a coordinator", code="unexpected_message")
+            for job_id, epoch, index, token in message.jobs:
+                if (job := self._running.get(job_id)) is not None:  # else it was under way as the job ended
+                    job.take(stream.peer_id, epoch, index, token)
 
     @asynccontextmanager
     async def generate(self, request: GenerationRequest) -> AsyncIterator[RunningJob]:
@@ -169,10 +184,12 @@ class JobRunner:
             is_back=is_back,
             handovers=handovers,
         )
+        self._running[ticket.job_id] = job
         try:
             async with job.running():
                 yield job
         finally:
+            del self._running[ticket.job_id]
             self._judge(job.report)
 
     def _judge(self, report: JobReport | None) -> None:

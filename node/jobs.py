@@ -89,7 +89,7 @@ class Jobs:
         self.admitted = 0  # jobs since the start
         self.is_leaving = False
         self.meter = meter or RingMeter()
-        self.packs = Packs(overlay, self.meter)
+        self.packs = Packs(overlay)
         self.history = HistoryBudget(history)
         self._identity = identity
         self._overlay = overlay

@@ -18,7 +18,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -256,6 +256,11 @@ class Leg:
 
     async def run(self) -> None:
         """Run until paused."""
+        reports = self._around.packs.held(self.ticket.coordinator) if self._session.is_last else nullcontext()
+        with reports as self._outlet.reports:
+            await self._run_parts()
+
+    async def _run_parts(self) -> None:
         try:
             async with trio.open_nursery() as nursery:
                 if self._link is not None:

@@ -14,7 +14,7 @@ from azu.wire.tensors import TensorHeader
 from node.agenda import Agenda, Result
 from node.history import History
 from node.line import Line
-from node.packs import Entry
+from node.packs import Entry, PackLink
 from node.ring import RingLink
 from node.session import StageSession
 
@@ -28,6 +28,7 @@ class Outlet:
         link: to the next stage; None in a ring of one stage, where `to_self` takes the tokens.
 
     Attributes:
+        reports: the stream for tokens of all jobs to the coordinator, where this is a last stage.
         send_from: the next stage has what comes before this position.
         sent: the hidden states that were given to it.
     """
@@ -41,6 +42,7 @@ class Outlet:
         to_self: Callable[[int, int], None],
     ) -> None:
         self.session = session
+        self.reports: PackLink | None = None
         self.send_from = 0
         self.sent = SeamLog()
         self._link = link
@@ -61,7 +63,7 @@ class Outlet:
                 await self._coordinator.send(result)
         elif result.token is not None:
             await self._pass_token(result.token)  # to the first stage first, since the next step waits for it there
-            await self.pass_on(result.token)
+            self._report(result.token)
         elif self._link is not None:
             skipped = min(max(0, self.send_from - result.position), result.rows)
             if skipped < result.rows:
@@ -98,7 +100,7 @@ class Outlet:
         if self._link is None:
             if token is not None:
                 self._to_self(token.index, token.token)
-                self._agenda.pass_on(token)
+                self._report(token)
             return token is not None
         pack = self._link.pack
         begins = result.position if token is None else ticket.prompt_tokens + token.index
@@ -117,4 +119,13 @@ class Outlet:
         if error is not None:
             self._agenda.fail(error)
         elif result.token is not None:
-            self._agenda.pass_on(result.token)
+            self._report(result.token)
+
+    def _report(self, token: Token) -> None:
+        """Let the coordinator have it: with those of other jobs, or else on the job's own stream."""
+        if self.reports is None or not self.reports.is_open:
+            self._agenda.pass_on(token)
+            return
+        ticket = self.session.ticket
+        entry = Entry(ticket.job_id, ticket.epoch, token.index, token=token.token)
+        self.reports.add(entry, lambda error: self._agenda.pass_on(token) if error is not None else None)

@@ -4,7 +4,8 @@ Of a job one decoded token is under way at a time, and its position says what it
 nor an order beside others. So all jobs between two workers share one stream for them, where there is a direct
 connection. What a job's ring stream costs for each token (`ring`: a frame, its checks, and the turns of three tasks at
 either end) is then paid once for a whole pass. Everything else of a job stays on its ring stream; so do its tokens,
-where the neighbour has no such stream open.
+where the neighbour has no such stream open. A last stage's tokens go to the job's coordinator in the same way, and by
+its job stream otherwise.
 """
 
 from __future__ import annotations
@@ -68,12 +69,15 @@ Then = Callable[[AzuError | None], None]
 class PackLink:
     """The sending end of one peer's stream.
 
+    Args:
+        meter: counts what is sent, where that is the ring's.
+
     Attributes:
         is_open: whether entries can be added.
         holders: jobs that may add some.
     """
 
-    def __init__(self, overlay: Overlay, peer_id: str, meter: RingMeter) -> None:
+    def __init__(self, overlay: Overlay, peer_id: str, meter: RingMeter | None = None) -> None:
         self.is_open = False
         self.holders = 0
         self._overlay = overlay
@@ -164,6 +168,8 @@ class PackLink:
         serialised = time.perf_counter()
         await channel.stream.send_all(*buffers)
         seconds = time.perf_counter() - serialised
+        if self._meter is None:
+            return
         self._meter.note_sent(len(body), serialised - started, seconds)
         self._meter.links.note_sent(self._peer_id, len(body), seconds, is_relayed=False, now=trio.current_time())
 
@@ -197,11 +203,10 @@ def entries_of(message: Message, body: bytearray) -> list[Entry]:
 
 
 class Packs:
-    """Those of one worker, to the neighbours of the jobs that run there. `run()` owns the streams."""
+    """Those of one worker, to neighbours and coordinators of the jobs that run there. `run()` owns the streams."""
 
-    def __init__(self, overlay: Overlay, meter: RingMeter) -> None:
+    def __init__(self, overlay: Overlay) -> None:
         self._overlay = overlay
-        self._meter = meter
         self._links: dict[str, PackLink] = {}
         self._wanted_in, self._wanted = trio.open_memory_channel[str](math.inf)
 
@@ -220,11 +225,15 @@ class Packs:
             nursery.cancel_scope.cancel()
 
     @contextmanager
-    def held(self, peer_id: str) -> Iterator[PackLink]:
-        """The link to a peer to which there is a direct connection; it opens soon, if that peer takes packs."""
+    def held(self, peer_id: str, meter: RingMeter | None = None) -> Iterator[PackLink]:
+        """The link to a peer. It opens soon, if there is a direct connection and that peer takes packs.
+
+        Args:
+            meter: see `PackLink`; where the link is there already, it has one.
+        """
         link = self._links.get(peer_id)
         if link is None:
-            link = self._links[peer_id] = PackLink(self._overlay, peer_id, self._meter)
+            link = self._links[peer_id] = PackLink(self._overlay, peer_id, meter)
             self._wanted_in.send_nowait(peer_id)
         link.holders += 1
         try:

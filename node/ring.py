@@ -96,7 +96,7 @@ class RingLink:
             await on_open()
             if stream.is_relayed:
                 await self._leave_relay(self._channel)
-            with self._packs.held(self.peer_id) as self.pack:
+            with self._packs.held(self.peer_id, self._meter) as self.pack:
                 await self._take_credit(self._channel)
         finally:
             self.pack = None

@@ -169,6 +169,9 @@ class Manifest:
         sources: source file name to its SHA-256.
         tied: whether the head is the embedding.
 
+    Attributes:
+        digest: the model's identity, SHA-256 of `to_bytes()`: 64 hex digits.
+
     Raises:
         ModelError: code "bad_manifest", where a field breaks its bounds.
     """
@@ -190,6 +193,7 @@ class Manifest:
     sources: Mapping[str, str]
     tied: bool
     workspace: Workspace = field(default_factory=Workspace)
+    digest: str = field(init=False, repr=False, compare=False)
     _encoded: bytes = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -211,6 +215,7 @@ class Manifest:
         for name in ("tokenizer", "shared", "sources"):  # frozen through and through: the digest must not drift
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
         object.__setattr__(self, "_encoded", _encode(self))
+        object.__setattr__(self, "digest", hashlib.sha256(self._encoded).hexdigest())
         _require(len(self._encoded) <= MAX_MANIFEST_BYTES, f"it is larger than {MAX_MANIFEST_BYTES} bytes")
 
     def __hash__(self) -> int:
@@ -219,11 +224,6 @@ class Manifest:
     def to_bytes(self) -> bytes:
         """Returns the deterministic CBOR that is hashed, signed and sent."""
         return self._encoded
-
-    @property
-    def digest(self) -> str:
-        """The model's identity: SHA-256 of `to_bytes()`, 64 hex digits."""
-        return hashlib.sha256(self._encoded).hexdigest()
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Manifest:

@@ -236,11 +236,6 @@ async def early_receipt(worker: FakeWorker, channel: Channel, ticket: JobTicket)
     await trio.sleep(5)
 
 
-async def wrong_order(worker: FakeWorker, channel: Channel, ticket: JobTicket) -> None:
-    await channel.send(Token(index=1, token=7))
-    await trio.sleep(5)
-
-
 async def wrong_message(worker: FakeWorker, channel: Channel, ticket: JobTicket) -> None:
     await channel.stream.send_all(*encode_message(Next(index=0, token=1)))
     await trio.sleep(5)
@@ -257,7 +252,7 @@ async def inherits_twice(worker: FakeWorker, channel: Channel, ticket: JobTicket
     await trio.sleep(5)
 
 
-@pytest.mark.parametrize("script", [early_receipt, wrong_order, wrong_message, garbage, inherits_twice])
+@pytest.mark.parametrize("script", [early_receipt, wrong_message, garbage, inherits_twice])
 async def test_a_worker_that_breaks_the_protocol_is_counted_and_replaced(tmp_path: Path, script: Script) -> None:
     async with swarm_of(tmp_path, (0, 4, script), (0, 4, honest)) as swarm:
         liar, good = swarm.workers

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import transformers
 import trio
+import trio.lowlevel
 
 from azu.channel import Channel
 from azu.identity import Identity
@@ -22,17 +23,19 @@ from azu.models.manifest import Manifest
 from azu.models.publish import publish
 from azu.models.splice import StageSpec, stage_tensor_names
 from azu.models.store import LayerStore
-from azu.overlay import Overlay, OverlayConfig, open_overlay
+from azu.overlay import Overlay, OverlayConfig, OverlayStream, open_overlay
 from azu.records import VALIDATORS
 from azu.tickets import JobTicket, Receipt, open_receipt, sign_ticket
 from azu.wire.messages import (
     JOB,
     JOB_PROTOCOL,
+    PACK,
     PACK_PROTOCOL,
     RING_PROTOCOL,
     End,
     Failed,
     Message,
+    Nexts,
     Open,
     Ping,
     Prompt,
@@ -142,6 +145,8 @@ class Coordinator:
     overlay: Overlay
     stages: Sequence[Stage]
     manifest: str
+    frames: int = 0  # of tokens that came in packs
+    running: dict[bytes, tuple[JobEnd, int, trio.Event]] = field(default_factory=dict)
 
     def ticket(self, prompt_tokens: int, max_tokens: int = 8, **changes: Any) -> JobTicket:
         now = int(time.time())
@@ -176,6 +181,7 @@ class Coordinator:
         """Run a job to its end, or to its first failure, and collect the receipts."""
         end = JobEnd()
         done = trio.Event()
+        self.running[ticket.job_id] = end, ticket.max_tokens, done
 
         async def attend(index: int) -> None:
             async with self.opened(ticket, index) as channel:
@@ -198,6 +204,23 @@ class Coordinator:
             for index in range(len(self.stages)):
                 nursery.start_soon(attend, index)
         return end
+
+    async def take_packs(self, stream: OverlayStream) -> None:
+        """Handles /azu/pack/1 where a test wants it: tokens of any of the jobs."""
+        channel = Channel(stream, PACK, max_body=0)
+        while (received := await channel.receive()) is not None:
+            message, _ = received
+            assert isinstance(message, Nexts)
+            self.frames += 1
+            for job_id, epoch, index, token in message.jobs:
+                end, most, done = self.running[job_id]
+                while index > len(end.tokens):  # the job's own stream brings what was sent before this one was open
+                    await trio.lowlevel.checkpoint()
+                assert (epoch, index) == (0, len(end.tokens))
+                end.tokens.append(token)
+                if len(end.tokens) == most:
+                    end.finish = "length"
+                    done.set()
 
     async def _listen(self, channel: Channel, index: int, end: JobEnd, done: trio.Event) -> None:
         while (received := await channel.receive()) is not None:

@@ -200,7 +200,7 @@ async def test_one_stream_serves_all_who_hold_it_and_is_closed_some_time_after(
             opened.append(Stream())
             return opened[-1]
 
-    subject = Packs(Counting(), RingMeter())  # type: ignore[arg-type]
+    subject = Packs(Counting())  # type: ignore[arg-type]
     async with trio.open_nursery() as nursery:
         nursery.start_soon(subject.run)
         for _ in range(2):

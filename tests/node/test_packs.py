@@ -12,7 +12,7 @@ import trio
 import trio.testing
 
 from azu.channel import Channel
-from azu.errors import ProtocolError
+from azu.errors import NetworkError, ProtocolError
 from azu.wire.messages import (
     MAX_PACK_BYTES,
     PACK,
@@ -20,10 +20,13 @@ from azu.wire.messages import (
     Chunk,
     Credit,
     Nexts,
+    Token,
 )
 from azu.wire.tensors import TensorHeader
-from node.agenda import Agenda, Input
+from node.agenda import Agenda, Input, Result
 from node.engine.stage import Output, Step
+from node.outlet import Outlet
+from node.packs import PackLink
 from node.ring import WINDOW
 from tests.node.real_stages import LIMIT, TinyModel, identity, prompt_of, real_ring, tiny_model
 from tests.node.test_hostile_neighbours import FIRST, LAST, Middle, middle
@@ -116,6 +119,45 @@ async def test_most_tokens_wake_no_task_on_their_way(
         end = await coordinator.answer(coordinator.ticket(5, 60), prompt_of(5))
     assert end.tokens == model.greedy(prompt_of(5), 60)
     assert len(woken) < 60 * stages / 2
+
+
+@pytest.mark.parametrize("stages", [1, 3])
+async def test_tokens_of_all_jobs_come_to_their_coordinator_in_shared_frames(model: TinyModel, stages: int) -> None:
+    prompts = [prompt_of(3 + number, number) for number in range(8)]
+    answers: dict[int, list[int]] = {}
+    async with real_ring(model, stages) as coordinator:
+        coordinator.overlay.handle(PACK_PROTOCOL, coordinator.take_packs)
+
+        async def ask(number: int) -> None:
+            ticket = coordinator.ticket(len(prompts[number]), 40)
+            answers[number] = (await coordinator.answer(ticket, prompts[number])).tokens
+
+        async with trio.open_nursery() as nursery:
+            for number in range(8):
+                nursery.start_soon(ask, number)
+        for stage in coordinator.stages:
+            await stage.until_idle()
+    assert [answers[number] for number in range(8)] == [model.greedy(prompt, 40) for prompt in prompts]
+    assert 0 < coordinator.frames < 8 * 40 / 2
+
+
+@pytest.mark.parametrize("is_lost", [False, True])
+async def test_a_token_that_no_frame_took_goes_by_the_jobs_own_stream(is_lost: bool) -> None:
+    agenda, link = Agenda(), PackLink(None, "coordinator")  # type: ignore[arg-type]
+    last, subject = session(ticket(), 1), ticket()
+    outlet = Outlet(last, None, None, agenda, lambda index, token: None)  # type: ignore[arg-type]
+    outlet.reports = link
+    token = Token(index=0, token=5)
+    assert outlet.pass_at_once(Result(3, 1, b"", token))
+    assert await agenda.next() is token  # it is not open
+    link.is_open = True
+    assert outlet.pass_at_once(Result(3, 1, b"", token))
+    [(entry, then)] = link._waiting
+    assert (entry.job_id, entry.epoch, entry.position, entry.token) == (subject.job_id, subject.epoch, 0, 5)
+    then(NetworkError("gone") if is_lost else None)
+    with trio.move_on_after(0 if not is_lost else LIMIT) as patience:
+        assert await agenda.next() is token
+    assert patience.cancelled_caught != is_lost
 
 
 @pytest.mark.parametrize("stage", range(3))

@@ -20,7 +20,6 @@ from azu.wire.messages import RING, RING_PROTOCOL, Chunk, Credit, Hello, Moved, 
 from azu.wire.tensors import TensorHeader
 from node import ring
 from node.engine.stage import Step
-from node.instruments import RingMeter
 from node.intake import Intake
 from node.leg import Leg
 from node.packs import Packs
@@ -126,7 +125,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 async def relayed(*odd: Odd) -> AsyncIterator[Relayed]:
     async with corners(listen=LOOPBACK) as (hub, target, source), trio.open_nursery() as nursery:
         await source.connect(target.peer_id, await reserve(target, hub))
-        link = RingLink(source, target.peer_id, HELLO, Packs(source, RingMeter()))
+        link = RingLink(source, target.peer_id, HELLO, Packs(source))
         intake = Intake(HELLO, source.peer_id, 4 * WIDTH)
         pair = Relayed(hub, source, target, link, intake, list(odd))
         target.handle(RING_PROTOCOL, pair.serve)
@@ -222,7 +221,7 @@ async def test_a_ring_that_is_direct_from_the_start_has_no_second_stream() -> No
             await trio.sleep_forever()
 
         target.handle(RING_PROTOCOL, take)
-        link = RingLink(source, target.peer_id, HELLO, Packs(source, RingMeter()))
+        link = RingLink(source, target.peer_id, HELLO, Packs(source))
         nursery.start_soon(link.run, trio.lowlevel.checkpoint)
         await link.send_next(Next(index=0, token=1))
         [task] = [each for each in nursery.child_tasks if each.name.endswith("RingLink.run")]

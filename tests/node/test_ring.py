@@ -16,7 +16,6 @@ from azu.errors import AzuError, NetworkError, ProtocolError
 from azu.wire.messages import RING, Chunk, Credit, Hello, Message, Moved, Next, Ping, Refused, Welcome
 from azu.wire.tensors import TensorHeader
 from node import ring
-from node.instruments import RingMeter
 from node.packs import Packs
 from node.ring import GRANT, WINDOW, RingLink
 from tests.test_channel import StreamTwin, streams
@@ -54,7 +53,7 @@ def far(monkeypatch: pytest.MonkeyPatch) -> Opened:
 
     @asynccontextmanager
     async def opened() -> AsyncIterator[Far]:
-        link = RingLink(None, "next", HELLO, Packs(None, RingMeter()))  # type: ignore[arg-type]
+        link = RingLink(None, "next", HELLO, Packs(None))  # type: ignore[arg-type]
         seen = Far(link, Channel(far_end, RING), far_end)
         with trio.fail_after(LIMIT):
             async with trio.open_nursery() as nursery:
@@ -114,7 +113,7 @@ async def test_what_is_sent_before_the_link_is_open_waits_for_it(monkeypatch: py
         return near_end
 
     monkeypatch.setattr(ring, "open_worker_stream", open_late)
-    link = RingLink(None, "next", HELLO, Packs(None, RingMeter()))  # type: ignore[arg-type]
+    link = RingLink(None, "next", HELLO, Packs(None))  # type: ignore[arg-type]
     with trio.fail_after(LIMIT):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(partial(link.run, trio.lowlevel.checkpoint))
