@@ -35,7 +35,7 @@ from azu.records import (
     sign_coordinator_record,
 )
 from azu.tickets import JobTicket
-from azu.wire.messages import ACCOUNT_PROTOCOL, LAYERS_PROTOCOL
+from azu.wire.messages import ACCOUNT_PROTOCOL, LAYERS_PROTOCOL, PACK_PROTOCOL
 from azu.wire.tensors import WEIGHT_FORMATS, WeightFormat
 from coordinator.admin import admin_token
 from coordinator.agreement import Handover
@@ -229,7 +229,7 @@ async def _advertise(identity: Identity, overlay: Overlay, serving: Serving, kv_
             issued_at=int(now),
             expires_at=int(now) + _RECORD_LIFE_S,
             agent=AGENT,
-            protocols=(LAYERS_PROTOCOL, ACCOUNT_PROTOCOL),
+            protocols=(LAYERS_PROTOCOL, ACCOUNT_PROTOCOL, PACK_PROTOCOL),
             addrs=overlay.addrs[:16],
             models=tuple(offers[:MAX_MODELS]),
         )

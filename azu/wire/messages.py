@@ -5,7 +5,7 @@
 /azu/layers/1    anyone -> any holder    a signed manifest, which files are there, or a range of one
 /azu/job/1       coordinator -> stage    one job's ticket, prompt, tokens and end
 /azu/ring/1      stage -> next stage     activations on, token ids from the last stage back to the first
-/azu/pack/1      stage -> next stage     the same of decoded tokens, of all jobs that are there at once
+/azu/pack/1      stage -> next stage     the same of decoded tokens, of all jobs at once; or tokens, to a coordinator
 """
 
 from __future__ import annotations
