@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -81,8 +82,7 @@ def published(
         (folder / name).write_bytes(data)
     store = LayerStore(tmp_path / "publisher")
     manifest = publish(str(folder), store, model_id=REPO)
-    fields = {name: getattr(manifest, name) for name in manifest.__dataclass_fields__ if not name.startswith("_")}
-    return Manifest(**fields | {"origin": REPO, "revision": commit}), store
+    return replace(manifest, origin=REPO, revision=commit), store
 
 
 def ranges(manifest: Manifest, store: LayerStore) -> HubRanges:
