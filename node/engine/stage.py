@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -231,7 +231,7 @@ class LoadedStage:
         if self.is_last:
             outputs = self._sample(steps, result)
         else:
-            outputs = [outcome.Value(self._encode(each)) for each in torch.split(result.to("cpu"), rows)]
+            outputs = [outcome.Value(each) for each in self._encode(result, rows)]
         self._note_pace(started, steps)
         return outputs
 
@@ -240,7 +240,10 @@ class LoadedStage:
         try:
             result = self._stage.forward(self._inputs(step), step.job.cache, step.job.position)
             step.job.position += step.rows
-            [output] = self._sample([step], result) if self.is_last else [outcome.Value(self._encode(result))]
+            if self.is_last:
+                [output] = self._sample([step], result)
+            else:
+                [output] = map(outcome.Value, self._encode(result, [step.rows]))
             self._note_pace(started, [step])
             return output.unwrap()
         except torch.OutOfMemoryError as error:
@@ -277,10 +280,16 @@ class LoadedStage:
                     results[index] = picked
         return results
 
-    def _encode(self, hidden: torch.Tensor) -> Output:
-        hidden = hidden.to("cpu").contiguous()  # rows of a pass are contiguous already
-        body = memoryview(hidden.view(torch.uint8).numpy()).cast("B")  # type: ignore[arg-type]  # numpy's stubs
-        return Output(TensorHeader(dtype=self._activations, shape=tuple(hidden.shape)), body)
+    def _encode(self, hidden: torch.Tensor, rows: Sequence[int]) -> Iterator[Output]:
+        """Hidden states [rows of all, hidden], as parts of their own memory with so many rows."""
+        plain = hidden.to("cpu").contiguous().view(torch.uint8)
+        body = memoryview(plain.numpy()).cast("B")  # type: ignore[arg-type]  # numpy's stubs
+        headers = {each: TensorHeader(dtype=self._activations, shape=(each, self.hidden_size)) for each in set(rows)}
+        start = 0
+        for each in rows:
+            end = start + each * plain.shape[1]
+            yield Output(headers[each], body[start:end])
+            start = end
 
     def measure_layer_us(self, steps: int = 4) -> int:
         """Microseconds per decoded token and layer: the fastest of a few steps after a warm-up."""
