@@ -109,7 +109,8 @@ def sample_pack(samplers: Sequence[Sampler], logits: torch.Tensor) -> list[outco
     Returns:
         Each job's token, or the ModelError, code "not_finite", of one whose logits are damaged.
     """
-    logits = logits.float()
+    if not all(each.is_greedy and not each.has_penalties for each in samplers):
+        logits = logits.float()
     penalised = [index for index, each in enumerate(samplers) if each.has_penalties]
     if penalised:
         rows = torch.stack([samplers[index].penalised(logits[index]) for index in penalised])

@@ -304,6 +304,20 @@ def test_a_job_gets_the_token_that_it_gets_alone(jobs: list[dict[str, Any]], see
         assert got == [sampler.sample(row) for sampler, row in zip(alone, logits, strict=True)]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("vocabulary", [7, 1_000, 49_152])
+def test_of_equal_logits_a_greedy_job_takes_the_first_whoever_shares_its_pass(
+    dtype: torch.dtype, vocabulary: int
+) -> None:
+    """In 16 bits many are equal."""
+    logits = torch.randn(2, vocabulary, generator=torch.Generator().manual_seed(vocabulary)).to(dtype)
+    logits[0, [vocabulary // 3, vocabulary // 2, vocabulary - 1]] = 60.0
+    greedy, drawing = Sampling(temperature=0), Sampling(temperature=1, seed=5)
+    alone = sample_pack([Sampler(greedy)], logits[:1])
+    shared = sample_pack([Sampler(greedy), Sampler(drawing)], logits)
+    assert alone[0].unwrap() == shared[0].unwrap() == vocabulary // 3
+
+
 def test_damaged_logits_end_their_own_job_only() -> None:
     samplers = [Sampler(Sampling(temperature=temperature)) for temperature in (0.0, 1.0, 0.0, 1.0)]
     logits = torch.stack([logits_of(number) for number in range(4)])
