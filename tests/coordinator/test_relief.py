@@ -10,6 +10,7 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import pytest
 import trio
@@ -88,11 +89,11 @@ def slow_down(worker: Worker, seconds: float) -> None:
     assert loaded is not None
     encode = loaded.stage._encode
 
-    def late(hidden: object) -> object:
+    def late(*results: Any) -> Any:
         time.sleep(seconds)
-        return encode(hidden)  # type: ignore[arg-type]
+        return encode(*results)
 
-    loaded.stage._encode = late  # type: ignore[method-assign,assignment]
+    loaded.stage._encode = late  # type: ignore[method-assign]
 
 
 async def ask(swarm: RealSwarm, slow_at: int, slow: Callable[[Worker], object]) -> tuple[list[int], RunningJob, Worker]:
