@@ -53,7 +53,7 @@ MAX_JOBS = 32  # that a worker runs at once
 MAX_CHUNK_ROWS = 256
 _MAX_CHUNK_BYTES = 4_194_304
 
-_OVERHEAD_BYTES = 8 << 20
+_OVERHEAD_BYTES = 12 << 20
 # A kernel of oneDNN is for one number of rows. In 16-bit formats each linear layer has its own, so that in time as many
 # are held as may be; in float32 the prepacked head alone has some: one for each number of jobs that share a pass.
 KEPT_KERNELS = 64
